@@ -1,0 +1,137 @@
+"""What a forward hook saw in, finite float feature maps out: batch x channels x spatial, on the device they were made.
+
+A label-free method needs nothing else from the model: no gradient, no output, no copy on the CPU.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+ReshapeTransform = Callable[[Any], Tensor]
+
+
+class FeatureRecorder:
+    """Records what each target layer puts out while the model runs.
+
+    It stands where the host's `ActivationsAndGradients` stood, and differs from it in three ways. The recorded maps
+    are copies, so that a module that works in place after the target layer cannot rewrite them; they stay on the
+    model's device; and they come in the order of `target_layers`, the first call of each, where the host's come in
+    the order of execution.
+
+    Attributes:
+        activations: after a call, the feature maps of each target layer.
+        gradients: always empty; the host reads it.
+    """
+
+    def __init__(
+        self, model: nn.Module, target_layers: Sequence[nn.Module], reshape_transform: ReshapeTransform | None
+    ) -> None:
+        self.model = model
+        self.target_layers = list(target_layers)
+        self.reshape_transform = reshape_transform
+        self.activations: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        self._recorded: dict[nn.Module, Tensor] = {}
+        self._names = {layer: name for name, layer in model.named_modules() if layer in self.target_layers}
+        self.handles: list[RemovableHandle] = [layer.register_forward_hook(self._record) for layer in self._names]
+
+    def __call__(self, images: Tensor) -> Any:  # noqa: ANN401 - whatever the model returns
+        self.clear()
+        try:
+            outputs = self.model(images)
+            self.activations = [self._recorded_of(layer) for layer in self.target_layers]
+        finally:
+            self._recorded = {}
+        for layer, features in zip(self.target_layers, self.activations, strict=True):
+            if len(features) != len(images):
+                raise ValueError(
+                    f"expected one set of feature maps for each of {len(images)} images from "
+                    f"`{self._names[layer]}`, got {len(features)}: choose a layer outside the part of the "
+                    "model that cuts images into windows or regions, or merge them in a reshape_transform"
+                )
+        return outputs
+
+    def clear(self) -> None:
+        """Let go of the recorded feature maps."""
+        self.activations = []
+
+    def release(self) -> None:
+        """Let go of the recorded feature maps and take the hooks off the model."""
+        self.clear()
+        while self.handles:
+            self.handles.pop().remove()
+
+    def _record(self, layer: nn.Module, inputs: object, output: object) -> None:
+        if layer not in self._recorded:
+            self._recorded[layer] = feature_maps(output, self.reshape_transform, self._names[layer])
+
+    def _recorded_of(self, layer: nn.Module) -> Tensor:
+        if layer not in self._recorded:
+            raise ValueError(
+                f"expected the forward pass to reach the target layer `{self._names[layer]}`, but its hook "
+                "never fired: choose a layer that the model calls, and for a torch.compile'd model build the CAM on "
+                "the original module; a CAM that was released, as at the end of its `with` block, has no hooks left"
+            )
+        return self._recorded[layer]
+
+
+def feature_maps(output: object, reshape_transform: ReshapeTransform | None, layer: str) -> Tensor:
+    """Return a layer's output as feature maps of its own memory.
+
+    Args:
+        output: what the layer returned.
+        reshape_transform: applied to it first, as the host does; turns tokens into maps.
+        layer: the layer's name, for the messages.
+
+    Returns:
+        batch x channels x height x width, or batch x channels x depth x height x width; detached, at least float32.
+        Non-finite numbers count as zero.
+
+    Warns:
+        RuntimeWarning: some images had non-finite numbers; it names them.
+
+    Raises:
+        TypeError: what came is no floating point tensor.
+        ValueError: it has no spatial axes, or an empty one.
+
+    Example:
+        >>> feature_maps(torch.ones(1, 2, 3, 4, dtype=torch.float16), None, "conv").dtype
+        torch.float32
+    """
+    features = output if reshape_transform is None else reshape_transform(output)
+    source = f"`{layer}`" if reshape_transform is None else f"the reshape_transform after `{layer}`"
+    if not isinstance(features, Tensor):
+        raise TypeError(
+            f"expected one tensor of feature maps from {source}, got {type(features).__name__}: "
+            "choose a layer inside it, or pick the tensor in a reshape_transform"
+        )
+    if not features.is_floating_point():
+        raise TypeError(f"expected floating point feature maps from {source}, got {features.dtype}")
+    shape = tuple(features.shape)
+    if len(shape) not in (4, 5):
+        raise ValueError(
+            f"expected feature maps with spatial axes (B, C, H, W) or (B, C, D, H, W) from {source}, got {shape}: "
+            "choose a layer before the spatial axes are pooled, or for tokens pass a reshape_transform"
+        )
+    if 0 in shape:
+        raise ValueError(f"expected feature maps without an empty axis from {source}, got {shape}")
+    features = features.detach().to(torch.promote_types(features.dtype, torch.float32), copy=True)
+    # One sum tells almost always that all is well; it can also overflow, so the numbers themselves decide.
+    if not features.sum().isfinite():
+        finite = features.isfinite()
+        images = (~finite).flatten(1).any(1).nonzero().flatten().tolist()
+        if images:
+            warnings.warn(
+                f"{source} put out NaN or Inf for image {', '.join(map(str, images))} of the batch; "
+                "these numbers count as zero",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            features.masked_fill_(~finite, 0)
+    return features

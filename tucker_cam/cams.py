@@ -1,0 +1,271 @@
+"""The methods as pytorch-grad-cam's users know them: classes that stand where `EigenCAM` stood.
+
+Each is one projection of the feature maps; the host scales the map to [0, 1] and to the picture's size, averages
+target layers and smooths by test-time augmentation. This is the only module that knows the host.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pytorch_grad_cam.base_cam import BaseCAM
+from torch import Tensor, nn
+
+from tucker_cam.activations import FeatureRecorder, ReshapeTransform
+from tucker_cam.decomposition import ChannelModes, channel_modes
+from tucker_cam.projection import Combine, combined_map, leading_map
+
+
+class LabelFreeCAM(BaseCAM):
+    """A saliency method that reads feature maps only: no label, no gradient, no model output.
+
+    Subclasses say how feature maps become one map in `saliency`.
+
+    A call returns float32 NumPy, batch x height x width (or batch x depth x height x width for volumes), in [0, 1].
+    `targets` are accepted and play no part, and neither does `eigen_smooth`: the map is a principal projection
+    already. `aug_smooth` works as the host's. The model's output is kept in `outputs`, never read, and may be
+    anything.
+    """
+
+    rank: tuple[int, ...] | None = None
+    center: bool = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Sequence[nn.Module],
+        reshape_transform: ReshapeTransform | None = None,
+        *,
+        tta_transforms: Any = None,  # noqa: ANN401 - a ttach.Compose; ttach has no types
+    ) -> None:
+        _check_construction(model, target_layers, reshape_transform)
+        # detach=False: the host hands the recorded tensors on as they are, without moving them to the CPU.
+        super().__init__(
+            model,
+            list(target_layers),
+            reshape_transform,
+            uses_gradients=False,
+            tta_transforms=tta_transforms,
+            detach=False,
+        )
+        self.activations_and_grads.release()
+        self.activations_and_grads = FeatureRecorder(model, target_layers, reshape_transform)
+
+    @abstractmethod
+    def saliency(self, features: Tensor) -> Tensor:
+        """Turn feature maps, batch x channels x spatial, into maps, batch x spatial, not negative, of any scale."""
+        raise NotImplementedError
+
+    def modes(self, input_tensor: Tensor) -> list[ChannelModes]:
+        """Return the channel modes of each target layer: the spectrum and the single components behind the map.
+
+        Args:
+            input_tensor: images, as for a call.
+
+        Returns:
+            One `ChannelModes` for each target layer, with the method's own rank and centring.
+
+        Raises:
+            TypeError, ValueError: as for a call.
+        """
+        _check_images(input_tensor)
+        with torch.no_grad():
+            self.outputs = self.activations_and_grads(input_tensor.to(self.device))
+            return [
+                channel_modes(features, rank=self.rank, center=self.center)
+                for features in self.activations_and_grads.activations
+            ]
+
+    def forward(
+        self, input_tensor: Tensor, targets: list[Any] | None = None, eigen_smooth: bool = False
+    ) -> NDArray[np.float32]:
+        _check_images(input_tensor)
+        with torch.no_grad():
+            # An empty list, since the host reads the model's output to choose targets where it is given None.
+            return super().forward(input_tensor, targets or [], eigen_smooth)
+
+    def get_cam_image(
+        self,
+        input_tensor: Tensor,
+        target_layer: nn.Module,
+        targets: list[Any] | None,
+        activations: Tensor | NDArray[np.floating[Any]],
+        grads: object,
+        eigen_smooth: bool = False,
+    ) -> NDArray[np.float32]:
+        maps = self.saliency(torch.as_tensor(activations))
+        # scale_cam_image divides by the maximum plus 1e-7, which would flatten the maps of weak features.
+        peaks = maps.flatten(1).amax(1).reshape(-1, *(1 for _ in maps.shape[1:]))
+        scaled: NDArray[np.float32] = torch.where(peaks > 0, maps / peaks, 0).float().cpu().numpy()
+        return scaled
+
+    def __call__(
+        self,
+        input_tensor: Tensor,
+        targets: list[Any] | None = None,
+        aug_smooth: bool = False,
+        eigen_smooth: bool = False,
+    ) -> NDArray[np.float32]:
+        maps: NDArray[np.float32] = super().__call__(input_tensor, targets, aug_smooth, eigen_smooth)
+        return maps
+
+    def __exit__(self, *exception: object) -> None:
+        """Take the hooks off the model. The host's swallows an IndexError raised in the block; this one does not."""
+        self.activations_and_grads.release()
+
+    def __del__(self) -> None:
+        # An object whose construction failed has nothing to release.
+        if hasattr(self, "activations_and_grads"):
+            self.activations_and_grads.release()
+
+
+class TSM(LabelFreeCAM):
+    r"""Tucker Saliency Map (arXiv 2410.23072): $|a_1^\top F_{(1)}|$, F not centred.
+
+    Args:
+        model: the network; it is put into eval mode, as by every CAM class of the host.
+        target_layers: layers whose feature maps are explained; their maps are averaged.
+        reshape_transform: turns a layer's output into batch x channels x height x width, e.g. for ViT tokens.
+        rank: multilinear rank of the Tucker decomposition, see `channel_modes`; None is full rank, as in the paper.
+        tta_transforms: a `ttach.Compose` for `aug_smooth=True`; None for the host's own.
+
+    Raises:
+        TypeError: `target_layers` is a single layer, or something in it is no layer.
+        ValueError: `target_layers` is empty, or holds a layer that is not part of the model.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> with TSM(model, [model[1]]) as cam:
+        ...     cam(torch.rand(2, 3, 32, 32)).shape
+        (2, 32, 32)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Sequence[nn.Module],
+        reshape_transform: ReshapeTransform | None = None,
+        *,
+        rank: tuple[int, ...] | None = None,
+        tta_transforms: Any = None,  # noqa: ANN401
+    ) -> None:
+        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
+        self.rank = rank
+
+    def saliency(self, features: Tensor) -> Tensor:
+        return leading_map(features, rank=self.rank)
+
+
+class MTSM(LabelFreeCAM):
+    r"""Multivector Tucker Saliency Map (arXiv 2410.23072): $|\sum_i s_i\, a_i^\top F_{(1)}|$, F not centred.
+
+    Args:
+        model: see `TSM`.
+        target_layers: see `TSM`.
+        reshape_transform: see `TSM`.
+        rank: see `TSM`.
+        combine: "signed" is the paper's sum, whose vectors need a sign rule (TensorLy's, see `ChannelModes`);
+            "energy" is $\sqrt{\sum_i (s_i\, a_i^\top F_{(1)})^2}$, which needs none and is steadier under noise.
+        tta_transforms: see `TSM`.
+
+    Raises:
+        TypeError, ValueError: see `TSM`; ValueError also for an unknown `combine`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Sequence[nn.Module],
+        reshape_transform: ReshapeTransform | None = None,
+        *,
+        rank: tuple[int, ...] | None = None,
+        combine: Combine = "signed",
+        tta_transforms: Any = None,  # noqa: ANN401
+    ) -> None:
+        _check_combine(combine)
+        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
+        self.rank = rank
+        self.combine = combine
+
+    def saliency(self, features: Tensor) -> Tensor:
+        return combined_map(features, combine=self.combine, rank=self.rank)
+
+
+class MultivecEigenCAM(LabelFreeCAM):
+    r"""Multivec-EigenCAM (arXiv 2410.23072): $|\sum_i s_i\, u_i^\top F_c|$ from the SVD of the centred unfolding $F_c$.
+
+    Args:
+        model: see `TSM`.
+        target_layers: see `TSM`.
+        reshape_transform: see `TSM`.
+        combine: see `MTSM`.
+        tta_transforms: see `TSM`.
+
+    Raises:
+        TypeError, ValueError: see `MTSM`.
+    """
+
+    center = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_layers: Sequence[nn.Module],
+        reshape_transform: ReshapeTransform | None = None,
+        *,
+        combine: Combine = "signed",
+        tta_transforms: Any = None,  # noqa: ANN401
+    ) -> None:
+        _check_combine(combine)
+        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
+        self.combine = combine
+
+    def saliency(self, features: Tensor) -> Tensor:
+        return combined_map(features, combine=self.combine, center=True)
+
+
+def _check_construction(model: nn.Module, target_layers: Sequence[nn.Module], reshape_transform: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected model as a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(target_layers, nn.Module):
+        raise TypeError(
+            f"expected target_layers as a list of layers, got the layer {type(target_layers).__name__}: "
+            "put it in brackets, [layer]"
+        )
+    if not isinstance(target_layers, Sequence) or isinstance(target_layers, str):
+        raise TypeError(f"expected target_layers as a list of layers, got {type(target_layers).__name__}")
+    if not target_layers:
+        raise ValueError("expected at least one target layer, got an empty list")
+    parts = set(model.modules())
+    for layer in target_layers:
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"expected target_layers to hold torch.nn.Module objects, got {layer!r}")
+        if layer not in parts:
+            raise ValueError(
+                f"expected target layers that are part of the model, got a {type(layer).__name__} that is not: "
+                "take the layer from the very object that is passed as model"
+            )
+    if reshape_transform is not None and not callable(reshape_transform):
+        raise TypeError(f"expected reshape_transform as a callable or None, got {type(reshape_transform).__name__}")
+
+
+def _check_combine(combine: str) -> None:
+    if combine not in get_args(Combine):
+        raise ValueError(f"expected combine as one of {', '.join(map(repr, get_args(Combine)))}, got {combine!r}")
+
+
+def _check_images(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(f"expected images as a torch.Tensor, got {type(images).__name__}: use torch.from_numpy")
+    if images.dim() not in (4, 5):
+        raise ValueError(
+            f"expected images as batch x channels x height x width (or batch x channels x depth x height x width), "
+            f"got {tuple(images.shape)}: a single picture needs images[None], one with its channels last permute(2, 0, 1)"
+        )
+    if 0 in images.shape:
+        raise ValueError(f"expected images without an empty axis, got {tuple(images.shape)}")

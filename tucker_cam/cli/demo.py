@@ -1,0 +1,99 @@
+"""One command, no arguments: a real network, a real photograph, one panel that compares the methods."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from threadpoolctl import threadpool_limits
+
+from tucker_cam.cli.explain import complete_or_absent, open_picture
+from tucker_cam.cli.methods import METHODS
+from tucker_cam.models import find_target_layer, load_model
+
+_TITLES = {"eigencam": "EigenCAM", "tsm": "TSM", "multivec-eigencam": "Multivec-EigenCAM", "mtsm": "MTSM"}
+
+
+def run_demo(out: Path) -> None:
+    """Write ``demo.png`` to `out` and print what each method cost beside the forward pass.
+
+    Raises:
+        ModuleNotFoundError: the demo's packages are missing; the message holds the command that installs them.
+        OSError: `out` cannot be written.
+    """
+    import matplotlib
+
+    loaded = load_model("demo")
+    network_input = loaded.preprocess(open_picture(_photograph()))
+    images = network_input[None]
+    layer_name, layer = find_target_layer(loaded.model, images)
+    out.mkdir(parents=True, exist_ok=True)
+
+    maps, milliseconds = {}, {}
+    # One thread for torch and BLAS alike: what several gain depends on what else the machine is doing.
+    with threadpool_limits(1), torch.no_grad():
+        forward = _milliseconds(lambda: loaded.model(images))
+        for method in _TITLES:
+            with METHODS[method](loaded.model, [layer]) as cam:
+                maps[method] = cam(images, targets=None)[0]
+                features = cam.activations_and_grads.activations[0]
+                features = features.numpy() if method == "eigencam" else features
+                milliseconds[method] = _milliseconds(
+                    lambda cam=cam, features=features: cam.get_cam_image(images, layer, None, features, None, False)
+                )
+
+    picture = loaded.picture(network_input)
+    channels, height, width = features.shape[1:]
+    with matplotlib.rc_context({"font.size": 13}):
+        figure = _panel(picture, {_TITLES[method]: saliency for method, saliency in maps.items()})
+        figure.suptitle(f"tf_efficientnet_lite0, layer {layer_name} ({channels} x {height} x {width}), no label given")
+        with complete_or_absent(out / "demo.png") as unfinished:
+            figure.savefig(unfinished, dpi=100, format="png")
+
+    table = Table(title=f"forward pass {forward:.1f} ms, one thread")
+    table.add_column("method")
+    table.add_column("decomposition [ms]", justify="right")
+    table.add_column("share of the forward pass", justify="right")
+    for method, title in _TITLES.items():
+        table.add_row(title, f"{milliseconds[method]:.2f}", f"{milliseconds[method] / forward:.1%}")
+    console = Console()
+    console.print(table)
+    console.print(f"panel: {out / 'demo.png'}", soft_wrap=True)
+
+
+def _photograph() -> Path:
+    try:
+        import skimage
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the demo's photograph is in the package scikit-image: pip install 'tucker-cam[demo]'", name=error.name
+        ) from error
+    return Path(skimage.__file__).parent / "data" / "coffee.png"
+
+
+def _milliseconds(work: Callable[[], object], repetitions: int = 7) -> float:
+    work()
+    times = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return 1e3 * median(times)
+
+
+def _panel(picture, maps):
+    from matplotlib.figure import Figure
+    from pytorch_grad_cam.utils.image import show_cam_on_image
+
+    figure = Figure(figsize=(3 * (1 + len(maps)), 3.6), layout="constrained")
+    views = {"photograph": picture} | {t: show_cam_on_image(picture, m, use_rgb=True) for t, m in maps.items()}
+    for axes, (title, view) in zip(figure.subplots(1, len(views)), views.items(), strict=True):
+        axes.imshow(view)
+        axes.set_title(title)
+        axes.axis("off")
+    return figure

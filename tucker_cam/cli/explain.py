@@ -1,0 +1,116 @@
+"""Picture files in, an overlay for each picture and method on the disk out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import typer
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pytorch_grad_cam.utils.image import show_cam_on_image
+
+from tucker_cam.cli.methods import method_named
+from tucker_cam.models import find_target_layer, layer_named, load_model
+
+
+def explain_pictures(
+    paths: Sequence[Path],
+    *,
+    methods: Sequence[str],
+    model_name: str,
+    layer: str | None,
+    out: Path,
+    aug_smooth: bool,
+    save_map: bool,
+    pretrained: bool,
+    device: str,
+) -> list[str]:
+    """Explain the pictures one by one and write ``NAME_METHOD.png`` for each.
+
+    Returns:
+        One line for each picture that could not be explained; all the others are done.
+
+    Raises:
+        ValueError: an unknown method, model, layer or device.
+        ModuleNotFoundError: the model's package is missing.
+        OSError: its weights could not be had, or `out` could not be written.
+    """
+    classes = {name: method_named(name) for name in methods}
+    loaded = load_model(model_name, pretrained=pretrained, device=_device(device))
+    out.mkdir(parents=True, exist_ok=True)
+    target = layer_named(loaded.model, layer) if layer is not None else None
+    problems: list[str] = []
+    for path, stem in zip(paths, _distinct_stems(paths), strict=True):
+        try:
+            network_input = loaded.preprocess(open_picture(path))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            problems.append(str(error))
+            continue
+        images = network_input[None].to(device)
+        if target is None:
+            name, target = find_target_layer(loaded.model, images)
+            typer.echo(f"layer: {name}")
+        for method, build in classes.items():
+            with build(loaded.model, [target]) as cam:
+                saliency = cam(images, aug_smooth=aug_smooth, targets=None)[0]
+            overlay = show_cam_on_image(loaded.picture(network_input), saliency, use_rgb=True)
+            with complete_or_absent(out / f"{stem}_{method}.png") as unfinished:
+                Image.fromarray(overlay).save(unfinished, format="PNG")
+            if save_map:
+                with complete_or_absent(out / f"{stem}_{method}.npy") as unfinished, unfinished.open("wb") as file:
+                    np.save(file, saliency)
+            typer.echo(out / f"{stem}_{method}.png")
+    return problems
+
+
+def open_picture(path: Path) -> Image.Image:
+    """Open a picture as RGB, turned as its EXIF data says.
+
+    Raises:
+        OSError: the file is missing, no picture, or broken; the message is one line for a user.
+        PIL.Image.DecompressionBombError: the picture is too large to be meant.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a picture, found {'a folder' if path.is_dir() else 'no such file'}")
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise OSError(f"{path}: expected a picture (PNG, JPEG, WebP ...), found a file of another kind") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise OSError(f"{path}: expected a whole picture, found a broken one ({error})") from error
+
+
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which takes its real name only when the block ends without an error."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _distinct_stems(paths: Sequence[Path]) -> list[str]:
+    """Return a name for each picture; the second ``cat`` from another folder becomes ``cat-2``."""
+    stems: list[str] = []
+    for path in paths:
+        stem, number = path.stem, 1
+        while stem in stems:
+            number += 1
+            stem = f"{path.stem}-{number}"
+        stems.append(stem)
+    return stems
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {name!r} here ({str(error).splitlines()[0]}): --device cpu") from error
+    return device
