@@ -37,17 +37,25 @@ class FeatureRecorder:
         self.reshape_transform = reshape_transform
         self.activations: list[Tensor] = []
         self.gradients: list[Tensor] = []
-        self._recorded: dict[nn.Module, Tensor] = {}
+        self._recorded: dict[nn.Module, Tensor] | None = None
         self._names = {layer: name for name, layer in model.named_modules() if layer in self.target_layers}
         self.handles: list[RemovableHandle] = [layer.register_forward_hook(self._record) for layer in self._names]
 
     def __call__(self, images: Tensor) -> Any:  # noqa: ANN401 - whatever the model returns
         self.clear()
+        self._recorded = recorded = {}
         try:
             outputs = self.model(images)
-            self.activations = [self._recorded_of(layer) for layer in self.target_layers]
         finally:
-            self._recorded = {}
+            self._recorded = None
+        for layer in self.target_layers:
+            if layer not in recorded:
+                raise ValueError(
+                    f"expected the forward pass to reach the target layer `{self._names[layer]}`, but its hook never "
+                    "fired: choose a layer that the model calls, and for a torch.compile'd model build the CAM on the "
+                    "original module; a CAM that was released, as at the end of its `with` block, has no hooks left"
+                )
+        self.activations = [recorded[layer] for layer in self.target_layers]
         for layer, features in zip(self.target_layers, self.activations, strict=True):
             if len(features) != len(images):
                 raise ValueError(
@@ -68,17 +76,9 @@ class FeatureRecorder:
             self.handles.pop().remove()
 
     def _record(self, layer: nn.Module, inputs: object, output: object) -> None:
-        if layer not in self._recorded:
+        # The hooks also fire when somebody else runs the model, as SESS does; that is not ours to record.
+        if self._recorded is not None and layer not in self._recorded:
             self._recorded[layer] = feature_maps(output, self.reshape_transform, self._names[layer])
-
-    def _recorded_of(self, layer: nn.Module) -> Tensor:
-        if layer not in self._recorded:
-            raise ValueError(
-                f"expected the forward pass to reach the target layer `{self._names[layer]}`, but its hook "
-                "never fired: choose a layer that the model calls, and for a torch.compile'd model build the CAM on "
-                "the original module; a CAM that was released, as at the end of its `with` block, has no hooks left"
-            )
-        return self._recorded[layer]
 
 
 def feature_maps(output: object, reshape_transform: ReshapeTransform | None, layer: str) -> Tensor:

@@ -8,6 +8,7 @@ matrix no larger than min(channels, positions) squared is all that is ever decom
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -107,8 +108,8 @@ def _signed_sum(unfolding: Float[Tensor, "batch channels positions"]) -> Float[T
         # Transposed, so that the channels lie side by side in memory when their extremes are looked for.
         projected = vectors.mT.to(unfolding.dtype) @ unfolding.mT
         return (vectors @ (values * signs(projected.mT))[..., None]).squeeze(-1).abs()
-    weights = (vectors @ (values.sqrt() * signs(vectors))[..., None]).to(unfolding.dtype)
-    return (weights.mT @ unfolding).squeeze(1).abs().double()
+    weights = vectors @ (values.sqrt() * signs(vectors))[..., None]
+    return _in_float64(unfolding.mT, lambda rows: (rows @ weights).squeeze(-1)).abs()
 
 
 def _energy(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor, "batch positions"]:
@@ -118,8 +119,8 @@ def _energy(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tenso
     """
     if _is_tall(unfolding):
         return _gram(unfolding).norm(dim=-1)
-    gram = _gram(unfolding).to(unfolding.dtype)
-    return (unfolding * (gram @ unfolding)).sum(1).clamp_min(0).sqrt().double()
+    gram = _gram(unfolding)
+    return _in_float64(unfolding.mT, lambda rows: (rows * (rows @ gram)).sum(-1)).clamp_min(0).sqrt()
 
 
 def _leading_eigenpair(
@@ -151,6 +152,13 @@ def _gram(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor,
         precise = rows.double()
         gram.baddbmm_(precise.mT, precise)
     return gram
+
+
+def _in_float64(
+    matrix: Float[Tensor, "batch long short"], function: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "batch long"]:
+    """Apply a function of a matrix's rows to them in float64, some rows at a time."""
+    return torch.cat([function(rows.double()) for rows in matrix.split(_ROWS_AT_A_TIME, dim=1)], dim=1)
 
 
 def _is_tall(unfolding: Tensor) -> bool:

@@ -1,0 +1,30 @@
+"""Every test is seeded and runs offline; the package is imported with its shape annotations checked."""
+
+import typing
+
+import pytest
+import pytorch_grad_cam  # noqa: F401 - imported, like all below, before TYPE_CHECKING is set
+import shape_checks  # noqa: F401
+import tensorly.decomposition  # noqa: F401
+import torch
+from jaxtyping import install_import_hook
+
+# jaxtyping is imported by the package for type checkers only, so that users need not have it.
+typing.TYPE_CHECKING = True
+try:
+    with install_import_hook(["tucker_cam.decomposition", "tucker_cam.projection"], "shape_checks.check"):
+        import tucker_cam  # noqa: F401
+finally:
+    typing.TYPE_CHECKING = False
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+    # Two threads are slower than one wherever the other core is busy.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -1,0 +1,52 @@
+"""Tiny seeded networks, one for each habit of a model that a label-free method has to put up with."""
+
+import torch
+from torch import nn
+
+
+def small_cnn(channels=8):
+    return nn.Sequential(
+        nn.Conv2d(3, channels, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * channels, 10),
+    )
+
+
+def in_place_cnn():
+    """A convolution whose output the next module rewrites, as in torchvision's VGG."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def mirror_symmetric_cnn():
+    """A network that commutes with a horizontal flip: its kernels are symmetric, its strides 1."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1))
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.copy_((layer.weight + layer.weight.flip(-1)) / 2)
+    return model
+
+
+class Returning(nn.Module):
+    """Runs a convolution and returns whatever it was told to, made from the feature maps."""
+
+    def __init__(self, make_output):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.make_output = make_output
+
+    def forward(self, x):
+        return self.make_output(self.conv(x))
+
+
+class SmallVolumeCNN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv3d(1, 6, 3, padding=1)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().mean((2, 3, 4)))

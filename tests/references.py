@@ -1,0 +1,52 @@
+"""Slow float64 oracles, one image at a time, that never import tucker_cam."""
+
+import warnings
+
+import numpy as np
+import tensorly as tl
+from tensorly.decomposition import tucker
+
+
+def tensorly_factor(image, rank=None):
+    """Return the mode-1 factor and the norms of the core's mode-1 slices, as TensorLy's `tucker` finds them."""
+    image = np.asarray(image, dtype=np.float64)
+    with tl.backend_context("numpy"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # more channels than positions: it pads the factor
+        core, factors = tucker(image, rank=image.shape if rank is None else rank)
+    return factors[0], np.linalg.norm(core.reshape(core.shape[0], -1), axis=1)
+
+
+def tsm(image, rank=None):
+    factor, _ = tensorly_factor(image, rank)
+    return np.abs(np.tensordot(factor[:, 0], np.asarray(image, dtype=np.float64), axes=1))
+
+
+def mtsm(image, rank=None, combine="signed"):
+    factor, norms = tensorly_factor(image, rank)
+    return _combined([s * np.tensordot(a, np.asarray(image, dtype=np.float64), 1) for s, a in zip(norms, factor.T)], combine)
+
+
+def multivec_eigencam(image, combine="signed"):
+    image = np.asarray(image, dtype=np.float64)
+    unfolding = image.reshape(len(image), -1)
+    unfolding = unfolding - unfolding.mean(axis=1, keepdims=True)
+    vectors, values, _ = np.linalg.svd(unfolding, full_matrices=False)
+    components = []
+    for u, s in zip(vectors.T, values):
+        if u[np.argmax(np.abs(u))] < 0:
+            u = -u
+        components.append((s * u @ unfolding).reshape(image.shape[1:]))
+    return _combined(components, combine)
+
+
+def _combined(components, combine):
+    if combine == "signed":
+        return np.abs(sum(components))
+    return np.sqrt(sum(component**2 for component in components))
+
+
+def scaled(saliency):
+    """Scale one map to [0, 1], as the host does before it resizes."""
+    saliency = np.asarray(saliency, dtype=np.float64)
+    saliency = saliency - saliency.min()
+    return saliency / saliency.max()

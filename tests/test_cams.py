@@ -1,0 +1,369 @@
+import dataclasses
+import gc
+import weakref
+from functools import partial
+
+import networks
+import numpy as np
+import pytest
+import references
+import torch
+import ttach
+from numpy.testing import assert_allclose
+from pytorch_grad_cam import EigenCAM
+from pytorch_grad_cam.utils.image import scale_cam_image, show_cam_on_image
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torch import nn
+
+from tucker_cam import MTSM, TSM, MultivecEigenCAM
+
+METHODS = {
+    "TSM": TSM,
+    "MTSM": MTSM,
+    "MTSM-energy": partial(MTSM, combine="energy"),
+    "MultivecEigenCAM": MultivecEigenCAM,
+    "MultivecEigenCAM-energy": partial(MultivecEigenCAM, combine="energy"),
+}
+REFERENCES = {
+    "TSM": references.tsm,
+    "MTSM": references.mtsm,
+    "MTSM-energy": partial(references.mtsm, combine="energy"),
+    "MultivecEigenCAM": references.multivec_eigencam,
+    "MultivecEigenCAM-energy": partial(references.multivec_eigencam, combine="energy"),
+}
+every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+
+
+def images(batch=2, size=32):
+    return torch.randn(batch, 3, size, size)
+
+
+def scaled_to(maps, size):
+    """What the host does with the maps of one layer."""
+    return scale_cam_image(scale_cam_image(maps, (size, size)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_call_returns_the_references_map_scaled_by_the_host(name):
+    model, batch = networks.small_cnn(), images()
+    features = model[:3](batch).detach().numpy()
+    expected = scaled_to(np.stack([references.scaled(REFERENCES[name](image)) for image in features]), 32)
+    with METHODS[name](model, [model[2]]) as cam:
+        actual = cam(batch)
+    assert actual.dtype == np.float32
+    assert_allclose(actual, expected, atol=1e-5)
+
+
+@every_method
+def test_a_call_takes_what_eigencam_takes(method):
+    model, batch = networks.small_cnn(), images()
+    for build in (method, EigenCAM):
+        by_position = build(model, [model[2]])
+        by_name = build(model=model, target_layers=[model[2]], reshape_transform=None)
+        one = by_position(batch, None, False, False)
+        other = by_name(input_tensor=batch, targets=[ClassifierOutputTarget(1)] * 2, aug_smooth=False, eigen_smooth=True)
+        assert_allclose(one, other)
+
+
+@every_method
+def test_the_map_can_be_drawn_by_the_host(method):
+    model = networks.small_cnn()
+    saliency = method(model, [model[2]])(images(1))[0]
+    overlay = show_cam_on_image(np.full((32, 32, 3), 0.5, dtype=np.float32), saliency, use_rgb=True)
+    assert overlay.shape == (32, 32, 3)
+    assert overlay.std() > 10
+
+
+@every_method
+def test_one_image_at_a_time_equals_the_batch(method):
+    model, batch = networks.small_cnn(), images(4)
+    cam = method(model, [model[2]])
+    alone = np.concatenate([cam(batch[i : i + 1]) for i in range(4)])
+    assert_allclose(cam(batch), alone, atol=1e-5)
+
+
+@every_method
+def test_a_flipped_picture_gives_the_flipped_map(method):
+    model, batch = networks.mirror_symmetric_cnn(), images(2, 15)
+    cam = method(model, [model[2]])
+    assert_allclose(cam(batch.flip(-1)), cam(batch)[..., ::-1], atol=1e-5)
+
+
+@every_method
+def test_several_layers_are_averaged(method):
+    model, batch = networks.small_cnn(), images()
+    both = method(model, [model[0], model[2]])
+    actual = both(batch)
+    maps = [both.get_cam_image(batch, None, None, f, None) for f in both.activations_and_grads.activations]
+    mean = np.mean([scale_cam_image(saliency, (32, 32)) for saliency in maps], axis=0)
+    assert_allclose(actual, scale_cam_image(mean), atol=1e-5)
+
+
+@pytest.mark.parametrize("transforms", [None, ttach.Compose([ttach.VerticalFlip()])], ids=["the host's", "given"])
+@every_method
+def test_augmentation_smoothing_averages_over_the_transforms(method, transforms):
+    model, batch = networks.small_cnn(), images()
+    cam = method(model, [model[2]], tta_transforms=transforms)
+    if transforms is None:
+        expected = np.mean(
+            [f(cam(f(batch) * factor)) for f in (lambda x: x, mirrored) for factor in (0.9, 1, 1.1)], axis=0
+        )
+    else:
+        expected = (cam(batch) + cam(batch.flip(-2))[:, ::-1]) / 2
+    assert_allclose(cam(batch, aug_smooth=True), expected, atol=1e-5)
+
+
+def mirrored(x):
+    return x.flip(-1) if isinstance(x, torch.Tensor) else x[..., ::-1]
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "make_output",
+    [
+        lambda x: (x, x),
+        lambda x: [{"boxes": x}],
+        lambda x: {"out": x},
+        lambda x: Output(x),
+        lambda x: None,
+        lambda x: x.mean(),
+        lambda x: x.to(torch.bfloat16),
+    ],
+    ids=["tuple", "list", "dict", "dataclass", "None", "scalar", "bfloat16"],
+)
+@every_method
+def test_the_output_is_never_read(method, make_output):
+    model, batch = networks.Returning(make_output), images()
+    expected = networks.Returning(lambda x: x.mean((2, 3)))
+    expected.load_state_dict(model.state_dict())
+    cam = method(model, [model.conv])
+    assert_allclose(cam(batch), method(expected, [expected.conv])(batch))
+    assert type(cam.outputs) is type(make_output(torch.zeros(1)))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@every_method
+def test_gradients_are_neither_needed_nor_recorded(method, context):
+    model, batch = networks.small_cnn(), images()
+    expected = method(model, [model[2]])(batch)
+    for parameter in model[:3].parameters():
+        parameter.requires_grad_(False)
+    model[6].weight.grad = torch.ones_like(model[6].weight)
+    flags = [p.requires_grad for p in model.parameters()]
+    with context(), method(model, [model[2]]) as cam:
+        assert_allclose(cam(batch), expected)
+        assert not cam.outputs.requires_grad
+        assert cam.activations_and_grads.activations[0].grad_fn is None
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert (model[6].weight.grad == 1).all()
+
+
+def hook_count(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+@every_method
+def test_hooks_are_gone_after_the_block_and_after_the_object(method):
+    model = networks.small_cnn()
+    model[2].register_forward_hook(lambda *_: None)
+    with method(model, [model[2]]):
+        assert hook_count(model) > 1
+    assert hook_count(model) == 1
+    cam = method(model, [model[2]])
+    gone = weakref.ref(cam)
+    del cam
+    gc.collect()
+    assert gone() is None
+    assert hook_count(model) == 1
+
+
+def test_an_error_in_the_block_comes_out_of_it():
+    model = networks.small_cnn()
+    with pytest.raises(IndexError, match="mine"), TSM(model, [model[2]]):
+        raise IndexError("mine")
+    assert hook_count(model) == 0
+
+
+@every_method
+def test_the_layers_own_output_is_explained_when_the_next_module_works_in_place(method):
+    model, batch = networks.in_place_cnn(), images()
+    kept = nn.Sequential(model[0], nn.ReLU(inplace=False), *model[2:])
+    assert_allclose(method(model, [model[0]])(batch), method(kept, [kept[0]])(batch))
+
+
+@every_method
+def test_a_volume_gives_a_volume(method):
+    model, batch = networks.SmallVolumeCNN(), torch.randn(2, 1, 6, 8, 10)
+    saliency = method(model, [model.conv])(batch)
+    assert saliency.shape == (2, 6, 8, 10)
+    assert saliency.min() == 0
+    assert saliency.max() == pytest.approx(1, abs=1e-6)
+
+
+def test_a_volumes_map_is_the_references():
+    model, batch = networks.SmallVolumeCNN(), torch.randn(1, 1, 6, 8, 10)
+    expected = references.scaled(references.tsm(model.conv(batch).detach().numpy()[0]))
+    assert_allclose(TSM(model, [model.conv])(batch)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@every_method
+def test_half_precision_models_are_explained(method, dtype):
+    model, batch = networks.small_cnn().to(dtype), images().to(dtype)
+    saliency = method(model, [model[2]])(batch)
+    features = model[:3](batch).detach().float()
+    cam = method(model, [model[2]])
+    assert saliency.dtype == np.float32
+    assert_allclose(saliency, scaled_to(cam.get_cam_image(None, None, None, features, None), 32), atol=1e-5)
+
+
+@every_method
+def test_get_cam_image_takes_six_positional_arguments_and_numpy(method):
+    model = networks.small_cnn()
+    activations = torch.randn(2, 6, 3, 4)
+    cam = method(model, [model[2]])
+    from_numpy = cam.get_cam_image(images(), model[2], None, activations.numpy(), None, False)
+    assert from_numpy.shape == (2, 3, 4)
+    assert_allclose(from_numpy, cam.get_cam_image(images(), model[2], None, activations, None, True))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+@every_method
+def test_the_scale_of_the_features_does_not_matter(method, scale):
+    model, batch = networks.small_cnn(), images()
+    expected = method(model, [model[2]])(batch)
+    with torch.no_grad():
+        model[2].weight.mul_(scale)
+        model[2].bias.mul_(scale)
+    assert_allclose(method(model, [model[2]])(batch), expected, atol=1e-4)
+
+
+def test_modes_are_given_for_each_layer():
+    model, batch = networks.small_cnn(), images()
+    for cam in (TSM(model, [model[0], model[2]]), MultivecEigenCAM(model, [model[0], model[2]])):
+        first, second = cam.modes(batch)
+        assert first.vectors.shape == (2, 8, 8)
+        assert second.vectors.shape == (2, 16, 16)
+        assert second.maps.shape == (2, 16, 8, 8)
+    factor, norms = references.tensorly_factor(model[:3](batch).detach().numpy()[1])
+    _, second = TSM(model, [model[0], model[2]]).modes(batch)
+    assert_allclose(second.vectors[1], factor, atol=1e-3)
+    assert_allclose(second.values[1], norms, rtol=1e-4)
+    (truncated,) = MTSM(model, [model[2]], rank=(3, 2, 2)).modes(batch)
+    assert truncated.values.shape == (2, 3)
+
+
+def test_layers_keep_their_order_and_a_layer_that_runs_twice_its_first_output():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.Conv2d(3, 4, 1)
+            self.shared = nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            return self.last(self.shared(self.shared(x)))
+
+    model, batch = Twice(), images()
+    cam = TSM(model, [model.last, model.shared])
+    cam(batch)
+    last, shared = cam.activations_and_grads.activations
+    assert last.shape[1] == 4
+    assert_allclose(shared, model.shared(batch).detach())
+
+
+def test_a_forward_pass_outside_the_cam_is_not_recorded():
+    model, batch = networks.small_cnn(), images()
+    cam = TSM(model, [model[2]])
+    expected = cam(batch)
+    model(images(5))
+    assert len(cam.activations_and_grads.activations[0]) == 2
+    assert_allclose(cam(batch), expected)
+
+
+@pytest.mark.parametrize("method", [TSM, MTSM])
+def test_a_truncated_rank_is_tensorlys(method):
+    model, batch = networks.small_cnn(), images()
+    reference = references.tsm if method is TSM else references.mtsm
+    features = model[:3](batch).detach().numpy()
+    expected = np.stack([references.scaled(reference(image, (3, 2, 2))) for image in features])
+    actual = method(model, [model[2]], rank=(3, 2, 2))(batch)
+    assert_allclose(actual, scaled_to(expected, 32), atol=1e-5)
+
+
+def test_non_finite_features_count_as_zero_and_are_named():
+    model, batch = networks.Returning(lambda x: x), images(3)
+    clean = TSM(model, [model.conv])(batch)
+    batch[1, 0, 4, 4] = torch.nan
+    with pytest.warns(RuntimeWarning, match="`conv` put out NaN or Inf for image 1 of the batch"):
+        saliency = TSM(model, [model.conv])(batch)
+    assert_allclose(saliency[[0, 2]], clean[[0, 2]], atol=0, rtol=0)
+    assert np.isfinite(saliency).all()
+
+
+MODEL = networks.small_cnn()
+TUPLE = nn.Sequential(nn.MaxPool2d(2, return_indices=True))
+TUPLE.append(nn.Linear(1, 1))  # never reached; the host wants a model to have parameters
+TUPLE.forward = lambda x: TUPLE[0](x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((MODEL, MODEL[2]), TypeError, r"list of layers, got the layer Conv2d: put it in brackets"),
+        ((MODEL, []), ValueError, "at least one target layer"),
+        ((MODEL, None), TypeError, "list of layers, got NoneType"),
+        ((MODEL, ["conv"]), TypeError, "torch.nn.Module objects, got 'conv'"),
+        ((MODEL, [nn.Conv2d(1, 1, 1)]), ValueError, "part of the model, got a Conv2d that is not"),
+        ((lambda x: x, [MODEL[2]]), TypeError, "torch.nn.Module, got function"),
+        ((MODEL, [MODEL[2]], "vit"), TypeError, "reshape_transform as a callable or None, got str"),
+    ],
+)
+@every_method
+def test_bad_construction_is_named(method, arguments, error, message):
+    with pytest.raises(error, match=message):
+        method(*arguments)
+    assert hook_count(MODEL) == 0
+
+
+@pytest.mark.parametrize("method", [MTSM, MultivecEigenCAM])
+def test_an_unknown_combination_is_named(method):
+    with pytest.raises(ValueError, match="'signed', 'energy', got 'sum'"):
+        method(MODEL, [MODEL[2]], combine="sum")
+
+
+@pytest.mark.parametrize(
+    ("cam", "batch", "error", "message"),
+    [
+        (lambda: TSM(MODEL, [MODEL[2]]), np.zeros((1, 3, 32, 32)), TypeError, "images as a torch.Tensor, got ndarray"),
+        (lambda: TSM(MODEL, [MODEL[2]]), torch.zeros(32, 32, 3), ValueError, r"got \(32, 32, 3\): a single picture"),
+        (lambda: TSM(MODEL, [MODEL[2]]), torch.zeros(0, 3, 32, 32), ValueError, "empty axis"),
+        (lambda: TSM(MODEL, [MODEL[6]]), images(), ValueError, r"\(B, C, H, W\).*from `6`, got \(2, 10\)"),
+        (lambda: TSM(TUPLE, [TUPLE[0]]), images(), TypeError, "one tensor of feature maps from `0`, got tuple"),
+        (lambda: TSM(MODEL, [MODEL[2]], lambda x: x.mean(1)), images(), ValueError, "reshape_transform after `2`"),
+        (lambda: TSM(MODEL, [MODEL[2]], lambda x: x[:1]), images(), ValueError, "each of 2 images from `2`, got 1"),
+        (lambda: TSM(MODEL, [MODEL[2]], rank=(2, 2)), images(), ValueError, r"3 positive ints.*\(16, 8, 8\)"),
+    ],
+)
+def test_bad_calls_are_named(cam, batch, error, message):
+    with pytest.raises(error, match=message):
+        cam()(batch)
+
+
+def test_a_layer_that_the_model_does_not_reach_is_named():
+    model = networks.small_cnn()
+    model.unused = nn.Conv2d(3, 3, 1)
+    model.forward = lambda x: model[2](model[0](x))
+    with pytest.raises(ValueError, match="reach the target layer `unused`, but its hook never fired"):
+        TSM(model, [model.unused])(images())
+
+
+def test_a_released_cam_says_so():
+    model = networks.small_cnn()
+    with TSM(model, [model[2]]) as cam:
+        pass
+    with pytest.raises(ValueError, match="released"):
+        cam(images())

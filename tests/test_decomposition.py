@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+import references
+import torch
+from torch.testing import assert_close
+
+from tucker_cam import channel_modes
+from tucker_cam.decomposition import feasible_rank, signs
+
+TALL, WIDE, SQUARE, VOLUME = (20, 3, 4), (5, 4, 6), (12, 3, 4), (9, 2, 3, 4)
+
+
+def features(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def test_a_hand_computed_tensor():
+    # Rows of the unfolding are orthogonal, of length 3 and 5; the larger entry of the second is negative.
+    image = torch.tensor([[[3.0, 0.0], [0.0, 0.0]], [[0.0, 3.0], [0.0, -4.0]]])
+    modes = channel_modes(image[None])
+    assert_close(modes.values, torch.tensor([[5.0, 3.0]]))
+    assert_close(modes.vectors, torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]))
+    assert_close(modes.maps, torch.stack([image[1], image[0]])[None])
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE, SQUARE, VOLUME])
+def test_full_rank_modes_are_those_of_tensorlys_tucker(shape):
+    batch = features(3, *shape)
+    modes = channel_modes(batch)
+    for image, vectors, values in zip(batch, modes.vectors, modes.values, strict=True):
+        factor, norms = references.tensorly_factor(image)
+        assert_close(vectors.numpy(), factor[:, : vectors.shape[1]])
+        assert_close(values.numpy(), norms[: len(values)])
+
+
+@pytest.mark.parametrize(("shape", "rank"), [(TALL, (4, 2, 2)), (WIDE, (2, 3, 2)), (TALL, (1, 1, 1)), (VOLUME, (3, 2, 2, 3))])
+def test_truncated_modes_are_those_of_tensorlys_tucker(shape, rank):
+    batch = features(3, *shape)
+    modes = channel_modes(batch, rank=rank)
+    for image, vectors, values in zip(batch, modes.vectors, modes.values, strict=True):
+        factor, norms = references.tensorly_factor(image, rank)
+        order = np.argsort(-norms)
+        assert_close(vectors.numpy(), factor[:, order])
+        assert_close(values.numpy(), norms[order])
+
+
+@pytest.mark.parametrize("shape", [TALL, WIDE, VOLUME])
+def test_centred_modes_are_the_svd_of_the_centred_unfolding(shape):
+    batch = features(2, *shape) + 3
+    modes = channel_modes(batch, center=True)
+    for image, values in zip(batch, modes.values, strict=True):
+        unfolding = image.numpy().reshape(shape[0], -1)
+        centred = unfolding - unfolding.mean(axis=1, keepdims=True)
+        assert_close(values.numpy(), np.linalg.svd(centred, compute_uv=False))
+
+
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("shape", [TALL, WIDE, VOLUME])
+def test_all_modes_together_rebuild_the_features(shape, center):
+    batch = features(2, *shape)
+    modes = channel_modes(batch, center=center)
+    rebuilt = torch.einsum("bcr,br...->bc...", modes.vectors, modes.maps)
+    mean = batch.flatten(2).mean(-1).reshape(2, shape[0], *[1] * (len(shape) - 1))
+    assert_close(rebuilt, batch - mean if center else batch)
+
+
+@pytest.mark.parametrize("rank", [None, (4, 2, 2)])
+def test_vectors_are_orthonormal_also_where_the_features_lack_rank(rank):
+    batch = features(2, *TALL)
+    batch[1, :, 1:] = 0  # rank 4 at most
+    vectors = channel_modes(batch, rank=rank).vectors
+    assert_close(vectors.mT @ vectors, torch.eye(vectors.shape[2], dtype=vectors.dtype).expand(2, -1, -1))
+
+
+def test_the_length_of_each_map_is_its_value():
+    modes = channel_modes(features(2, *TALL))
+    assert_close(modes.maps.flatten(2).norm(dim=2), modes.values)
+
+
+@pytest.mark.parametrize("rank", [None, (4, 2, 2)])
+def test_a_batch_is_its_images_one_at_a_time(rank):
+    batch = features(4, *TALL)
+    together = channel_modes(batch, rank=rank)
+    for i in range(4):
+        for whole, alone in zip(together, channel_modes(batch[i : i + 1], rank=rank), strict=True):
+            assert_close(whole[i], alone[0])
+
+
+def test_the_largest_entry_of_each_vector_is_positive():
+    vectors = channel_modes(features(3, *TALL)).vectors
+    assert (vectors.gather(1, vectors.abs().argmax(1, keepdim=True)) > 0).all()
+
+
+def test_the_sign_rule_looks_at_the_largest_entry_and_at_the_first_of_two():
+    columns = [[0.5, -0.7, 0.6], [-0.5, 0.7, -0.6], [-1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [0.0, 0.0, 0.0], [-1.0, -2.0, -3.0]]
+    assert_close(signs(torch.tensor(columns).T[None]), torch.tensor([[-1.0, 1.0, -1.0, 1.0, 1.0, -1.0]]))
+
+
+def test_half_precision_features_are_decomposed_in_single_precision_or_better():
+    batch = features(2, *TALL)
+    for half in (torch.float16, torch.bfloat16):
+        modes = channel_modes(batch.to(half))
+        assert modes.values.dtype == torch.float32
+        assert_close(modes.values, channel_modes(batch.to(half).double()).values.float())
+
+
+def test_features_are_not_written_to():
+    batch = features(2, *TALL)
+    before = batch.clone()
+    for rank in (None, (4, 2, 2)):
+        channel_modes(batch, rank=rank, center=True)
+    assert_close(batch, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rank", "shape", "expected"),
+    [
+        (None, (8, 3, 3), None),
+        ((8, 3, 3), (8, 3, 3), None),
+        ((99, 99, 99), (20, 3, 4), None),
+        ((99, 2, 2), (20, 3, 4), (4, 2, 2)),
+        ((4, 9, 2), (20, 3, 4), (4, 3, 2)),
+        ((1, 1, 4), (20, 3, 4), (1, 1, 1)),
+        ((2, 2, 2, 2), (8, 3, 3, 3), (2, 2, 2, 2)),
+    ],
+)
+def test_a_rank_is_clipped_to_what_is_feasible(rank, shape, expected):
+    assert feasible_rank(rank, shape) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"features": np.zeros((1, 2, 3, 4))}, TypeError, "expected features as a torch.Tensor, got ndarray"),
+        ({"features": torch.zeros(1, 2, 3, 4, dtype=torch.int64)}, TypeError, "floating point.*int64"),
+        ({"features": torch.zeros(2, 3)}, ValueError, r"batch x channels x spatial, got \(2, 3\)"),
+        ({"features": torch.zeros(0, 2, 3, 4)}, ValueError, r"empty axis, got \(0, 2, 3, 4\)"),
+        ({"features": torch.full((1, 2, 3, 4), torch.nan)}, ValueError, "finite"),
+        ({"rank": "all"}, TypeError, "'all'"),
+        ({"rank": (2.0, 2, 2)}, TypeError, "tuple of ints"),
+        ({"rank": (2, 2)}, ValueError, r"3 positive ints for feature maps of shape \(2, 3, 4\)"),
+        ({"rank": (2, 0, 2)}, ValueError, r"\(2, 0, 2\)"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        channel_modes(**({"features": torch.ones(1, 2, 3, 4)} | arguments))
