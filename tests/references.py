@@ -23,7 +23,10 @@ def tsm(image, rank=None):
 
 def mtsm(image, rank=None, combine="signed"):
     factor, norms = tensorly_factor(image, rank)
-    return _combined([s * np.tensordot(a, np.asarray(image, dtype=np.float64), 1) for s, a in zip(norms, factor.T)], combine)
+    return _combined(
+        [s * np.tensordot(a, np.asarray(image, dtype=np.float64), 1) for s, a in zip(norms, factor.T, strict=True)],
+        combine,
+    )
 
 
 def multivec_eigencam(image, combine="signed"):
@@ -32,7 +35,7 @@ def multivec_eigencam(image, combine="signed"):
     unfolding = unfolding - unfolding.mean(axis=1, keepdims=True)
     vectors, values, _ = np.linalg.svd(unfolding, full_matrices=False)
     components = []
-    for u, s in zip(vectors.T, values):
+    for u, s in zip(vectors.T, values, strict=True):
         if u[np.argmax(np.abs(u))] < 0:
             u = -u
         components.append((s * u @ unfolding).reshape(image.shape[1:]))

@@ -61,7 +61,9 @@ def test_a_call_takes_what_eigencam_takes(method):
         by_position = build(model, [model[2]])
         by_name = build(model=model, target_layers=[model[2]], reshape_transform=None)
         one = by_position(batch, None, False, False)
-        other = by_name(input_tensor=batch, targets=[ClassifierOutputTarget(1)] * 2, aug_smooth=False, eigen_smooth=True)
+        other = by_name(
+            input_tensor=batch, targets=[ClassifierOutputTarget(1)] * 2, aug_smooth=False, eigen_smooth=True
+        )
         assert_allclose(one, other)
 
 
@@ -338,13 +340,38 @@ def test_an_unknown_combination_is_named(method):
 @pytest.mark.parametrize(
     ("cam", "batch", "error", "message"),
     [
-        (lambda: TSM(MODEL, [MODEL[2]]), np.zeros((1, 3, 32, 32)), TypeError, "images as a torch.Tensor, got ndarray"),
-        (lambda: TSM(MODEL, [MODEL[2]]), torch.zeros(32, 32, 3), ValueError, r"got \(32, 32, 3\): a single picture"),
+        (
+            lambda: TSM(MODEL, [MODEL[2]]),
+            np.zeros((1, 3, 32, 32)),
+            TypeError,
+            "images as a torch.Tensor, got ndarray",
+        ),
+        (
+            lambda: TSM(MODEL, [MODEL[2]]),
+            torch.zeros(32, 32, 3),
+            ValueError,
+            r"got \(32, 32, 3\): a single picture",
+        ),
         (lambda: TSM(MODEL, [MODEL[2]]), torch.zeros(0, 3, 32, 32), ValueError, "empty axis"),
         (lambda: TSM(MODEL, [MODEL[6]]), images(), ValueError, r"\(B, C, H, W\).*from `6`, got \(2, 10\)"),
-        (lambda: TSM(TUPLE, [TUPLE[0]]), images(), TypeError, "one tensor of feature maps from `0`, got tuple"),
-        (lambda: TSM(MODEL, [MODEL[2]], lambda x: x.mean(1)), images(), ValueError, "reshape_transform after `2`"),
-        (lambda: TSM(MODEL, [MODEL[2]], lambda x: x[:1]), images(), ValueError, "each of 2 images from `2`, got 1"),
+        (
+            lambda: TSM(TUPLE, [TUPLE[0]]),
+            images(),
+            TypeError,
+            "one tensor of feature maps from `0`, got tuple",
+        ),
+        (
+            lambda: TSM(MODEL, [MODEL[2]], lambda x: x.mean(1)),
+            images(),
+            ValueError,
+            "reshape_transform after `2`",
+        ),
+        (
+            lambda: TSM(MODEL, [MODEL[2]], lambda x: x[:1]),
+            images(),
+            ValueError,
+            "each of 2 images from `2`, got 1",
+        ),
         (lambda: TSM(MODEL, [MODEL[2]], rank=(2, 2)), images(), ValueError, r"3 positive ints.*\(16, 8, 8\)"),
     ],
 )

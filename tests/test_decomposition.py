@@ -33,7 +33,9 @@ def test_full_rank_modes_are_those_of_tensorlys_tucker(shape):
         assert_close(values.numpy(), norms[: len(values)])
 
 
-@pytest.mark.parametrize(("shape", "rank"), [(TALL, (4, 2, 2)), (WIDE, (2, 3, 2)), (TALL, (1, 1, 1)), (VOLUME, (3, 2, 2, 3))])
+@pytest.mark.parametrize(
+    ("shape", "rank"), [(TALL, (4, 2, 2)), (WIDE, (2, 3, 2)), (TALL, (1, 1, 1)), (VOLUME, (3, 2, 2, 3))]
+)
 def test_truncated_modes_are_those_of_tensorlys_tucker(shape, rank):
     batch = features(3, *shape)
     modes = channel_modes(batch, rank=rank)
@@ -92,7 +94,14 @@ def test_the_largest_entry_of_each_vector_is_positive():
 
 
 def test_the_sign_rule_looks_at_the_largest_entry_and_at_the_first_of_two():
-    columns = [[0.5, -0.7, 0.6], [-0.5, 0.7, -0.6], [-1.0, 1.0, 0.0], [1.0, -1.0, 0.0], [0.0, 0.0, 0.0], [-1.0, -2.0, -3.0]]
+    columns = [
+        [0.5, -0.7, 0.6],
+        [-0.5, 0.7, -0.6],
+        [-1.0, 1.0, 0.0],
+        [1.0, -1.0, 0.0],
+        [0.0, 0.0, 0.0],
+        [-1.0, -2.0, -3.0],
+    ]
     assert_close(signs(torch.tensor(columns).T[None]), torch.tensor([[-1.0, 1.0, -1.0, 1.0, 1.0, -1.0]]))
 
 

@@ -82,8 +82,6 @@ def test_refine_cam_and_arcc_accept_it(networks, method):
         assert ((scores >= 0) & (scores <= 1)).all()
 
 
-
-
 @since_1_5_7
 @every_method
 def test_sess_accepts_it(networks, method):

@@ -73,7 +73,11 @@ def test_features_beyond_the_range_of_float32_squares_keep_their_map(scale):
 @pytest.mark.parametrize("shape", [(20, 3, 4), (5, 4, 6)])
 def test_no_features_no_map(shape):
     zeros = torch.zeros(2, *shape)
-    for saliency in (leading_map(zeros), combined_map(zeros), combined_map(zeros, combine="energy", center=True)):
+    for saliency in (
+        leading_map(zeros),
+        combined_map(zeros),
+        combined_map(zeros, combine="energy", center=True),
+    ):
         assert_close(saliency, torch.zeros(2, *shape[1:], dtype=saliency.dtype))
 
 

@@ -41,9 +41,10 @@ class FeatureRecorder:
         self._names = {layer: name for name, layer in model.named_modules() if layer in self.target_layers}
         self.handles: list[RemovableHandle] = [layer.register_forward_hook(self._record) for layer in self._names]
 
-    def __call__(self, images: Tensor) -> Any:  # noqa: ANN401 - whatever the model returns
+    def __call__(self, images: Tensor) -> Any:
         self.clear()
-        self._recorded = recorded = {}
+        recorded: dict[nn.Module, Tensor] = {}
+        self._recorded = recorded
         try:
             outputs = self.model(images)
         finally:

@@ -41,7 +41,7 @@ class LabelFreeCAM(BaseCAM):
         target_layers: Sequence[nn.Module],
         reshape_transform: ReshapeTransform | None = None,
         *,
-        tta_transforms: Any = None,  # noqa: ANN401 - a ttach.Compose; ttach has no types
+        tta_transforms: Any = None,
     ) -> None:
         _check_construction(model, target_layers, reshape_transform)
         # detach=False: the host hands the recorded tensors on as they are, without moving them to the CPU.
@@ -54,7 +54,7 @@ class LabelFreeCAM(BaseCAM):
             detach=False,
         )
         self.activations_and_grads.release()
-        self.activations_and_grads = FeatureRecorder(model, target_layers, reshape_transform)
+        self.activations_and_grads: FeatureRecorder = FeatureRecorder(model, target_layers, reshape_transform)
 
     @abstractmethod
     def saliency(self, features: Tensor) -> Tensor:
@@ -87,7 +87,8 @@ class LabelFreeCAM(BaseCAM):
         _check_images(input_tensor)
         with torch.no_grad():
             # An empty list, since the host reads the model's output to choose targets where it is given None.
-            return super().forward(input_tensor, targets or [], eigen_smooth)
+            maps: NDArray[np.float32] = super().forward(input_tensor, targets or [], eigen_smooth)
+        return maps
 
     def get_cam_image(
         self,
@@ -152,7 +153,7 @@ class TSM(LabelFreeCAM):
         reshape_transform: ReshapeTransform | None = None,
         *,
         rank: tuple[int, ...] | None = None,
-        tta_transforms: Any = None,  # noqa: ANN401
+        tta_transforms: Any = None,
     ) -> None:
         super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
         self.rank = rank
@@ -185,7 +186,7 @@ class MTSM(LabelFreeCAM):
         *,
         rank: tuple[int, ...] | None = None,
         combine: Combine = "signed",
-        tta_transforms: Any = None,  # noqa: ANN401
+        tta_transforms: Any = None,
     ) -> None:
         _check_combine(combine)
         super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
@@ -219,7 +220,7 @@ class MultivecEigenCAM(LabelFreeCAM):
         reshape_transform: ReshapeTransform | None = None,
         *,
         combine: Combine = "signed",
-        tta_transforms: Any = None,  # noqa: ANN401
+        tta_transforms: Any = None,
     ) -> None:
         _check_combine(combine)
         super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
@@ -265,7 +266,8 @@ def _check_images(images: Tensor) -> None:
     if images.dim() not in (4, 5):
         raise ValueError(
             f"expected images as batch x channels x height x width (or batch x channels x depth x height x width), "
-            f"got {tuple(images.shape)}: a single picture needs images[None], one with its channels last permute(2, 0, 1)"
+            f"got {tuple(images.shape)}: a single picture needs images[None], one with its channels last "
+            "permute(2, 0, 1)"
         )
     if 0 in images.shape:
         raise ValueError(f"expected images without an empty axis, got {tuple(images.shape)}")

@@ -74,7 +74,7 @@ def channel_modes(features: Tensor, *, rank: tuple[int, ...] | None = None, cent
         precise = precise - precise.flatten(2).mean(-1).reshape(*features.shape[:2], *(1 for _ in spatial))
     vectors, values = _higher_order_svd(precise.flatten(2)) if ranks is None else _tucker_modes(precise, ranks)
     vectors = vectors * signs(vectors)[:, None, :]
-    maps = (vectors.mT @ precise.flatten(2)).unflatten(-1, spatial)
+    maps = (vectors.mT @ precise.flatten(2)).reshape(*values.shape, *spatial)
     dtype = torch.promote_types(features.dtype, torch.float32)
     return ChannelModes(vectors.to(dtype), values.to(dtype), maps.to(dtype))
 

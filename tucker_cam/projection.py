@@ -1,8 +1,8 @@
-"""Feature maps in, one saliency map for each image out: the equations of TSM, MTSM and Multivec-EigenCAM.
+r"""Feature maps in, one saliency map for each image out: the equations of TSM, MTSM and Multivec-EigenCAM.
 
 A truncated decomposition is projected as the paper writes it, on the mode-1 factor. At full rank the same maps follow
-from the Gram matrix of the unfolding alone: with $F_{(1)} = A\\,\\mathrm{diag}(s)\\,V^\\top$, each component
-$a_i^\\top F_{(1)} = s_i v_i^\\top$ is an eigenvector of $G = F_{(1)}^\\top F_{(1)}$ and $s_i^2$ its eigenvalue, so a
+from the Gram matrix of the unfolding alone: with $F_{(1)} = A\,\mathrm{diag}(s)\,V^\top$, each component
+$a_i^\top F_{(1)} = s_i v_i^\top$ is an eigenvector of $G = F_{(1)}^\top F_{(1)}$ and $s_i^2$ its eigenvalue, so a
 matrix no larger than min(channels, positions) squared is all that is ever decomposed.
 """
 
@@ -32,7 +32,7 @@ _ROWS_AT_A_TIME = 256
 
 def leading_map(
     features: Float[Tensor, "batch channels *spatial"], *, rank: tuple[int, ...] | None = None
-) -> Float[Tensor, "batch *spatial"]:
+) -> Float[Tensor, " batch *spatial"]:
     r"""Project each image on its first channel direction: the Tucker Saliency Map.
 
     $|a_1^\top F_{(1)}|$, with $a_1$ the first column of the mode-1 factor (arXiv 2410.23072).
@@ -56,7 +56,7 @@ def leading_map(
         leading = values.clamp_min(0).sqrt()[:, None] * vectors
     else:
         leading = (vectors.to(unfolding.dtype)[:, None, :] @ unfolding).squeeze(1).double()
-    return leading.abs().unflatten(-1, features.shape[2:])
+    return leading.abs().reshape(len(features), *features.shape[2:])
 
 
 def combined_map(
@@ -65,7 +65,7 @@ def combined_map(
     combine: Combine = "signed",
     rank: tuple[int, ...] | None = None,
     center: bool = False,
-) -> Float[Tensor, "batch *spatial"]:
+) -> Float[Tensor, " batch *spatial"]:
     r"""Sum the projections on all channel directions: MTSM, and with `center` Multivec-EigenCAM.
 
     ``signed``: $|\sum_i s_i\, a_i^\top F_{(1)}|$ (arXiv 2410.23072), with TensorLy's sign for each $a_i$.
@@ -93,7 +93,7 @@ def combined_map(
         if center:
             unfolding = unfolding - unfolding.mean(-1, keepdim=True)
         combined = _signed_sum(unfolding) if combine == "signed" else _energy(unfolding)
-    return combined.unflatten(-1, features.shape[2:])
+    return combined.reshape(len(features), *features.shape[2:])
 
 
 def _signed_sum(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor, "batch positions"]:
@@ -107,7 +107,8 @@ def _signed_sum(unfolding: Float[Tensor, "batch channels positions"]) -> Float[T
     if _is_tall(unfolding):
         # Transposed, so that the channels lie side by side in memory when their extremes are looked for.
         projected = vectors.mT.to(unfolding.dtype) @ unfolding.mT
-        return (vectors @ (values * signs(projected.mT))[..., None]).squeeze(-1).abs()
+        summed: Tensor = vectors @ (values * signs(projected.mT))[..., None]
+        return summed.squeeze(-1).abs()
     weights = vectors @ (values.sqrt() * signs(vectors))[..., None]
     return _in_float64(unfolding.mT, lambda rows: (rows @ weights).squeeze(-1)).abs()
 
@@ -115,10 +116,12 @@ def _signed_sum(unfolding: Float[Tensor, "batch channels positions"]) -> Float[T
 def _energy(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor, "batch positions"]:
     r"""$\sqrt{\sum_i (s_i\,a_i^\top f_n)^2} = \sqrt{\sum_i s_i^4 v_{ni}^2}$ is the length of row n of $G$.
 
-    So no decomposition is needed. Wide features have $G$ = F'F larger than K = FF', and $|F^\top f_n|^2 = f_n^\top K f_n$.
+    So no decomposition is needed. Where the features are wide, K = FF' is smaller than G, and
+    $|F^\top f_n|^2 = f_n^\top K f_n$.
     """
     if _is_tall(unfolding):
-        return _gram(unfolding).norm(dim=-1)
+        lengths: Tensor = torch.linalg.vector_norm(_gram(unfolding), dim=-1)
+        return lengths
     gram = _gram(unfolding)
     return _in_float64(unfolding.mT, lambda rows: (rows * (rows @ gram)).sum(-1)).clamp_min(0).sqrt()
 

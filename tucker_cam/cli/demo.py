@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
+import matplotlib
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from pytorch_grad_cam.utils.image import show_cam_on_image
 from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
@@ -26,8 +32,6 @@ def run_demo(out: Path) -> None:
         ModuleNotFoundError: the demo's packages are missing; the message holds the command that installs them.
         OSError: `out` cannot be written.
     """
-    import matplotlib
-
     loaded = load_model("demo")
     network_input = loaded.preprocess(open_picture(_photograph()))
     images = network_input[None]
@@ -42,9 +46,10 @@ def run_demo(out: Path) -> None:
             with METHODS[method](loaded.model, [layer]) as cam:
                 maps[method] = cam(images, targets=None)[0]
                 features = cam.activations_and_grads.activations[0]
-                features = features.numpy() if method == "eigencam" else features
+                # What the host hands on: its own methods get NumPy arrays, ours the tensors.
+                handed_on = features.numpy() if method == "eigencam" else features
                 milliseconds[method] = _milliseconds(
-                    lambda cam=cam, features=features: cam.get_cam_image(images, layer, None, features, None, False)
+                    partial(cam.get_cam_image, images, layer, None, handed_on, None, False)
                 )
 
     picture = loaded.picture(network_input)
@@ -71,7 +76,8 @@ def _photograph() -> Path:
         import skimage
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the demo's photograph is in the package scikit-image: pip install 'tucker-cam[demo]'", name=error.name
+            "the demo's photograph is in the package scikit-image: pip install 'tucker-cam[demo]'",
+            name=error.name,
         ) from error
     return Path(skimage.__file__).parent / "data" / "coffee.png"
 
@@ -86,10 +92,7 @@ def _milliseconds(work: Callable[[], object], repetitions: int = 7) -> float:
     return 1e3 * median(times)
 
 
-def _panel(picture, maps):
-    from matplotlib.figure import Figure
-    from pytorch_grad_cam.utils.image import show_cam_on_image
-
+def _panel(picture: NDArray[np.float32], maps: dict[str, NDArray[np.float32]]) -> Figure:
     figure = Figure(figsize=(3 * (1 + len(maps)), 3.6), layout="constrained")
     views = {"photograph": picture} | {t: show_cam_on_image(picture, m, use_rgb=True) for t, m in maps.items()}
     for axes, (title, view) in zip(figure.subplots(1, len(views)), views.items(), strict=True):

@@ -60,7 +60,10 @@ def explain_pictures(
             with complete_or_absent(out / f"{stem}_{method}.png") as unfinished:
                 Image.fromarray(overlay).save(unfinished, format="PNG")
             if save_map:
-                with complete_or_absent(out / f"{stem}_{method}.npy") as unfinished, unfinished.open("wb") as file:
+                with (
+                    complete_or_absent(out / f"{stem}_{method}.npy") as unfinished,
+                    unfinished.open("wb") as file,
+                ):
                     np.save(file, saliency)
             typer.echo(out / f"{stem}_{method}.png")
     return problems

@@ -67,7 +67,7 @@ def layer_named(model: nn.Module, name: str) -> nn.Module:
     Raises:
         ValueError: the model has no such layer; the message holds the names nearest to it.
     """
-    layers = dict(model.named_modules())
+    layers: dict[str, nn.Module] = dict(model.named_modules())
     layers.pop("")
     if name not in layers:
         near = get_close_matches(name, layers, n=3, cutoff=0.4) or list(layers)[-3:]
@@ -79,5 +79,5 @@ def _is_channels_last(module: nn.Module, output: Tensor) -> bool:
     """Tell whether a layer norm worked over the last axis: tokens in a grid, as in Swin, not feature maps."""
     if not isinstance(module, nn.LayerNorm):
         return False
-    channels = module.normalized_shape[-1]
-    return output.shape[-1] == channels != output.shape[1]
+    channels: int = module.normalized_shape[-1]
+    return output.shape[-1] == channels and output.shape[1] != channels

@@ -64,7 +64,8 @@ def load_model(name: str, *, pretrained: bool = True, device: str | torch.device
     except ModuleNotFoundError as error:
         extra = "demo" if family == "demo" else "models"
         raise ModuleNotFoundError(
-            f"the model {name} needs the package {error.name}: pip install 'tucker-cam[{extra}]'", name=error.name
+            f"the model {name} needs the package {error.name}: pip install 'tucker-cam[{extra}]'",
+            name=error.name,
         ) from error
     loaded.model.eval().to(device)
     return loaded
@@ -94,10 +95,11 @@ def _load_timm(name: str, pretrained: bool) -> LoadedModel:
 
 
 def _with_timm_preprocessing(name: str, model: nn.Module) -> LoadedModel:
-    import timm
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
 
-    config = timm.data.resolve_model_data_config(model)
-    transform = timm.data.create_transform(**config, is_training=False)
+    config = resolve_model_data_config(model)
+    transform = create_transform(**config, is_training=False)
     return LoadedModel(name, model, transform, tuple(config["mean"]), tuple(config["std"]))
 
 

@@ -1,0 +1,147 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+from typer.testing import CliRunner
+
+from tucker_cam import TSM
+from tucker_cam.cli import app
+from tucker_cam.cli.explain import complete_or_absent, open_picture
+from tucker_cam.models import load_model
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    path = tmp_path / "coffee.png"
+    Image.fromarray(skimage.data.coffee()).save(path)
+    return path
+
+
+def test_the_demo_writes_its_panel_and_prints_its_table(tmp_path):
+    result = run("demo", "--out", tmp_path / "new" / "folder")
+    assert result.exit_code == 0, result.output
+    for word in ("EigenCAM", "TSM", "Multivec-EigenCAM", "MTSM", "decomposition", "one thread", "demo.png"):
+        assert word in result.output
+    panel = np.asarray(open_picture(tmp_path / "new" / "folder" / "demo.png"))
+    assert panel.shape[1] > 1000
+    assert panel.std() > 30
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["demo.png"]
+
+
+def test_an_overlay_and_a_map_are_written_for_each_picture_and_method(photograph, tmp_path):
+    out = tmp_path / "out"
+    result = run("explain", photograph, "--method", "tsm", "--method", "mtsm-energy", "--save-map", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "layer: bn2" in result.output
+    assert {path.name for path in out.iterdir()} == {
+        f"coffee_{method}.{ending}" for method in ("tsm", "mtsm-energy") for ending in ("png", "npy")
+    }
+    demo = load_model("demo")
+    with TSM(demo.model, [demo.model.bn2]) as cam:
+        expected = cam(demo.preprocess(open_picture(photograph))[None])[0]
+    np.testing.assert_array_equal(np.load(out / "coffee_tsm.npy"), expected)
+    with Image.open(out / "coffee_tsm.png") as overlay:
+        assert overlay.size == (224, 224)
+
+
+def test_a_layer_and_smoothing_can_be_asked_for(photograph, tmp_path):
+    maps = []
+    for arguments in ((), ("--layer", "blocks.5"), ("--aug-smooth",)):
+        assert run("explain", photograph, "--save-map", "--out", tmp_path / "out", *arguments).exit_code == 0
+        maps.append(np.load(tmp_path / "out" / "coffee_tsm.npy"))
+    assert np.abs(maps[0] - maps[1]).max() > 0.01
+    assert np.abs(maps[0] - maps[2]).max() > 0.01
+
+
+def test_bad_pictures_are_named_and_the_others_done(photograph, tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "half.png").write_bytes(photograph.read_bytes()[:20000])
+    out = tmp_path / "out"
+    result = run(
+        "explain",
+        tmp_path / "none.png",
+        tmp_path / "text.jpg",
+        tmp_path / "half.png",
+        tmp_path,
+        photograph,
+        "--out",
+        out,
+    )
+    assert result.exit_code == 2
+    errors = [line for line in result.stderr.splitlines() if line]
+    assert len(errors) == 4
+    for line, words in zip(
+        errors,
+        ["none.png: .*no such file", "text.jpg: .*another kind", "half.png: .*broken", "found a folder"],
+        strict=True,
+    ):
+        assert line.startswith("error: ")
+        assert all(word in line for word in words.split(".*"))
+    assert [path.name for path in out.iterdir()] == ["coffee_tsm.png"]
+
+
+def test_pictures_of_the_same_name_do_not_overwrite_each_other(photograph, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "coffee.jpg"
+    Image.fromarray(skimage.data.chelsea()).save(other)
+    assert run("explain", photograph, other, "--out", tmp_path / "out").exit_code == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"coffee_tsm.png", "coffee-2_tsm.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "tms"], "no method 'tms'; near it: tsm"),
+        (["--model", "timm:resnet1"], "near it: resnet18"),
+        (["--layer", "bn3"], "no layer 'bn3'; near it: bn2"),
+        (["--layer", "classifier"], "(B, C, H, W) or (B, C, D, H, W) from `classifier`"),
+        (["--device", "abacus"], "no device 'abacus' here"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_exit_code_2(photograph, tmp_path, arguments, message):
+    result = run("explain", photograph, "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_turned_picture_is_turned_back_and_any_mode_becomes_rgb(tmp_path):
+    picture = Image.new("L", (40, 20))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    opened = open_picture(tmp_path / "turned.jpg")
+    assert (opened.mode, opened.size) == ("RGB", (20, 40))
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path):
+    def interrupted():
+        with complete_or_absent(tmp_path / "x.png") as unfinished:
+            unfinished.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_extra_the_command_that_installs_it_is_named():
+    # A finder that hides typer, as if it were not installed.
+    code = "import sys; sys.modules['typer'] = None; from tucker_cam.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip() == "the command line needs the package typer: pip install 'tucker-cam[demo]'"
+
+
+def test_the_module_runs_as_the_command_does():
+    result = subprocess.run([sys.executable, "-m", "tucker_cam", "--help"], capture_output=True, text=True, check=True)
+    assert "explain" in result.stdout
+    assert "demo" in result.stdout
