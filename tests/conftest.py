@@ -12,7 +12,9 @@ from jaxtyping import install_import_hook
 # jaxtyping is imported by the package for type checkers only, so that users need not have it.
 typing.TYPE_CHECKING = True
 try:
-    with install_import_hook(["tucker_cam.decomposition", "tucker_cam.projection"], "shape_checks.check"):
+    with install_import_hook(
+        [f"tucker_cam.{name}" for name in ("rank", "gram", "hooi", "decomposition", "projection")], "shape_checks.check"
+    ):
         import tucker_cam  # noqa: F401
 finally:
     typing.TYPE_CHECKING = False
@@ -28,3 +30,8 @@ def _seeded():
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

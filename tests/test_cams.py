@@ -372,7 +372,7 @@ def test_an_unknown_combination_is_named(method):
             ValueError,
             "each of 2 images from `2`, got 1",
         ),
-        (lambda: TSM(MODEL, [MODEL[2]], rank=(2, 2)), images(), ValueError, r"3 positive ints.*\(16, 8, 8\)"),
+        (lambda: TSM(MODEL, [MODEL[2]], rank=(2, 2)), images(), ValueError, r"3 parts.*\(16, 8, 8\)"),
     ],
 )
 def test_bad_calls_are_named(cam, batch, error, message):
@@ -392,5 +392,74 @@ def test_a_released_cam_says_so():
     model = networks.small_cnn()
     with TSM(model, [model[2]]) as cam:
         pass
-    with pytest.raises(ValueError, match="released"):
+    with pytest.raises(ValueError, match="inside its `with` block"):
         cam(images())
+
+
+@every_method
+def test_a_compiled_model_is_explained(method):
+    model, batch = networks.small_cnn(), images()
+    expected = method(model, [model[2]])(batch)
+    compiled = torch.compile(model, backend="eager")
+    assert_allclose(method(compiled, [model[2]])(batch), expected, atol=1e-6)
+
+
+def test_a_module_that_was_compiled_in_place_and_run_says_that_its_hooks_are_skipped():
+    model, batch = networks.small_cnn().eval(), images()
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(batch)
+    with pytest.raises(ValueError, match="before a compiled model runs for the first time"):
+        TSM(model, [model[2]])(batch)
+
+
+@every_method
+def test_autocast_reaches_the_network_and_not_the_map(method):
+    model, batch = networks.small_cnn(), images()
+    cam = method(model, [model[2]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = cam(batch)
+        features = model[:3](batch)
+    assert features.dtype == torch.bfloat16
+    assert_allclose(actual, scaled_to(cam.get_cam_image(None, None, None, features.detach().float(), None), 32))
+
+
+@pytest.mark.parametrize("method", [TSM, MTSM, partial(MTSM, combine="energy")])
+@pytest.mark.parametrize("rank", [None, (3, 2, 2), 4, 0.2])
+def test_both_engines_give_the_same_map(method, rank):
+    model, batch = networks.small_cnn(), images()
+    with (
+        method(model, [model[2]], rank=rank) as ours,
+        method(model, [model[2]], rank=rank, engine="tensorly") as theirs,
+    ):
+        assert_allclose(ours(batch), theirs(batch), atol=1e-5)
+        for mine, other in zip(ours.modes(batch)[0], theirs.modes(batch)[0], strict=True):
+            assert_allclose(mine, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [TSM, MTSM])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rank": 0}, ValueError, "rank above 0, got 0"),
+        ({"rank": (4, -1, 2)}, ValueError, r"rank above 0, got \(4, -1, 2\)"),
+        ({"rank": float("nan")}, ValueError, "rank above 0, got nan"),
+        ({"rank": "full"}, TypeError, "or 'same', got 'full'"),
+        ({"engine": "numpy"}, ValueError, "'torch', 'tensorly', got 'numpy'"),
+    ],
+)
+def test_a_bad_rank_or_engine_is_named_at_construction(method, arguments, error, message):
+    with pytest.raises(error, match=message):
+        method(MODEL, [MODEL[2]], **arguments)
+    assert hook_count(MODEL) == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rank", [None, (3, 2, 2)])
+@pytest.mark.parametrize("method", [TSM, MTSM])
+def test_the_map_is_the_same_on_a_gpu(method, rank):
+    model, batch = networks.small_cnn(), images()
+    expected = method(model, [model[2]], rank=rank)(batch)
+    with method(model.cuda(), [model[2]], rank=rank) as cam:
+        assert_allclose(cam(batch), expected, atol=1e-3)
+        assert cam.activations_and_grads.activations[0].is_cuda

@@ -53,8 +53,9 @@ class FeatureRecorder:
             if layer not in recorded:
                 raise ValueError(
                     f"expected the forward pass to reach the target layer `{self._names[layer]}`, but its hook never "
-                    "fired: choose a layer that the model calls, and for a torch.compile'd model build the CAM on the "
-                    "original module; a CAM that was released, as at the end of its `with` block, has no hooks left"
+                    "fired: choose a layer that the model calls; build the CAM before a compiled model runs for the "
+                    "first time, or on the uncompiled module; and call it inside its `with` block, which takes the "
+                    "hooks off at its end"
                 )
         self.activations = [recorded[layer] for layer in self.target_layers]
         for layer, features in zip(self.target_layers, self.activations, strict=True):

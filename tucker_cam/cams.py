@@ -17,8 +17,9 @@ from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor, nn
 
 from tucker_cam.activations import FeatureRecorder, ReshapeTransform
-from tucker_cam.decomposition import ChannelModes, channel_modes
+from tucker_cam.decomposition import ChannelModes, Engine, channel_modes, check_engine
 from tucker_cam.projection import Combine, combined_map, leading_map
+from tucker_cam.rank import Rank, check_rank
 
 
 class LabelFreeCAM(BaseCAM):
@@ -32,7 +33,8 @@ class LabelFreeCAM(BaseCAM):
     anything.
     """
 
-    rank: tuple[int, ...] | None = None
+    rank: Rank = None
+    engine: Engine = "torch"
     center: bool = False
 
     def __init__(
@@ -77,7 +79,7 @@ class LabelFreeCAM(BaseCAM):
         with torch.no_grad():
             self.outputs = self.activations_and_grads(input_tensor.to(self.device))
             return [
-                channel_modes(features, rank=self.rank, center=self.center)
+                channel_modes(features, rank=self.rank, center=self.center, engine=self.engine)
                 for features in self.activations_and_grads.activations
             ]
 
@@ -99,7 +101,10 @@ class LabelFreeCAM(BaseCAM):
         grads: object,
         eigen_smooth: bool = False,
     ) -> NDArray[np.float32]:
-        maps = self.saliency(torch.as_tensor(activations))
+        features = torch.as_tensor(activations)
+        # Autocast, if the caller has it on, is for the network: here it would round the products to half precision.
+        with torch.autocast(features.device.type, enabled=False):
+            maps = self.saliency(features)
         # scale_cam_image divides by the maximum plus 1e-7, which would flatten the maps of weak features.
         peaks = maps.flatten(1).amax(1).reshape(-1, *(1 for _ in maps.shape[1:]))
         scaled: NDArray[np.float32] = torch.where(peaks > 0, maps / peaks, 0).float().cpu().numpy()
@@ -133,11 +138,13 @@ class TSM(LabelFreeCAM):
         target_layers: layers whose feature maps are explained; their maps are averaged.
         reshape_transform: turns a layer's output into batch x channels x height x width, e.g. for ViT tokens.
         rank: multilinear rank of the Tucker decomposition, see `channel_modes`; None is full rank, as in the paper.
+        engine: "torch", or "tensorly" for TensorLy's own decomposition, one image at a time: slow, the same map.
         tta_transforms: a `ttach.Compose` for `aug_smooth=True`; None for the host's own.
 
     Raises:
-        TypeError: `target_layers` is a single layer, or something in it is no layer.
-        ValueError: `target_layers` is empty, or holds a layer that is not part of the model.
+        TypeError: `target_layers` is a single layer, or something in it is no layer; `rank` is of another kind.
+        ValueError: `target_layers` is empty, or holds a layer that is not part of the model; `rank` or `engine` is
+            none that exists.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -152,14 +159,18 @@ class TSM(LabelFreeCAM):
         target_layers: Sequence[nn.Module],
         reshape_transform: ReshapeTransform | None = None,
         *,
-        rank: tuple[int, ...] | None = None,
+        rank: Rank = None,
+        engine: Engine = "torch",
         tta_transforms: Any = None,
     ) -> None:
+        check_rank(rank)
+        check_engine(engine)
         super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
         self.rank = rank
+        self.engine = engine
 
     def saliency(self, features: Tensor) -> Tensor:
-        return leading_map(features, rank=self.rank)
+        return leading_map(features, rank=self.rank, engine=self.engine)
 
 
 class MTSM(LabelFreeCAM):
@@ -170,6 +181,7 @@ class MTSM(LabelFreeCAM):
         target_layers: see `TSM`.
         reshape_transform: see `TSM`.
         rank: see `TSM`.
+        engine: see `TSM`.
         combine: "signed" is the paper's sum, whose vectors need a sign rule (TensorLy's, see `ChannelModes`);
             "energy" is $\sqrt{\sum_i (s_i\, a_i^\top F_{(1)})^2}$, which needs none and is steadier under noise.
         tta_transforms: see `TSM`.
@@ -184,17 +196,21 @@ class MTSM(LabelFreeCAM):
         target_layers: Sequence[nn.Module],
         reshape_transform: ReshapeTransform | None = None,
         *,
-        rank: tuple[int, ...] | None = None,
+        rank: Rank = None,
         combine: Combine = "signed",
+        engine: Engine = "torch",
         tta_transforms: Any = None,
     ) -> None:
+        check_rank(rank)
+        check_engine(engine)
         _check_combine(combine)
         super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
         self.rank = rank
+        self.engine = engine
         self.combine = combine
 
     def saliency(self, features: Tensor) -> Tensor:
-        return combined_map(features, combine=self.combine, rank=self.rank)
+        return combined_map(features, combine=self.combine, rank=self.rank, engine=self.engine)
 
 
 class MultivecEigenCAM(LabelFreeCAM):

@@ -7,16 +7,22 @@ higher-order SVD (De Lathauwer et al., 2000), a truncated one is found by higher
 
 from __future__ import annotations
 
-from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+import warnings
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import tensorly as tl
 import torch
 from tensorly.decomposition import tucker
 from torch import Tensor
 
+from tucker_cam.gram import is_tall, unfold
+from tucker_cam.hooi import truncated_components
+from tucker_cam.rank import Rank, feasible_rank
+
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+Engine = Literal["torch", "tensorly"]
 
 
 class ChannelModes(NamedTuple):
@@ -35,19 +41,24 @@ class ChannelModes(NamedTuple):
     maps: Tensor
 
 
-def channel_modes(features: Tensor, *, rank: tuple[int, ...] | None = None, center: bool = False) -> ChannelModes:
+def channel_modes(
+    features: Tensor, *, rank: Rank = None, center: bool = False, engine: Engine = "torch"
+) -> ChannelModes:
     r"""Decompose each image's feature maps and return their mode-1 (channel) factor.
 
     At full multilinear rank all factors but the first are square and orthogonal, so the mode-1 factor is exactly the
     left singular basis of the unfolding, $F_{(1)} = A_1\,\mathrm{diag}(s)\,V^\top$: the thin SVD gives it without a
-    channels x channels matrix.
+    channels x channels matrix. At a lower rank HOOI finds it, with TensorLy's initialisation, order of updates and
+    stopping rule for each image, on the whole batch at once and on the compressed tensor $\mathrm{diag}(s)\,V^\top$
+    where that is smaller.
 
     Args:
         features: batch x channels x spatial (one axis or more), floating point, finite. Float16 and bfloat16 are
             computed, and returned, in float32; the arithmetic is done in float64.
-        rank: None for full multilinear rank, or one rank for the channels and one for each spatial axis. A rank
-            larger than its axis, or than the product of the other ranks, is clipped: no tensor has a larger one.
+        rank: None for full multilinear rank; an int for all modes, one int for each of (channels, *spatial), a float
+            for that share of the parameters, or "same" for as many; see `feasible_rank`, which clips it.
         center: subtract each channel's spatial mean first, as PCA does.
+        engine: "torch", or "tensorly" for TensorLy's own `tucker`, one image at a time: slow, and the same.
 
     Returns:
         The modes, with the dtype (at least float32) and device of `features`. A truncated decomposition is ordered
@@ -55,7 +66,8 @@ def channel_modes(features: Tensor, *, rank: tuple[int, ...] | None = None, cent
 
     Raises:
         TypeError: `features` is no floating point tensor, or `rank` is of another kind.
-        ValueError: no spatial axis, an empty axis, non-finite numbers, or a rank that fits no tensor of this shape.
+        ValueError: no spatial axis, an empty axis, non-finite numbers, a rank that fits no tensor of this shape, or
+            an unknown engine.
 
     Example:
         >>> features = torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]])
@@ -67,16 +79,25 @@ def channel_modes(features: Tensor, *, rank: tuple[int, ...] | None = None, cent
                  [ 3.,  0.,  0.]]])
     """
     check_features(features)
-    ranks = feasible_rank(rank, tuple(features.shape[1:]))
+    check_engine(engine)
     spatial = features.shape[2:]
-    precise = features.to(torch.float64)
+    ranks = feasible_rank(rank, tuple(features.shape[1:]))
+    unfolding = unfold(features).double()
     if center:
-        precise = precise - precise.flatten(2).mean(-1).reshape(*features.shape[:2], *(1 for _ in spatial))
-    vectors, values = _higher_order_svd(precise.flatten(2)) if ranks is None else _tucker_modes(precise, ranks)
+        unfolding = unfolding - unfolding.mean(-1, keepdim=True)
+    if engine == "tensorly":
+        vectors, values = _tensorly_factor(unfolding.reshape(features.shape), ranks)
+    elif ranks is None:
+        vectors, values, _ = torch.linalg.svd(unfolding, full_matrices=False)
+    else:
+        components = truncated_components(unfolding, spatial, ranks)
+        values, directions = components.values, components.directions
+        # Orthonormal but for rounding; where the features lack rank, QR puts in what is missing.
+        vectors = torch.linalg.qr(unfolding @ directions if is_tall(unfolding) else directions).Q
     vectors = vectors * signs(vectors)[:, None, :]
-    maps = (vectors.mT @ precise.flatten(2)).reshape(*values.shape, *spatial)
+    maps = (vectors.mT @ unfolding).reshape(*values.shape, *spatial)
     dtype = torch.promote_types(features.dtype, torch.float32)
-    return ChannelModes(vectors.to(dtype), values.to(dtype), maps.to(dtype))
+    return ChannelModes(*(part.to(features.device, dtype) for part in (vectors, values, maps)))
 
 
 def signs(vectors: Float[Tensor, "batch channels rank"]) -> Float[Tensor, "batch rank"]:
@@ -112,61 +133,25 @@ def check_features(features: Tensor) -> None:
         raise ValueError("expected finite features, got NaN or Inf: use torch.nan_to_num")
 
 
-def feasible_rank(rank: tuple[int, ...] | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Clip a multilinear rank to what a tensor of this shape can have; None where that is the full rank.
-
-    The rank of one mode is at most the length of its axis, and at most the product of the other ranks.
-
-    Args:
-        rank: one rank for each axis of `shape`, or None.
-        shape: channels x spatial, one image.
-
-    Raises:
-        TypeError: `rank` is neither None nor a sequence of ints.
-        ValueError: `rank` has the wrong length, or a part below 1.
-
-    Example:
-        >>> feasible_rank((100, 4, 9), (1280, 7, 7))
-        (28, 4, 7)
-        >>> feasible_rank((1280, 7, 7), (1280, 7, 7)) is None
-        True
-    """
-    if rank is None:
-        return None
-    if not isinstance(rank, (tuple, list)) or any(isinstance(r, bool) or not isinstance(r, int) for r in rank):
-        raise TypeError(f"expected rank as None or a tuple of ints, one for each of channels x spatial, got {rank!r}")
-    if len(rank) != len(shape) or min(rank) < 1:
-        raise ValueError(
-            f"expected a rank of {len(shape)} positive ints for feature maps of shape {shape} "
-            f"(channels x spatial), got {rank!r}"
-        )
-    clipped = _clip(rank, shape)
-    return None if clipped == _clip(shape, shape) else clipped
+def check_engine(engine: str) -> None:
+    """Raise ValueError for an engine that does not exist."""
+    if engine not in get_args(Engine):
+        raise ValueError(f"expected engine as one of {', '.join(map(repr, get_args(Engine)))}, got {engine!r}")
 
 
-def _clip(rank: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    clipped = [min(r, length) for r, length in zip(rank, shape, strict=True)]
-    # At most one part, the largest, can exceed the product of the others.
-    return tuple(min(r, prod(clipped) // r) for r in clipped)
-
-
-def _higher_order_svd(
-    unfolding: Float[Tensor, "batch channels positions"],
+def _tensorly_factor(
+    features: Float[Tensor, "batch channels *spatial"], rank: tuple[int, ...] | None
 ) -> tuple[Float[Tensor, "batch channels rank"], Float[Tensor, "batch rank"]]:
-    vectors, values, _ = torch.linalg.svd(unfolding, full_matrices=False)
-    return vectors, values
-
-
-def _tucker_modes(
-    features: Float[Tensor, "batch channels *spatial"], rank: tuple[int, ...]
-) -> tuple[Float[Tensor, "batch channels rank"], Float[Tensor, "batch rank"]]:
-    """Run TensorLy's HOOI on each image, ordered by the values."""
+    """Run TensorLy's `tucker` on each image, and order what it found by the values."""
+    most = min(features.shape[1], features[0, 0].numel())
     factors, norms = [], []
-    with tl.backend_context("numpy", local_threadsafe=True):
+    with tl.backend_context("numpy", local_threadsafe=True), warnings.catch_warnings():
+        # At full rank there may be more channels than singular vectors: it says that it pads the factor.
+        warnings.filterwarnings("ignore", "Trying to compute SVD with n_eigenvecs", UserWarning)
         for image in features.cpu().numpy():
-            core, (channel_factor, *_) = tucker(image, rank=rank)
-            factors.append(torch.from_numpy(channel_factor))
-            norms.append(torch.from_numpy(core).flatten(1).norm(dim=1))
-    values, order = torch.stack(norms).to(features.device).sort(descending=True, stable=True)
-    vectors = torch.stack(factors).to(features.device)
-    return vectors.gather(2, order[:, None, :].expand_as(vectors)), values
+            core, (factor, *_) = tucker(image, rank=image.shape if rank is None else rank)
+            factors.append(torch.from_numpy(factor[:, :most]))
+            norms.append(torch.from_numpy(core[:most]).flatten(1).norm(dim=1))
+    values, order = torch.stack(norms).sort(descending=True, stable=True)
+    vectors = torch.stack(factors)
+    return vectors.gather(2, order[:, None, :].expand_as(vectors)).to(features.device), values.to(features.device)

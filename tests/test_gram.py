@@ -1,0 +1,97 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tucker_cam import channel_modes
+from tucker_cam import gram as gram_module
+from tucker_cam.gram import gram, leading_eigenvector, unfold
+
+
+def spectrum(values, rows, columns, batch=2):
+    """Return matrices with these singular values and random singular vectors, in float64."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(batch, n, len(values), dtype=torch.float64)).Q for n in (rows, columns))
+    return left @ (values[:, None] * right.mT)
+
+
+def leading_by_svd(unfolding):
+    left, values, right = torch.linalg.svd(unfolding.double(), full_matrices=False)
+    vector = right[:, 0] if unfolding.shape[1] >= unfolding.shape[2] else left[..., 0]
+    return values[:, :1] * vector
+
+
+def assert_same_up_to_sign(actual, expected, tolerance):
+    expected = expected * (actual * expected).sum(1, keepdim=True).sign()
+    scale = expected.norm(dim=1, keepdim=True)
+    assert_close(actual / scale, expected / scale, rtol=0, atol=tolerance)
+
+
+# Gaps in the singular values from wide to one that float32 cannot resolve, in sizes for each way to solve it.
+@pytest.mark.parametrize("second", [0.1, 0.9, 0.99, 0.999, 1 - 1e-5])
+@pytest.mark.parametrize(("rows", "columns"), [(60, 20), (20, 60), (300, 140), (140, 300), (150, 150)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_leading_eigenvector_is_found_whatever_the_gap(rows, columns, second, dtype):
+    values = torch.linspace(second, 0.01, 20)
+    unfolding = spectrum(torch.cat([torch.ones(1), values[1:]]).index_fill(0, torch.tensor([1]), second), rows, columns)
+    unfolding = unfolding.to(dtype)
+    assert_same_up_to_sign(leading_eigenvector(unfolding), leading_by_svd(unfolding), 1e-5)
+
+
+def test_a_leading_vector_that_a_regular_start_would_miss_is_found():
+    # Alternating signs are orthogonal to ones, and the second vector is ones: power iteration from ones stays there.
+    rows, columns = 200, 160
+    alternating = torch.ones(columns, dtype=torch.float64)
+    alternating[1::2] = -1
+    left = torch.linalg.qr(torch.randn(rows, 2, dtype=torch.float64)).Q
+    unfolding = (2 * left[:, :1] * alternating + left[:, 1:] * torch.ones(columns))[None]
+    assert_same_up_to_sign(leading_eigenvector(unfolding.float()), leading_by_svd(unfolding), 1e-5)
+
+
+def test_a_matrix_of_rank_one_is_solved_although_its_krylov_subspace_is_a_line():
+    unfolding = spectrum([3.0], 200, 160)
+    assert_same_up_to_sign(leading_eigenvector(unfolding.float()), leading_by_svd(unfolding), 1e-5)
+
+
+def test_a_batch_of_easy_and_hard_images_is_its_images_one_at_a_time():
+    easy, hard = spectrum([1, 0.1, 0.1], 200, 160, 1), spectrum([1, 1 - 1e-5, 0.1], 200, 160, 1)
+    zeros, huge = torch.zeros_like(easy), easy * 1e25
+    batch = torch.cat([easy, hard, zeros, huge]).float()
+    together = leading_eigenvector(batch)
+    alone = torch.cat([leading_eigenvector(image[None]) for image in batch])
+    scale = together.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    assert_same_up_to_sign(together[[0, 1, 3]], alone[[0, 1, 3]], 1e-9)
+    assert_close(together[2], torch.zeros_like(together[2]))
+    assert scale[3] == pytest.approx(1e25, rel=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(700, 20), (20, 700), (30, 30)])
+def test_the_gram_matrix_is_the_smaller_one_in_float64(rows, columns):
+    unfolding = torch.randn(2, rows, columns)
+    precise = unfolding.double()
+    expected = precise.mT @ precise if rows >= columns else precise @ precise.mT
+    assert_close(gram(unfolding), expected, rtol=1e-13, atol=1e-11)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_unfolding_copies_nothing(layout):
+    features = torch.randn(2, 20, 5, 4).contiguous(memory_format=layout)
+    assert unfold(features).data_ptr() == features.data_ptr()
+
+
+def test_a_device_that_cannot_decompose_hands_its_features_to_the_cpu(monkeypatch):
+    def missing(*_, **__):
+        raise NotImplementedError("linalg_eigh")
+
+    gram_module._can_decompose.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", missing)
+        assert not gram_module._can_decompose("cpu")
+    gram_module._can_decompose.cache_clear()
+    assert gram_module._can_decompose("cpu")
+
+    moved = []
+    monkeypatch.setattr(gram_module, "_can_decompose", lambda device: False)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (moved.append(self.shape), self)[1])
+    modes = channel_modes(torch.randn(2, 6, 3, 4))
+    assert moved == [(2, 6, 3, 4)]
+    assert modes.values.shape == (2, 6)

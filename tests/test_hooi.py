@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import tensorly as tl
+import torch
+from tensorly.decomposition import partial_tucker
+from torch.testing import assert_close
+
+from tucker_cam import hooi
+from tucker_cam.hooi import truncated_components, truncated_leading_map
+
+CASES = [((40, 5, 6), (4, 2, 3)), ((10, 5, 6), (4, 2, 3)), ((60, 2, 4, 5), (5, 2, 3, 2)), ((40, 5, 6), (1, 1, 1))]
+
+
+def features(shape, batch=6):
+    return torch.relu(torch.randn(batch, *shape) + 0.3)
+
+
+@pytest.mark.parametrize(("shape", "rank"), CASES)
+def test_each_image_stops_after_as_many_sweeps_as_in_tensorly(shape, rank, monkeypatch):
+    batch = features(shape).double()
+    sweeps = []
+    for image in batch.numpy():
+        with tl.backend_context("numpy"):
+            _, errors = partial_tucker(image, rank=rank)
+        sweeps.append(len(errors))
+    running = []
+    name = "_update_from_gram" if shape[0] >= np.prod(shape[1:]) else "_update_from_features"
+    update = getattr(hooi, name)
+    monkeypatch.setattr(hooi, name, lambda source, *rest: (running.append(len(source)), update(source, *rest))[1])
+    truncated_components(batch.flatten(2), shape[1:], rank)
+    # In the n-th sweep, those images take part that need n or more.
+    assert running == [sum(s >= n for s in sweeps) for n in range(1, max(sweeps) + 1)]
+    assert len(set(sweeps)) > 1 or rank == (1, 1, 1)
+
+
+@pytest.mark.parametrize(("shape", "rank"), CASES)
+def test_a_batch_gives_what_its_images_give_one_at_a_time(shape, rank):
+    unfolding = features(shape).flatten(2)
+    together = truncated_components(unfolding, shape[1:], rank)
+    for i in range(len(unfolding)):
+        alone = truncated_components(unfolding[i : i + 1], shape[1:], rank)
+        assert_close(together.values[i], alone.values[0], rtol=1e-9, atol=1e-9)
+        assert_close(together.maps[i].abs(), alone.maps[0].abs(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("shape", "rank"), CASES)
+def test_the_directions_make_the_maps(shape, rank):
+    unfolding = features(shape).flatten(2).double()
+    components = truncated_components(unfolding, shape[1:], rank)
+    tall = shape[0] >= np.prod(shape[1:])
+    factor = unfolding @ components.directions if tall else components.directions
+    assert_close(factor.mT @ factor, torch.eye(rank[0], dtype=factor.dtype).expand(len(factor), -1, -1))
+    assert_close(factor.mT @ unfolding, components.maps)
+
+
+def test_the_quick_leading_map_is_the_careful_one():
+    # From 200 images, some stop so near the tolerance, or have so narrow a gap, that float32 could decide otherwise.
+    unfolding = features((40, 5, 6), 200).flatten(2)
+    careful = truncated_components(unfolding.double(), (5, 6), (4, 2, 3)).maps[:, 0].abs()
+    quick = truncated_leading_map(unfolding, (5, 6), (4, 2, 3)).abs()
+    assert_close(quick / careful.amax(), careful / careful.amax(), rtol=0, atol=1e-5)
+
+
+def test_what_noise_could_change_is_not_trusted():
+    unfolding = features((40, 5, 6), 100).flatten(2).double()
+    matrix = unfolding.mT @ unfolding
+    counts = [
+        int(hooi._iterate(matrix, (5, 6), (4, 2, 3), tall=True, noise=noise).trusted.sum())
+        for noise in (0.0, 1e-7, 1e-5, 1.0)
+    ]
+    assert counts[0] == 100
+    assert counts == sorted(counts, reverse=True)
+    assert counts[1] > 90
+    assert counts[3] == 0
+
+
+def test_nothing_in_nothing_out():
+    components = truncated_components(torch.zeros(2, 40, 30), (5, 6), (4, 2, 3))
+    assert_close(components.maps, torch.zeros_like(components.maps))
+    assert_close(components.values, torch.zeros_like(components.values))

@@ -1,0 +1,56 @@
+import numpy as np
+import pytest
+from tensorly.tucker_tensor import validate_tucker_rank
+
+from tucker_cam.rank import feasible_rank
+
+
+@pytest.mark.parametrize(
+    ("rank", "shape", "expected"),
+    [
+        (None, (8, 3, 3), None),
+        ((8, 3, 3), (8, 3, 3), None),
+        ([99, 99, 99], (20, 3, 4), None),
+        ((99, 2, 2), (20, 3, 4), (4, 2, 2)),
+        ((4, 9, 2), (20, 3, 4), (4, 3, 2)),
+        ((1, 1, 4), (20, 3, 4), (1, 1, 1)),
+        ((2, 2, 2, 2), (8, 3, 3, 3), (2, 2, 2, 2)),
+        (2, (20, 3, 4), (2, 2, 2)),
+        (4, (20, 3, 4), (4, 3, 4)),
+        (99, (20, 3, 4), None),
+        (1e9, (20, 3, 4), None),
+    ],
+)
+def test_a_rank_is_clipped_to_what_is_feasible(rank, shape, expected):
+    assert feasible_rank(rank, shape) == expected
+
+
+@pytest.mark.parametrize("shape", [(64, 7, 7), (30, 4, 5, 6)])
+@pytest.mark.parametrize("rank", [0.05, 0.3, "same"])
+def test_a_share_of_the_parameters_is_tensorlys(rank, shape):
+    ours, theirs = feasible_rank(rank, shape), validate_tucker_rank(shape, rank=rank)
+    assert ours[1:] == tuple(theirs[1:])
+    assert ours[0] == min(theirs[0], np.prod(theirs[1:]))
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "message"),
+    [
+        (0, ValueError, "rank above 0, got 0"),
+        (-3, ValueError, "rank above 0, got -3"),
+        ((2, 0, 2), ValueError, r"rank above 0, got \(2, 0, 2\)"),
+        (0.0, ValueError, "rank above 0, got 0.0"),
+        (float("nan"), ValueError, "rank above 0, got nan"),
+        (float("inf"), ValueError, "rank above 0, got inf"),
+        ((2, 2), ValueError, r"3 parts for feature maps of shape \(20, 3, 4\), channels first, got \(2, 2\)"),
+        ((2, 2, 2, 2), ValueError, r"3 parts .* got \(2, 2, 2, 2\)"),
+        ((), TypeError, r"got \(\)"),
+        (True, TypeError, "got True"),
+        ((2.0, 2, 2), TypeError, r"got \(2.0, 2, 2\)"),
+        ("full", TypeError, "'same', got 'full'"),
+        ({2, 3}, TypeError, r"got \{2, 3\}"),
+    ],
+)
+def test_a_rank_that_fits_no_tensor_is_named(rank, error, message):
+    with pytest.raises(error, match=message):
+        feasible_rank(rank, (20, 3, 4))

@@ -1,0 +1,160 @@
+r"""A mode-1 unfolding in, its Gram matrix and the eigenpairs of that out: all numerical care is taken here.
+
+An unfolding F is batch x channels x positions. It is *tall* where it has at least as many channels as positions; then
+its Gram matrix is $F^\top F$, over positions, otherwise $F F^\top$, over channels: never larger than min(channels,
+positions) squared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+# The error of a Gram matrix accumulated in float32, relative to its largest eigenvalue, in the 2-norm: 2e-8 to 9e-8 was
+# measured on feature maps (2e-7 on Gaussian noise, which has no eigenvalue that stands out).
+_SINGLE_NOISE = 1e-7
+# What an eigenvector may be off, in the 2-norm: the noise over the relative gap to the next eigenvalue (Davis and
+# Kahan, 1970). So float32 is given up below a gap of 0.01.
+_VECTOR_TOLERANCE = 1e-5
+# Beyond these the sums of squares leave float32's range, or lose digits to its denormal numbers.
+_SMALLEST_TRACE, _LARGEST_TRACE = 1e-30, 1e30
+# Rows that are turned into float64 at a time: the copy stays in the processor's cache.
+_ROWS_AT_A_TIME = 256
+# From this size on a Krylov subspace is faster than a full eigendecomposition, for one vector of it.
+_LARGE = 128
+# Eight steps do for most feature maps; 32 resolve a relative gap of about 0.05.
+_KRYLOV_STEPS_AT_A_TIME, _KRYLOV_STEPS = 8, 32
+# Of the leading eigenvector, where no noise sets the limit.
+_RESIDUAL_TOLERANCE = 1e-6
+
+
+def unfold(features: Float[Tensor, "batch channels *spatial"]) -> Float[Tensor, "batch channels positions"]:
+    """Return the mode-1 unfolding, at least float32, on a device that can decompose it.
+
+    A view where the layout in memory allows one, as NCHW and channels_last do.
+    """
+    if not _can_decompose(features.device.type):
+        features = features.cpu()
+    return features.flatten(2).to(torch.promote_types(features.dtype, torch.float32))
+
+
+def is_tall(unfolding: Tensor) -> bool:
+    return unfolding.shape[1] >= unfolding.shape[2]
+
+
+def gram(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor, "batch small small"]:
+    r"""Return $F^\top F$, or $F F^\top$ where that is smaller, accumulated in float64."""
+    tall = _as_tall(unfolding)
+    product = unfolding.new_zeros(tall.shape[0], tall.shape[2], tall.shape[2], dtype=torch.float64)
+    for rows in tall.split(_ROWS_AT_A_TIME, dim=1):
+        precise = rows.double()
+        product.baddbmm_(precise.mT, precise)
+    return product
+
+
+def rows_in_float64(
+    matrix: Float[Tensor, "batch long short"], function: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "batch long"]:
+    """Apply a function of a matrix's rows to them in float64, some rows at a time."""
+    return torch.cat([function(rows.double()) for rows in matrix.split(_ROWS_AT_A_TIME, dim=1)], dim=1)
+
+
+def eigenpairs(
+    matrix: Float[Tensor, "batch n n"],
+) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
+    """Return the eigenvalues of a positive semidefinite matrix, descending and not negative, and its eigenvectors."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(-1).clamp_min(0), vectors.flip(-1)
+
+
+def quickly_or_carefully(
+    unfolding: Float[Tensor, "batch channels positions"],
+    solve: Callable[[Tensor, float], tuple[Tensor, Tensor]],
+    solve_again: Callable[[Tensor, float], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """Solve a problem from the Gram matrix, accumulated in float32 for those images for which that does.
+
+    Args:
+        unfolding: F.
+        solve: from a Gram matrix and the noise in it, relative to its largest eigenvalue, to the solution of each
+            image, and whether it can be trusted.
+        solve_again: the same, for the images whose first solution cannot.
+    """
+    tall = _as_tall(unfolding)
+    matrix = tall.mT @ tall
+    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    in_range = (trace > _SMALLEST_TRACE) & (trace < _LARGEST_TRACE)
+    noise = 0.0 if unfolding.dtype == torch.float64 else _SINGLE_NOISE
+    solution, trusted = solve(torch.where(in_range[:, None, None], matrix, 0).double(), noise)
+    doubtful = ~(in_range & trusted)
+    if doubtful.any():
+        solution[doubtful], _ = solve_again(gram(unfolding[doubtful]), 0.0)
+    return solution
+
+
+def leading_eigenvector(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor, "batch small"]:
+    """Return the leading eigenvector of each image's Gram matrix, times the root of its eigenvalue, in float64."""
+    large = min(unfolding.shape[1:]) >= _LARGE
+    return quickly_or_carefully(unfolding, _krylov if large else _complete, _complete)
+
+
+def narrow(values: Float[Tensor, "batch n"], noise: float) -> Bool[Tensor, " batch"]:
+    """Tell whether the first eigenvalue is too near the second one for its vector, under this much noise."""
+    return _gap(values) * _VECTOR_TOLERANCE < noise * values[:, 0]
+
+
+def _complete(
+    matrix: Float[Tensor, "batch n n"], noise: float
+) -> tuple[Float[Tensor, "batch n"], Bool[Tensor, " batch"]]:
+    values, vectors = eigenpairs(matrix)
+    return values[:, :1].sqrt() * vectors[..., 0], ~narrow(values, noise)
+
+
+def _krylov(
+    matrix: Float[Tensor, "batch n n"], noise: float
+) -> tuple[Float[Tensor, "batch n"], Bool[Tensor, " batch"]]:
+    """Find the leading eigenvector by Rayleigh-Ritz on a Krylov subspace (Lanczos with full reorthogonalisation)."""
+    # A fixed random start: whatever is regular, ones for example, can be orthogonal to a regular eigenvector.
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[-1], generator=generator, dtype=matrix.dtype).to(matrix.device)
+    basis = (start / start.norm()).expand(len(matrix), 1, -1)
+    images = basis @ matrix
+    while True:
+        for _ in range(_KRYLOV_STEPS_AT_A_TIME):
+            direction = images[:, -1:]
+            for _ in range(2):  # once leaves rounding errors of the order of the part that was taken away
+                direction = direction - (direction @ basis.mT) @ basis
+            direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+            basis = torch.cat([basis, direction], dim=1)
+            images = torch.cat([images, direction @ matrix], dim=1)
+        values, mixing = eigenpairs(basis @ images.mT)
+        vector, image = ((mixing[:, None, :, 0] @ rows).squeeze(1) for rows in (basis, images))
+        residual = (image - values[:, :1] * vector).norm(dim=-1)
+        trusted = (residual <= _RESIDUAL_TOLERANCE * _gap(values)) & ~narrow(values, noise)
+        if trusted.all() or basis.shape[1] > _KRYLOV_STEPS:
+            return values[:, :1].sqrt() * vector, trusted
+
+
+def _gap(values: Float[Tensor, "batch n"]) -> Float[Tensor, " batch"]:
+    return values[:, 0] - values[:, 1] if values.shape[1] > 1 else values[:, 0]
+
+
+def _as_tall(unfolding: Tensor) -> Tensor:
+    return unfolding if is_tall(unfolding) else unfolding.mT
+
+
+@cache
+def _can_decompose(device_type: str) -> bool:
+    """Tell whether a device has float64 and eigendecompositions; Apple's MPS, for one, has not."""
+    try:
+        torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=device_type))
+    except (NotImplementedError, RuntimeError, TypeError):
+        return False
+    return True

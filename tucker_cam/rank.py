@@ -1,0 +1,75 @@
+"""A Tucker rank as TensorLy's users write it in, one feasible rank for each mode out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite, prod
+from typing import Any, Literal
+
+from tensorly.tucker_tensor import validate_tucker_rank
+
+Rank = int | float | Sequence[int] | Literal["same"] | None
+
+
+def check_rank(rank: Rank) -> None:
+    """Raise TypeError or ValueError for a rank that fits no tensor, whatever its shape."""
+    if rank is None or rank == "same":
+        return
+    sequence = isinstance(rank, (tuple, list))
+    parts: Sequence[Any] = rank if sequence else [rank]  # type: ignore[assignment]
+    kinds = int if sequence else (int, float)
+    if not parts or any(isinstance(part, bool) or not isinstance(part, kinds) for part in parts):
+        raise TypeError(
+            "expected rank as None (full), an int, a tuple of ints (channels, *spatial), a float (share of the "
+            f"parameters) or 'same', got {rank!r}"
+        )
+    if not all(part > 0 and isfinite(part) for part in parts):
+        raise ValueError(f"expected a rank above 0, got {rank!r}: None is full rank")
+
+
+def feasible_rank(rank: Rank, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the rank of each mode that a tensor of this shape can have; None where that is the full rank.
+
+    The rank of a mode is at most the length of its axis, and at most the product of the other ranks; larger ones are
+    clipped to that.
+
+    Args:
+        rank: None for full multilinear rank; an int for the same rank in every mode; one int for each mode; a float
+            for that share of the tensor's number of parameters, and "same" for all of it, as TensorLy's
+            `validate_tucker_rank` turns them into ints.
+        shape: channels x spatial, of one image.
+
+    Raises:
+        TypeError: `rank` is of another kind.
+        ValueError: `rank` is not positive, not finite, or has not one part for each mode.
+
+    Example:
+        >>> feasible_rank((100, 4, 9), (1280, 7, 7))
+        (28, 4, 7)
+        >>> feasible_rank(8, (1280, 7, 7))
+        (8, 7, 7)
+        >>> feasible_rank((1280, 7, 7), (1280, 7, 7)) is None
+        True
+    """
+    check_rank(rank)
+    if rank is None:
+        return None
+    parts: Sequence[int]
+    if isinstance(rank, int):
+        parts = [rank] * len(shape)
+    elif isinstance(rank, (float, str)):
+        parts = validate_tucker_rank(shape, rank=rank)
+    else:
+        parts = rank
+    if len(parts) != len(shape):
+        raise ValueError(
+            f"expected a rank of {len(shape)} parts for feature maps of shape {shape}, channels first, got {rank!r}"
+        )
+    clipped = _clip(parts, shape)
+    return None if clipped == _clip(shape, shape) else clipped
+
+
+def _clip(rank: Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
+    clipped = [min(r, length) for r, length in zip(rank, shape, strict=True)]
+    # At most one part, the largest, can exceed the product of the others.
+    return tuple(min(r, prod(clipped) // r) for r in clipped)
