@@ -49,8 +49,8 @@ def channel_modes(
     At full multilinear rank all factors but the first are square and orthogonal, so the mode-1 factor is exactly the
     left singular basis of the unfolding, $F_{(1)} = A_1\,\mathrm{diag}(s)\,V^\top$: the thin SVD gives it without a
     channels x channels matrix. At a lower rank HOOI finds it, with TensorLy's initialisation, order of updates and
-    stopping rule for each image, on the whole batch at once and on the compressed tensor $\mathrm{diag}(s)\,V^\top$
-    where that is smaller.
+    stopping rule for each image, but on the whole batch at once and, where there are more channels than positions,
+    on the Gram matrix of the positions.
 
     Args:
         features: batch x channels x spatial (one axis or more), floating point, finite. Float16 and bfloat16 are

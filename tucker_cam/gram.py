@@ -92,7 +92,10 @@ def quickly_or_carefully(
     trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
     in_range = (trace > _SMALLEST_TRACE) & (trace < _LARGEST_TRACE)
     noise = 0.0 if unfolding.dtype == torch.float64 else _SINGLE_NOISE
-    solution, trusted = solve(torch.where(in_range[:, None, None], matrix, 0).double(), noise)
+    matrix = matrix.double()
+    if not in_range.all():
+        matrix[~in_range] = 0
+    solution, trusted = solve(matrix, noise)
     doubtful = ~(in_range & trusted)
     if doubtful.any():
         solution[doubtful], _ = solve_again(gram(unfolding[doubtful]), 0.0)
