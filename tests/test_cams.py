@@ -320,6 +320,7 @@ TUPLE.forward = lambda x: TUPLE[0](x)
         ((MODEL, None), TypeError, "list of layers, got NoneType"),
         ((MODEL, ["conv"]), TypeError, "torch.nn.Module objects, got 'conv'"),
         ((MODEL, [nn.Conv2d(1, 1, 1)]), ValueError, "part of the model, got a Conv2d that is not"),
+        ((nn.Sequential(nn.ReLU()), [MODEL[2]]), ValueError, "model with parameters.*got Sequential"),
         ((lambda x: x, [MODEL[2]]), TypeError, "torch.nn.Module, got function"),
         ((MODEL, [MODEL[2]], "vit"), TypeError, "reshape_transform as a callable or None, got str"),
     ],

@@ -122,6 +122,13 @@ def test_a_turned_picture_is_turned_back_and_any_mode_becomes_rgb(tmp_path):
     assert (opened.mode, opened.size) == ("RGB", (20, 40))
 
 
+def test_a_16_bit_picture_keeps_its_greys(tmp_path):
+    greys = np.linspace(0, 65535, 256).reshape(16, 16)
+    Image.fromarray(greys.astype(np.uint16)).save(tmp_path / "deep.png")
+    opened = np.asarray(open_picture(tmp_path / "deep.png"))
+    np.testing.assert_allclose(opened[..., 0], greys / 257, atol=1)
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path):
     def interrupted():
         with complete_or_absent(tmp_path / "x.png") as unfinished:

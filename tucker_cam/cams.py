@@ -143,8 +143,8 @@ class TSM(LabelFreeCAM):
 
     Raises:
         TypeError: `target_layers` is a single layer, or something in it is no layer; `rank` is of another kind.
-        ValueError: `target_layers` is empty, or holds a layer that is not part of the model; `rank` or `engine` is
-            none that exists.
+        ValueError: `target_layers` is empty, or holds a layer that is not part of the model; the model has no
+            parameters; `rank` or `engine` is none that exists.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -249,6 +249,10 @@ class MultivecEigenCAM(LabelFreeCAM):
 def _check_construction(model: nn.Module, target_layers: Sequence[nn.Module], reshape_transform: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model as a torch.nn.Module, got {type(model).__name__}")
+    if next(model.parameters(), None) is None:
+        raise ValueError(
+            f"expected a model with parameters, which say what device it is on, got {type(model).__name__}"
+        )
     if isinstance(target_layers, nn.Module):
         raise TypeError(
             f"expected target_layers as a list of layers, got the layer {type(target_layers).__name__}: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite, prod
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from tensorly.tucker_tensor import validate_tucker_rank
@@ -17,8 +18,8 @@ def check_rank(rank: Rank) -> None:
         return
     sequence = isinstance(rank, (tuple, list))
     parts: Sequence[Any] = rank if sequence else [rank]  # type: ignore[assignment]
-    kinds = int if sequence else (int, float)
-    if not parts or any(isinstance(part, bool) or not isinstance(part, kinds) for part in parts):
+    kind = Integral if sequence else Real
+    if not parts or any(isinstance(part, bool) or not isinstance(part, kind) for part in parts):
         raise TypeError(
             "expected rank as None (full), an int, a tuple of ints (channels, *spatial), a float (share of the "
             f"parameters) or 'same', got {rank!r}"
@@ -55,12 +56,12 @@ def feasible_rank(rank: Rank, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     if rank is None:
         return None
     parts: Sequence[int]
-    if isinstance(rank, int):
-        parts = [rank] * len(shape)
-    elif isinstance(rank, (float, str)):
-        parts = validate_tucker_rank(shape, rank=rank)
+    if isinstance(rank, (int, Integral)):
+        parts = [int(rank)] * len(shape)
+    elif isinstance(rank, (float, Real, str)):
+        parts = validate_tucker_rank(shape, rank=rank if rank == "same" else float(rank))
     else:
-        parts = rank
+        parts = [int(part) for part in rank]
     if len(parts) != len(shape):
         raise ValueError(
             f"expected a rank of {len(shape)} parts for feature maps of shape {shape}, channels first, got {rank!r}"

@@ -80,7 +80,11 @@ def open_picture(path: Path) -> Image.Image:
         raise FileNotFoundError(f"{path}: expected a picture, found {'a folder' if path.is_dir() else 'no such file'}")
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I"):
+                # Pillow would cut 16-bit greys off at 255 instead of scaling them.
+                upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
+            return upright.convert("RGB")
     except UnidentifiedImageError as error:
         raise OSError(f"{path}: expected a picture (PNG, JPEG, WebP ...), found a file of another kind") from error
     except (OSError, SyntaxError, ValueError) as error:
