@@ -3,7 +3,7 @@
     python benchmarks/speed.py            # some minutes; writes benchmarks/results/speed.{json,md,png}
     python benchmarks/speed.py --quick    # seconds; small shapes, to see that the script works
 
-Every round times each method once, in turn, so that a slow spell of the machine meets all of them; ratios are medians
+Linux only, for the memory. Every round times each method once, in turn, so that a slow spell of the machine meets all of them; ratios are medians
 of the ratios within rounds. Methods that loop over the images in Python (the host's and TensorLy's) are timed on one
 image, and scaled, where a batch would take many seconds. Needs the `test` extra.
 """
@@ -18,9 +18,11 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated
@@ -175,52 +177,54 @@ def _call(cam: BaseCAM, batch: Tensor, _: int) -> None:
     cam(batch, targets=None)
 
 
-def peak_memory(work: Callable[[], object]) -> float | None:
-    """Return how many MiB the process grew by, at most, while it worked; None where Linux does not tell."""
-    try:
-        gc.collect()
-        # Whatever is freed goes back at once, so that no call can hide in what an earlier one left.
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
-        work()
-        return (_status("VmHWM") - before) / 1024
-    except OSError:
-        return None
+def measure_memory(quick: bool) -> dict[str, object]:
+    """Return each method's peak memory, and how much the process grew over many calls of TSM.
 
+    To be run in a process of its own, so that nothing hides in what earlier work left behind.
+    """
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)
+    # Whatever is freed goes back to the system at once.
+    ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    model = (torchvision.models.resnet18 if quick else torchvision.models.resnet50)(weights=None).eval()
+    batch = torch.randn(2, 3, 64, 64) if quick else torch.randn(8, 3, 224, 224)
 
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(key + ":")))
+    def plain(batch: Tensor) -> None:
+        with torch.no_grad():
+            model(batch)
 
-
-def measure_memory(model: nn.Module, layer: nn.Module, batch: Tensor, calls: int) -> dict[str, object]:
-    """Return the peak of each method, and how much the process grew over many calls of TSM on a small network."""
-    peaks: dict[str, list[float | None]] = {}
-    for build in (None, TSM, MTSM, EigenCAM):
-        name = "plain forward" if build is None else build.__name__
-        for _ in range(3):
-            # Each in a round of its own: a CAM that is still alive holds its last batch's features.
-            if build is None:
-                with torch.no_grad():
-                    peaks.setdefault(name, []).append(peak_memory(lambda: model(batch)))
-            else:
-                with build(model, [layer]) as cam:
-                    peaks.setdefault(name, []).append(peak_memory(lambda cam=cam: cam(batch, targets=None)))
-    small = torchvision.models.resnet18(weights=None)
-    small_batch = torch.randn(2, 3, 64, 64)
-    resident = []
-    for call in range(calls + 100):
-        TSM(small, [small.layer4])(small_batch)
-        if call >= 100:
-            resident.append(_status("VmRSS") / 1024)
+    peaks: dict[str, list[float]] = {}
+    for _ in range(4):
+        peaks.setdefault("plain forward", []).append(_peak(plain, batch))
+        for build, layer in ((TSM, "layer4"), (MTSM, "layer4"), (TSM, "layer1"), (EigenCAM, "layer4")):
+            with build(model, [getattr(model, layer)]) as cam:
+                work = partial(cam, targets=None)
+                peaks.setdefault(f"{build.__name__}, {layer}", []).append(_peak(work, batch))
+    small, resident = torchvision.models.resnet18(weights=None), []
+    for _ in range(20 if quick else 1100):
+        TSM(small, [small.layer4])(torch.randn(2, 3, 64, 64))
+        resident.append(_status("VmRSS"))
+    # The first round and the first hundred calls warm up.
+    counted = resident[-1000:]
     return {
-        "peak_mib": peaks,
-        "calls": calls,
-        "growth_mib": median(resident[-50:]) - median(resident[:50]),
+        "peak_mib": {name: samples[1:] for name, samples in peaks.items()},
+        "calls": len(counted),
+        "growth_mib": median(counted[-50:]) - median(counted[:50]),
     }
+
+
+def _peak(work: Callable[[Tensor], object], batch: Tensor) -> float:
+    """Return how many MiB the process grew by, at most, while it worked."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    work(batch)
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(key + ":"))) / 1024
 
 
 def measure_growth(sizes: dict[str, list[tuple[int, ...]]], rounds: int) -> dict[str, list[dict[str, object]]]:
@@ -298,10 +302,17 @@ def report(results: dict[str, object], decompositions: dict, end_to_end: dict, r
         for (name, batch), methods in end_to_end.items()
     }
     parts.append(table("end to end", list(next(iter(end_to_end.values()))), rows))
-    parts.append(table("ratio", ["median"], {name: [f"{value:,.2f}"] for name, value in ratios.items()}))
+    parts.append(
+        table(
+            "ratio",
+            ["median"],
+            {name: [f"{value:,.3g}" if value < 1 else f"{value:,.2f}"] for name, value in ratios.items()},
+        )
+    )
     memory = results["memory"]
-    peaks = {name: [f"{median(p):,.0f}" if None not in p else "unknown"] for name, p in memory["peak_mib"].items()}
-    parts.append(table("peak memory of a call", ["MiB"], peaks))
+    peaks = {name: median(samples) for name, samples in memory["peak_mib"].items()}
+    rows = {name: [f"{peak:,.0f}", f"{peak / peaks['plain forward']:.2f}"] for name, peak in peaks.items()}
+    parts.append(table("peak memory, ResNet-50, batch of 8", ["MiB", "of a plain forward"], rows))
     parts.append(f"Over {memory['calls']:,} calls of TSM the process grew by {memory['growth_mib']:.1f} MiB.")
     return "\n\n".join(parts) + "\n"
 
@@ -360,7 +371,8 @@ def main(
             rounds,
         )
         typer.echo("memory")
-        memory = measure_memory(resnet, resnet.layer4, photographs(size, 2 if quick else 8), 20 if quick else 1000)
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            memory = process.submit(measure_memory, quick).result()
 
     first, largest = next(iter(decompositions)), max(batches)
     main_case = decompositions[first]
