@@ -3,9 +3,9 @@
     python benchmarks/speed.py            # some minutes; writes benchmarks/results/speed.{json,md,png}
     python benchmarks/speed.py --quick    # seconds; small shapes, to see that the script works
 
-Linux only, for the memory. Every round times each method once, in turn, so that a slow spell of the machine meets all of them; ratios are medians
+Every round times each method once, in turn, so that a slow spell of the machine meets all of them; ratios are medians
 of the ratios within rounds. Methods that loop over the images in Python (the host's and TensorLy's) are timed on one
-image, and scaled, where a batch would take many seconds. Needs the `test` extra.
+image, and scaled, where a batch would take many seconds. Peak memory is read as Linux tells it. Needs the `test` extra.
 """
 
 from __future__ import annotations
