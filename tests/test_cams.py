@@ -15,7 +15,7 @@ from pytorch_grad_cam.utils.image import scale_cam_image, show_cam_on_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
-from tucker_cam import MTSM, TSM, MultivecEigenCAM
+from tucker_cam import MTSM, TSM, MultivecEigenCAM, decomposition
 
 METHODS = {
     "TSM": TSM,
@@ -436,6 +436,17 @@ def test_both_engines_give_the_same_map(method, rank):
         assert_allclose(ours(batch), theirs(batch), atol=1e-5)
         for mine, other in zip(ours.modes(batch)[0], theirs.modes(batch)[0], strict=True):
             assert_allclose(mine, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [TSM, MTSM])
+def test_the_tensorly_engine_is_tensorly(method, monkeypatch):
+    decomposed = []
+    tucker = decomposition.tucker
+    monkeypatch.setattr(decomposition, "tucker", lambda x, rank: (decomposed.append(rank), tucker(x, rank))[1])
+    method(MODEL, [MODEL[2]], rank=(3, 2, 2), engine="tensorly")(images())
+    assert decomposed == [(3, 2, 2)] * 2
+    method(MODEL, [MODEL[2]], rank=(3, 2, 2))(images())
+    assert len(decomposed) == 2
 
 
 @pytest.mark.parametrize("method", [TSM, MTSM])

@@ -61,17 +61,36 @@ def test_the_quick_leading_map_is_the_careful_one():
     assert_close(quick / careful.amax(), careful / careful.amax(), rtol=0, atol=1e-5)
 
 
-def test_what_noise_could_change_is_not_trusted():
-    unfolding = features((40, 5, 6), 100).flatten(2).double()
-    matrix = unfolding.mT @ unfolding
-    counts = [
-        int(hooi._iterate(matrix, (5, 6), (4, 2, 3), tall=True, noise=noise).trusted.sum())
-        for noise in (0.0, 1e-7, 1e-5, 1.0)
-    ]
-    assert counts[0] == 100
-    assert counts == sorted(counts, reverse=True)
-    assert counts[1] > 90
-    assert counts[3] == 0
+def iterate(batch, noise):
+    matrix = batch.mT @ batch
+    return hooi._iterate(matrix, (5, 6), (4, 2, 3), tall=True, noise=noise)
+
+
+def test_without_noise_all_is_trusted_and_with_little_almost_all():
+    batch = features((40, 5, 6), 100).flatten(2).double()
+    assert iterate(batch, 0.0).trusted.all()
+    assert iterate(batch, 1e-7).trusted.sum() > 90
+
+
+def test_a_stop_that_noise_could_shift_is_not_trusted(monkeypatch):
+    monkeypatch.setattr(hooi, "narrow", lambda values, noise: torch.zeros_like(values[:, 0], dtype=torch.bool))
+    batch = features((40, 5, 6), 20).flatten(2).double()
+    assert iterate(batch, 1e-9).trusted.all()
+    assert not iterate(batch, 1e-3).trusted.any()
+
+
+def test_a_first_map_that_noise_could_turn_is_not_trusted():
+    # The same block twice, in other channels and positions: no first direction stands out.
+    batch = torch.zeros(2, 40, 5, 6, dtype=torch.float64)
+    batch[:, :20, :2, :3] = batch[:, 20:, 2:4, 3:] = torch.rand(20, 2, 3, dtype=torch.float64)
+    batch[1, :20] *= 2
+    assert iterate(batch.flatten(2), 1e-7).trusted.tolist() == [False, True]
+
+
+def test_values_descend_also_where_the_last_sweep_changed_their_order():
+    unfolding = torch.randn(500, 12, 6)
+    values = truncated_components(unfolding, (2, 3), (4, 2, 2)).values
+    assert (values.diff(dim=1) <= 0).all()
 
 
 def test_nothing_in_nothing_out():
