@@ -88,8 +88,9 @@ def test_a_first_map_that_noise_could_turn_is_not_trusted():
 
 
 def test_values_descend_also_where_the_last_sweep_changed_their_order():
-    unfolding = torch.randn(500, 12, 6)
-    values = truncated_components(unfolding, (2, 3), (4, 2, 2)).values
+    # About one image of Gaussian noise in 500 has two values that near.
+    unfolding = torch.randn(3000, 20, 20)
+    values = truncated_components(unfolding, (4, 5), (6, 2, 2)).values
     assert (values.diff(dim=1) <= 0).all()
 
 
