@@ -41,12 +41,12 @@ def demo(out: OutputFolder = Path("tucker-cam-out")) -> None:
 def explain(
     images: Annotated[list[Path], typer.Argument(help="Picture files.", show_default=False)],
     method: Annotated[
-        list[str] | None, typer.Option(help=f"May be repeated: {', '.join(METHODS)}. [default: tsm]")
+        list[str] | None, typer.Option(help=f"May be repeated: {', '.join(METHODS)}. (default: tsm)")
     ] = None,
     model: Annotated[str, typer.Option(help="demo, timm:NAME or torchvision:NAME.")] = "demo",
     layer: Annotated[
         str | None,
-        typer.Option(help="Dotted name of the target layer. [default: the last one with a spatial map]"),
+        typer.Option(help="Dotted name of the target layer. (default: the last one with a spatial map)"),
     ] = None,
     out: OutputFolder = Path("tucker-cam-out"),
     aug_smooth: Annotated[bool, typer.Option("--aug-smooth", help="Average over flips and brightness.")] = False,
