@@ -87,6 +87,15 @@ def test_bad_pictures_are_named_and_the_others_done(photograph, tmp_path):
     assert [path.name for path in out.iterdir()] == ["coffee_tsm.png"]
 
 
+def test_a_map_that_cannot_be_written_is_named_and_the_others_done(photograph, tmp_path):
+    long = tmp_path / f"{'n' * 240}.png"
+    long.write_bytes(photograph.read_bytes())
+    result = run("explain", long, photograph, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "its tsm map could not be written" in result.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["coffee_tsm.png"]
+
+
 def test_pictures_of_the_same_name_do_not_overwrite_each_other(photograph, tmp_path):
     (tmp_path / "other").mkdir()
     other = tmp_path / "other" / "coffee.jpg"

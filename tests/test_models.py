@@ -32,14 +32,20 @@ def test_a_named_model_is_loaded_with_its_preprocessing_and_its_layer_is_found(n
     assert module is layer_named(loaded.model, layer)
 
 
+class PutChannelsLast(nn.Module):
+    def forward(self, x):
+        return x.permute(0, 2, 3, 1)
+
+
 @pytest.mark.parametrize(
     "model",
     [
         VisionTransformer(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2),
         SwinTransformer(img_size=28, patch_size=4, window_size=7, embed_dim=24, depths=(1,), num_heads=(2,)),
         nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 2)),
+        nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), PutChannelsLast()),
     ],
-    ids=["ViT", "Swin", "MLP"],
+    ids=["ViT", "Swin", "MLP", "channels last"],
 )
 def test_a_model_that_ends_without_feature_maps_is_refused(model):
     size = model.patch_embed.img_size[0] if hasattr(model, "patch_embed") else 28

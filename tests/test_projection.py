@@ -85,8 +85,9 @@ def test_a_near_tie_of_the_leading_values_is_resolved_in_float64():
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_features_beyond_the_range_of_float32_squares_keep_their_map(scale):
-    batch = features((20, 3, 4))
+@pytest.mark.parametrize("shape", [(20, 3, 4), (8, 5, 5)])
+def test_features_beyond_the_range_of_float32_squares_keep_their_map(scale, shape):
+    batch = features(shape)
     for project in (leading_map, combined_map, lambda f: combined_map(f, combine="energy")):
         expected, actual = project(batch), project(batch * scale)
         assert_close(actual / actual.amax(), expected / expected.amax(), rtol=1e-5, atol=1e-5)

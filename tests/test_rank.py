@@ -51,6 +51,7 @@ def test_a_share_of_the_parameters_is_tensorlys(rank, shape):
         (True, TypeError, "got True"),
         ((2.0, 2, 2), TypeError, r"got \(2.0, 2, 2\)"),
         ("full", TypeError, "'same', got 'full'"),
+        (np.array([3, 2, 2]), TypeError, r"got array\(\[3, 2, 2\]\)"),
         ({2, 3}, TypeError, r"got \{2, 3\}"),
     ],
 )

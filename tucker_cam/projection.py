@@ -52,7 +52,9 @@ def leading_map(
     else:
         leading = leading_eigenvector(unfolding)
         if not is_tall(unfolding):
-            direction = torch.nn.functional.normalize(leading, dim=1).to(unfolding.dtype)
+            # Only zeros have length zero: whatever is there, however small, is a direction.
+            length = leading.norm(dim=1, keepdim=True).clamp_min(torch.finfo(leading.dtype).tiny)
+            direction = (leading / length).to(unfolding.dtype)
             leading = (direction[:, None, :] @ unfolding).squeeze(1).double()
     return leading.abs().reshape(len(features), *spatial)
 

@@ -14,7 +14,7 @@ Rank = int | float | Sequence[int] | Literal["same"] | None
 
 def check_rank(rank: Rank) -> None:
     """Raise TypeError or ValueError for a rank that fits no tensor, whatever its shape."""
-    if rank is None or rank == "same":
+    if rank is None or (isinstance(rank, str) and rank == "same"):
         return
     sequence = isinstance(rank, (tuple, list))
     parts: Sequence[Any] = rank if sequence else [rank]  # type: ignore[assignment]

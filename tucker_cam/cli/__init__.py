@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +25,7 @@ _USER_ERROR = 2
 @app.callback()
 def _quiet_libraries() -> None:
     # Its retries without a network would bury the one line that says what to do.
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 @app.command()

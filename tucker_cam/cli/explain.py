@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pytorch_grad_cam.utils.image import show_cam_on_image
 
@@ -31,7 +32,7 @@ def explain_pictures(
     """Explain the pictures one by one and write ``NAME_METHOD.png`` for each.
 
     Returns:
-        One line for each picture that could not be explained; all the others are done.
+        One line for each picture that could not be read, or map that could not be written; all others are done.
 
     Raises:
         ValueError: an unknown method, model, layer or device.
@@ -56,17 +57,22 @@ def explain_pictures(
         for method, build in classes.items():
             with build(loaded.model, [target]) as cam:
                 saliency = cam(images, aug_smooth=aug_smooth, targets=None)[0]
-            overlay = show_cam_on_image(loaded.picture(network_input), saliency, use_rgb=True)
-            with complete_or_absent(out / f"{stem}_{method}.png") as unfinished:
-                Image.fromarray(overlay).save(unfinished, format="PNG")
-            if save_map:
-                with (
-                    complete_or_absent(out / f"{stem}_{method}.npy") as unfinished,
-                    unfinished.open("wb") as file,
-                ):
-                    np.save(file, saliency)
-            typer.echo(out / f"{stem}_{method}.png")
+            try:
+                _write(out / f"{stem}_{method}", loaded.picture(network_input), saliency, save_map=save_map)
+            except OSError as error:
+                problems.append(f"{path}: its {method} map could not be written ({error})")
     return problems
+
+
+def _write(name: Path, picture: NDArray[np.float32], saliency: NDArray[np.float32], *, save_map: bool) -> None:
+    overlay = Image.fromarray(show_cam_on_image(picture, saliency, use_rgb=True))
+    target = name.with_name(f"{name.name}.png")
+    with complete_or_absent(target) as unfinished:
+        overlay.save(unfinished, format="PNG")
+    if save_map:
+        with complete_or_absent(name.with_name(f"{name.name}.npy")) as unfinished, unfinished.open("wb") as file:
+            np.save(file, saliency)
+    typer.echo(target)
 
 
 def open_picture(path: Path) -> Image.Image:

@@ -31,7 +31,7 @@ def find_target_layer(model: nn.Module, example: Tensor) -> tuple[str, nn.Module
         nonlocal found, tokens_after
         if not isinstance(output, Tensor) or len(output) != len(example):
             return
-        if output.dim() == 4 and not _is_channels_last(module, output):
+        if output.dim() == 4 and not _is_channels_last(output, example):
             if output.shape[-2:].numel() > 1:
                 found, tokens_after = (name, module), False
         elif output.dim() in (3, 4):
@@ -75,9 +75,8 @@ def layer_named(model: nn.Module, name: str) -> nn.Module:
     return layers[name]
 
 
-def _is_channels_last(module: nn.Module, output: Tensor) -> bool:
-    """Tell whether a layer norm worked over the last axis: tokens in a grid, as in Swin, not feature maps."""
-    if not isinstance(module, nn.LayerNorm):
-        return False
-    channels: int = module.normalized_shape[-1]
-    return output.shape[-1] == channels and output.shape[1] != channels
+def _is_channels_last(output: Tensor, example: Tensor) -> bool:
+    """Tell whether the picture's proportions are those of axes 1 and 2, as in Swin, and not those of axes 2 and 3."""
+    height, width = example.shape[-2:]
+    _, first, second, third = output.shape
+    return first * width == second * height and second * width != third * height

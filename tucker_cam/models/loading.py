@@ -128,7 +128,7 @@ def _near(name: str, known: list[str]) -> str:
 
 def _no_weights(name: str, pretrained: bool, error: Exception) -> Exception:
     if not pretrained:
-        return error
+        return ValueError(f"{name} could not be built: {error}")
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return OSError(f"the weights of {name} could not be had ({reason}): --no-pretrained runs it with random weights")
 
