@@ -1,7 +1,7 @@
 """What a saliency map costs: each method beside its peers, paired in one run on one thread.
 
-    python benchmarks/speed.py            # some minutes; writes benchmarks/results/speed.{json,md,png}
-    python benchmarks/speed.py --quick    # seconds; small shapes, to see that the script works
+    python -m benchmarks.speed            # some minutes; writes benchmarks/results/speed.{json,md,png}
+    python -m benchmarks.speed --quick    # seconds; small shapes, to see that the script works
 
 Every round times each method once, in turn, so that a slow spell of the machine meets all of them; ratios are medians
 of the ratios within rounds. Methods that loop over the images in Python (the host's and TensorLy's) are timed on one
@@ -13,15 +13,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import os
-import platform
 import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
@@ -40,6 +37,7 @@ from tensorly.decomposition import tucker
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
+from benchmarks.reporting import environment, table
 from tucker_cam import MTSM, TSM
 from tucker_cam.models import load_model
 from tucker_cam.projection import combined_map, leading_map
@@ -260,30 +258,11 @@ def plot_growth(growth: dict[str, list[dict[str, object]]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def table(head: str, columns: list[str], rows: dict[str, list[str]]) -> str:
-    lines = [f"| {head} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
-    return "\n".join(lines)
-
-
 def figure_of(timed: Timed) -> str:
     """Return the median and, behind it, half the distance between the quartiles."""
     low, high = timed.summary["quartiles_ms"]
     digits = 2 if median(timed.samples) < 100 else 0
     return f"{median(timed.samples):,.{digits}f} ± {(high - low) / 2:,.{digits}f}"
-
-
-def environment() -> dict[str, object]:
-    packages = ("torch", "torchvision", "numpy", "grad-cam", "tensorly", "timm", "scikit-learn")
-    return {
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "seed": SEED,
-    }
 
 
 def report(results: dict[str, object], decompositions: dict, end_to_end: dict, ratios: dict[str, float]) -> str:
@@ -404,7 +383,7 @@ def main(
     )
 
     results = {
-        "environment": environment(),
+        "environment": environment(SEED),
         "decomposition": {
             f"{batch} x {name}": {method: timed.summary for method, timed in methods.items()}
             for (name, batch), methods in decompositions.items()

@@ -1,7 +1,12 @@
 """Tiny seeded networks, one for each habit of a model that a label-free method has to put up with."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
+from torchvision import transforms
+
+from tucker_cam.models import LoadedModel
 
 
 def small_cnn(channels=8):
@@ -50,3 +55,23 @@ class SmallVolumeCNN(nn.Module):
 
     def forward(self, x):
         return self.head(self.conv(x).relu().mean((2, 3, 4)))
+
+
+def tiny_loaded_model():
+    """Return a small classifier as ``tucker-cam --model networks:tiny_loaded_model`` loads it."""
+    steps = [transforms.Resize(24), transforms.CenterCrop(24), transforms.ToTensor()]
+    preprocess = transforms.Compose([*steps, transforms.Normalize([0.5] * 3, [0.5] * 3)])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = small_cnn()
+    return LoadedModel("tiny", model, preprocess, (0.5,) * 3, (0.5,) * 3, classifies=True)
+
+
+def tiny_backbone():
+    """Return the same network without its last layer: it has no classes."""
+    loaded = tiny_loaded_model()
+    return replace(loaded, model=loaded.model[:-1], classifies=False)
+
+
+def no_loaded_model():
+    return small_cnn()

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from tucker_cam import TSM
 from tucker_cam.cli import app
-from tucker_cam.cli.explain import complete_or_absent, open_picture
+from tucker_cam.files import complete_or_absent, open_picture
 from tucker_cam.models import load_model
 
 

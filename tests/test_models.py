@@ -73,7 +73,7 @@ def test_an_unknown_layer_is_answered_with_near_names():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet50", "demo, timm:NAME or torchvision:NAME, got 'resnet50'"),
+        ("resnet50", "timm:NAME, torchvision:NAME or MODULE:CALLABLE, got 'resnet50'"),
         ("timm:", "got 'timm:'"),
         ("demo:x", "got 'demo:x'"),
         ("timm:resnet5", "timm has no model 'resnet5'; near it: .*resnet50"),
@@ -105,3 +105,73 @@ def test_weights_that_cannot_be_had_name_the_way_out(monkeypatch):
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(OSError, match=r"timm:resnet18 could not be had \(no route to host\): --no-pretrained"):
         load_model("timm:resnet18")
+
+
+def test_ones_own_model_is_loaded_by_module_and_function():
+    loaded = load_model("networks:tiny_loaded_model")
+    assert loaded.name == "networks:tiny_loaded_model"
+    assert loaded.classifies
+    assert not loaded.model.training
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("nowhere:model", ValueError, "no module 'nowhere' here"),
+        ("networks:missing", ValueError, "networks has no function 'missing'"),
+        ("networks:no_loaded_model", TypeError, "LoadedModel from networks:no_loaded_model, got Sequential"),
+        ("networks:", ValueError, "MODULE:CALLABLE, got 'networks:'"),
+        ("demo:x", ValueError, "got 'demo:x'"),
+    ],
+)
+def test_ones_own_model_that_is_none_is_one_clear_error(name, error, message):
+    with pytest.raises(error, match=message):
+        load_model(name)
+
+
+def test_weights_replace_the_models_own(tmp_path):
+    trained = load_model("networks:tiny_loaded_model").model
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(1)
+    torch.save(trained.state_dict(), tmp_path / "w.pt")
+    loaded = load_model("networks:tiny_loaded_model", weights=tmp_path / "w.pt")
+    assert loaded.name == "networks:tiny_loaded_model with w.pt"
+    for key, value in loaded.model.state_dict().items():
+        assert torch.equal(value, trained.state_dict()[key])
+
+
+class RunsCode:
+    """Opens a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda path: None, "expected a file of weights"),
+        (lambda path: path.write_text("<html>404</html>"), "nothing in it was run"),
+        (lambda path: path.write_bytes(b""), "nothing in it was run"),
+        (lambda path: torch.save({"weight": RunsCode(path.with_name("ran"))}, path), "nothing in it was run"),
+        (lambda path: torch.save(torch.zeros(3), path), "expected a state dict, found a Tensor"),
+        (lambda path: torch.save({"0.weight": torch.zeros(1)}, path), "Sequential, found others: 6 entries"),
+    ],
+)
+def test_weights_that_are_none_are_one_clear_error_and_run_nothing(tmp_path, content, message):
+    content(tmp_path / "w.pt")
+    with pytest.raises((OSError, ValueError), match=message):
+        load_model("networks:tiny_loaded_model", weights=tmp_path / "w.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_half_a_file_of_weights_is_one_clear_error(tmp_path):
+    file = tmp_path / "w.pt"
+    torch.save(load_model("networks:tiny_loaded_model").model.state_dict(), file)
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="broken file"):
+        load_model("networks:tiny_loaded_model", weights=file)

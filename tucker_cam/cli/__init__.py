@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +21,37 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+class MetricGroup(StrEnum):
+    """The metrics that can be asked for."""
+
+    LOCALISATION = "localisation"
+    DROP = "drop"
+    CURVES = "curves"
+    ROAD = "road"
+
+
+class AnnotationKind(StrEnum):
+    """The annotations that can be asked for."""
+
+    BOXES = "boxes"
+    MASKS = "masks"
+    NONE = "none"
+
+
 OutputFolder = Annotated[Path, typer.Option("--out", help="Folder for the pictures; made if it is missing.")]
+DataFolder = Annotated[Path, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)]
+MethodNames = Annotated[list[str] | None, typer.Option(help=f"May be repeated: {', '.join(METHODS)}. (default: tsm)")]
+ModelName = Annotated[str, typer.Option(help="demo, timm:NAME, torchvision:NAME or your own MODULE:CALLABLE.")]
+LayerName = Annotated[
+    str | None, typer.Option(help="Dotted name of the target layer. (default: the last one with a spatial map)")
+]
+Limit = Annotated[int | None, typer.Option(help="Take a random sample of so many pictures.", show_default=False)]
+RandomWeights = Annotated[bool, typer.Option("--no-pretrained", help="Random weights; no download.")]
+Weights = Annotated[Path | None, typer.Option(help="The model's state dict, a file of torch.save.", show_default=False)]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, mps ...")]
 _USER_ERROR = 2
+_INTERRUPTED = 130
 
 
 @app.callback()
@@ -31,32 +63,26 @@ def _quiet_libraries() -> None:
 @app.command()
 def demo(out: OutputFolder = Path("tucker-cam-out")) -> None:
     """Explain a photograph with a real network; needs no download after the install."""
-    try:
+    with _user_errors():
         run_demo(out)
-    except (ModuleNotFoundError, OSError) as error:
-        _fail([str(error)])
 
 
 @app.command()
 def explain(
     images: Annotated[list[Path], typer.Argument(help="Picture files.", show_default=False)],
-    method: Annotated[
-        list[str] | None, typer.Option(help=f"May be repeated: {', '.join(METHODS)}. (default: tsm)")
-    ] = None,
-    model: Annotated[str, typer.Option(help="demo, timm:NAME or torchvision:NAME.")] = "demo",
-    layer: Annotated[
-        str | None,
-        typer.Option(help="Dotted name of the target layer. (default: the last one with a spatial map)"),
-    ] = None,
+    method: MethodNames = None,
+    model: ModelName = "demo",
+    layer: LayerName = None,
     out: OutputFolder = Path("tucker-cam-out"),
     aug_smooth: Annotated[bool, typer.Option("--aug-smooth", help="Average over flips and brightness.")] = False,
     save_map: Annotated[bool, typer.Option("--save-map", help="Write the map itself too, as .npy.")] = False,
-    no_pretrained: Annotated[bool, typer.Option("--no-pretrained", help="Random weights; no download.")] = False,
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, mps ...")] = "cpu",
+    no_pretrained: RandomWeights = False,
+    weights: Weights = None,
+    device: Device = "cpu",
 ) -> None:
     """Write an overlay for each picture and method."""
-    try:
-        problems = explain_pictures(
+    with _user_errors() as problems:
+        problems += explain_pictures(
             images,
             methods=method or ["tsm"],
             model_name=model,
@@ -65,15 +91,102 @@ def explain(
             aug_smooth=aug_smooth,
             save_map=save_map,
             pretrained=not no_pretrained,
+            weights=weights,
             device=device,
         )
-    except (ModuleNotFoundError, OSError, TypeError, ValueError) as error:
-        problems = [str(error)]
+
+
+@app.command()
+def evaluate(
+    data: DataFolder,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"May be repeated, beside eigencam: {', '.join(METHODS)}. (default: all)"),
+    ] = None,
+    model: ModelName = "demo",
+    layer: LayerName = None,
+    metric: Annotated[
+        list[MetricGroup] | None,
+        typer.Option(help="May be repeated; curves and road are slow. (default: localisation and drop)"),
+    ] = None,
+    annotations: Annotated[
+        AnnotationKind | None, typer.Option(help="Score only pictures with these. (default: what there is)")
+    ] = None,
+    limit: Limit = None,
+    out: Annotated[Path, typer.Option(help="The rows, as CSV; a run that was interrupted goes on.")] = Path(
+        "tucker-cam-out/results.csv"
+    ),
+    report: Annotated[
+        Path | None, typer.Option(help="Write a figure page too: .png, .pdf or .svg.", show_default=False)
+    ] = None,
+    no_pretrained: RandomWeights = False,
+    weights: Weights = None,
+    device: Device = "cpu",
+) -> None:
+    """Score the methods and controls on a folder of pictures, with boxes, with masks or without."""
+    with _user_errors("tucker-cam[evaluation]") as problems:
+        from tucker_cam.cli.evaluate import evaluate_folder
+
+        problems += evaluate_folder(
+            data,
+            model_name=model,
+            methods=method or list(METHODS),
+            groups=[each.value for each in metric] if metric else ["localisation", "drop"],
+            layer=layer,
+            annotations=annotations.value if annotations else None,
+            limit=limit,
+            out=out,
+            report=report,
+            pretrained=not no_pretrained,
+            weights=weights,
+            device=device,
+        )
+
+
+@app.command()
+def spectrum(
+    data: DataFolder,
+    model: ModelName = "demo",
+    layer: LayerName = None,
+    limit: Limit = None,
+    out: Annotated[Path, typer.Option(help="The box plots, as PNG; the numbers stand beside it as CSV.")] = Path(
+        "tucker-cam-out/spectrum.png"
+    ),
+    no_pretrained: RandomWeights = False,
+    weights: Weights = None,
+    device: Device = "cpu",
+) -> None:
+    """Plot how much the first singular values hold of the sum of all, with and without centring."""
+    with _user_errors("tucker-cam[evaluation]") as problems:
+        from tucker_cam.cli.spectrum import write_spectrum
+
+        problems += write_spectrum(
+            data,
+            model_name=model,
+            layer=layer,
+            limit=limit,
+            out=out,
+            pretrained=not no_pretrained,
+            weights=weights,
+            device=device,
+        )
+
+
+@contextmanager
+def _user_errors(extra: str = "tucker-cam[demo]") -> Iterator[list[str]]:
+    """Give a list of problems; they and the errors that a user can mend are printed, a line each, with exit code 2."""
+    problems: list[str] = []
+    try:
+        yield problems
+    except ModuleNotFoundError as error:
+        ours = " " in str(error.msg) and "pip install" in str(error)
+        problems.append(str(error) if ours else f"this needs the package {error.name}: pip install '{extra}'")
+    except (OSError, TypeError, ValueError) as error:
+        problems.append(str(error))
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on where it was", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
     if problems:
-        _fail(problems)
-
-
-def _fail(problems: list[str]) -> None:
-    for problem in problems:
-        typer.echo(f"error: {problem}", err=True)
-    raise typer.Exit(_USER_ERROR)
+        for problem in problems:
+            typer.echo(f"error: {problem}", err=True)
+        raise typer.Exit(_USER_ERROR)

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-from tucker_cam.cli.explain import complete_or_absent, open_picture
 from tucker_cam.cli.methods import METHODS
+from tucker_cam.files import complete_or_absent, open_picture
 from tucker_cam.models import find_target_layer, load_model
 
 _TITLES = {"eigencam": "EigenCAM", "tsm": "TSM", "multivec-eigencam": "Multivec-EigenCAM", "mtsm": "MTSM"}

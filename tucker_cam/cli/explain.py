@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from pytorch_grad_cam.utils.image import show_cam_on_image
 
 from tucker_cam.cli.methods import method_named
+from tucker_cam.files import complete_or_absent, open_picture
 from tucker_cam.models import find_target_layer, layer_named, load_model
 
 
@@ -27,6 +27,7 @@ def explain_pictures(
     aug_smooth: bool,
     save_map: bool,
     pretrained: bool,
+    weights: Path | None,
     device: str,
 ) -> list[str]:
     """Explain the pictures one by one and write ``NAME_METHOD.png`` for each.
@@ -40,7 +41,7 @@ def explain_pictures(
         OSError: its weights could not be had, or `out` could not be written.
     """
     classes = {name: method_named(name) for name in methods}
-    loaded = load_model(model_name, pretrained=pretrained, device=_device(device))
+    loaded = load_model(model_name, pretrained=pretrained, weights=weights, device=device_named(device))
     out.mkdir(parents=True, exist_ok=True)
     target = layer_named(loaded.model, layer) if layer is not None else None
     problems: list[str] = []
@@ -75,39 +76,6 @@ def _write(name: Path, picture: NDArray[np.float32], saliency: NDArray[np.float3
     typer.echo(target)
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Open a picture as RGB, turned as its EXIF data says.
-
-    Raises:
-        OSError: the file is missing, no picture, or broken; the message is one line for a user.
-        PIL.Image.DecompressionBombError: the picture is too large to be meant.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a picture, found {'a folder' if path.is_dir() else 'no such file'}")
-    try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            if upright.mode.startswith("I"):
-                # Pillow would cut 16-bit greys off at 255 instead of scaling them.
-                upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
-            return upright.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise OSError(f"{path}: expected a picture (PNG, JPEG, WebP ...), found a file of another kind") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise OSError(f"{path}: expected a whole picture, found a broken one ({error})") from error
-
-
-@contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which takes its real name only when the block ends without an error."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _distinct_stems(paths: Sequence[Path]) -> list[str]:
     """Return a name for each picture; the second ``cat`` from another folder becomes ``cat-2``."""
     stems: list[str] = []
@@ -120,7 +88,12 @@ def _distinct_stems(paths: Sequence[Path]) -> list[str]:
     return stems
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """Return the device of this name.
+
+    Raises:
+        ValueError: there is none here.
+    """
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 
-from pytorch_grad_cam import EigenCAM
+import pytorch_grad_cam
+from pytorch_grad_cam import FEM, KPCA_CAM, EigenCAM, GradCAM
 from pytorch_grad_cam.base_cam import BaseCAM
 
 from tucker_cam import MTSM, TSM, MultivecEigenCAM
@@ -14,14 +15,23 @@ from tucker_cam import MTSM, TSM, MultivecEigenCAM
 METHODS: dict[str, Callable[..., BaseCAM]] = {
     "eigencam": EigenCAM,
     "tsm": TSM,
-    "multivec-eigencam": MultivecEigenCAM,
     "mtsm": MTSM,
     "mtsm-energy": partial(MTSM, combine="energy"),
+    "multivec-eigencam": MultivecEigenCAM,
+    "kpca-cam": KPCA_CAM,
+    "fem": FEM,
 }
+"""The label-free methods, which say where the features are strong."""
+
+LABEL_DEPENDENT: dict[str, Callable[..., BaseCAM]] = {"gradcam": GradCAM}
+"""For reference: methods that ask for the evidence of a class, here the predicted one."""
+# Newer versions of the host have it.
+if hasattr(pytorch_grad_cam, "SegEigenCAM"):
+    LABEL_DEPENDENT["seg-eigencam"] = pytorch_grad_cam.SegEigenCAM
 
 
 def method_named(name: str) -> Callable[..., BaseCAM]:
-    """Return the method of this name.
+    """Return the label-free method of this name.
 
     Raises:
         ValueError: there is none; the message holds the nearest names.

@@ -1,0 +1,238 @@
+"""How good the maps of the demo network are, with controls, at two layers; and how upright EigenCAM's are.
+
+    python -m benchmarks.quality FOLDER                          # pictures with boxes or masks
+    python -m benchmarks.quality FOLDER --photographs FOLDER     # and others, for Average Drop alone
+
+Layers: the last block's output (320x7x7, which has negative values) and what the head makes of it (1280x7x7). Writes
+benchmarks/results/quality.{json,md} and spectrum.png. Needs the `test` extra.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import scipy.linalg
+import torch
+import typer
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from benchmarks.reporting import environment, interval, table
+from tucker_cam.activations import FeatureRecorder
+from tucker_cam.cli.methods import LABEL_DEPENDENT, METHODS
+from tucker_cam.evaluation.comparison import MEASURES, Group, Subject, measures
+from tucker_cam.evaluation.controls import CONTROLS
+from tucker_cam.evaluation.datasets import find_samples, see
+from tucker_cam.evaluation.folder import compare_on_folder
+from tucker_cam.evaluation.results import ResultsFile
+from tucker_cam.evaluation.spectrum import draw_spectrum, spectrum
+from tucker_cam.evaluation.summary import Summary, summarise
+from tucker_cam.models import LoadedModel, layer_named, load_model
+from tucker_cam.projection import leading_map
+
+SEED = 0
+LAYERS = {"blocks.6": "the last block's output, 320x7x7", "bn2": "after the head, 1280x7x7"}
+LOCALISATION = ("energy_in_mask", "pointing_game", "best_threshold_iou", "best_cut_iou", "otsu_iou")
+DROP = (
+    "probability_drop",
+    "probability_drop_area_matched",
+    "similarity_drop",
+    "similarity_drop_area_matched",
+    "mean_saliency",
+)
+MEASURE = {measure.column: measure for measure in MEASURES}
+OURS = ("tsm", "mtsm", "mtsm-energy", "multivec-eigencam")
+_ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+CURVES = ("probability_insertion", "probability_deletion", "similarity_insertion", "similarity_deletion")
+
+
+def summaries_of(
+    folder: Path, limit: int | None, loaded: LoadedModel, layer: str, groups: tuple[Group, ...]
+) -> tuple[int, str, dict[str, dict[str, Summary]]]:
+    """Score all methods on a folder, and return how many pictures, with which annotations, and what came out."""
+    samples, annotations = find_samples(folder, limit=limit)
+    model = loaded.model
+    subject = Subject(model, layer_named(model, layer), layer_named(model, "bn2"), classifies=True)
+    columns = measures(groups, subject.score_names)
+    with tempfile.TemporaryDirectory() as temporary:
+        results = ResultsFile(Path(temporary) / "rows.csv", run={}, columns=[column.column for column in columns])
+        skipped, _ = compare_on_folder(
+            samples,
+            annotations,
+            loaded,
+            subject,
+            METHODS | LABEL_DEPENDENT,
+            columns,
+            results,
+            advance=lambda _: None,
+        )
+    order = [*METHODS, *LABEL_DEPENDENT, *CONTROLS]
+    rows = sorted(results.rows.values(), key=lambda row: order.index(row["method"]))
+    return len(samples) - len(skipped), annotations, summarise(rows, columns, seed=SEED)
+
+
+def svd_backends() -> dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
+    """Return ways to the first right singular vector, as the host's `get_2d_projection` asks NumPy for it."""
+    return {
+        "NumPy": lambda matrix: np.linalg.svd(matrix)[2][0],
+        "SciPy, gesdd": lambda matrix: scipy.linalg.svd(matrix, lapack_driver="gesdd")[2][0],
+        "SciPy, gesvd": lambda matrix: scipy.linalg.svd(matrix, lapack_driver="gesvd")[2][0],
+        "torch": lambda matrix: torch.linalg.svd(torch.from_numpy(matrix)).Vh[0].numpy(),
+    }
+
+
+LAYOUTS = {"channels together (the host's)": np.asfortranarray, "positions together": np.ascontiguousarray}
+
+
+def measure_polarity(features: Tensor, masks: Tensor) -> dict[str, float]:
+    """Return the share of pictures on which EigenCAM's projection is higher on the object than beside it.
+
+    Args:
+        features: batch x channels x height x width.
+        masks: bool, batch x height x width, of the features' size.
+    """
+    upright: dict[str, list[bool]] = {}
+    for image, mask in zip(features.numpy(), masks.flatten(1).numpy(), strict=True):
+        if mask.all() or not mask.any():
+            continue
+        # positions x channels, as the host has it.
+        unfolding = image.reshape(len(image), -1).T
+        centred = unfolding - unfolding.mean(axis=0)
+        for name, leading in svd_backends().items():
+            for layout, arrange in LAYOUTS.items():
+                projection = centred @ leading(arrange(centred))
+                is_upright = projection[mask].mean() > projection[~mask].mean()
+                upright.setdefault(f"EigenCAM, {name}, {layout}", []).append(bool(is_upright))
+        tsm = leading_map(torch.from_numpy(image)[None])[0].flatten().numpy()
+        upright.setdefault("TSM", []).append(bool(tsm[mask].mean() > tsm[~mask].mean()))
+    return {name: float(np.mean(each)) for name, each in upright.items()}
+
+
+def features_of(folder: Path, limit: int | None, loaded: LoadedModel, layer: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the network's inputs, a layer's features, and the masks at the features' size."""
+    samples, annotations = find_samples(folder, limit=limit)
+    seen = []
+    for sample in samples:
+        try:
+            seen.append(see(sample, annotations, loaded))
+        except (OSError, ValueError):
+            continue
+    images = torch.stack([each.network_input for each in seen])
+    masks = torch.stack([each.mask for each in seen])
+    recorder = FeatureRecorder(loaded.model, [layer_named(loaded.model, layer)], None)
+    try:
+        with torch.no_grad():
+            recorder(images)
+        features = recorder.activations[0]
+    finally:
+        recorder.release()
+    size = tuple(features.shape[-2:])
+    small = torch.nn.functional.interpolate(masks[:, None].float(), size, mode="area")[:, 0] > 0.5
+    return images, features, small
+
+
+def scores_table(head: str, summaries: dict[str, dict[str, Summary]], shown: tuple[str, ...]) -> str:
+    present = [MEASURE[column] for column in shown if column in summaries["tsm"]]
+    rows = {
+        method: [interval(by_column[each.column].value, percent="%" in each.title) for each in present]
+        for method, by_column in summaries.items()
+    }
+    return table(head, [each.title + _ARROWS[each.better] for each in present], rows)
+
+
+def differences_table(head: str, summaries: dict[str, dict[str, Summary]], shown: tuple[str, ...]) -> str:
+    """Return the paired differences of this project's methods from EigenCAM."""
+    present = [MEASURE[column] for column in shown if column in summaries["tsm"]]
+    rows: dict[str, list[str]] = {method: [] for method in OURS}
+    for method, cells in rows.items():
+        for each in present:
+            difference = summaries[method][each.column].difference
+            assert difference is not None
+            cells.append(interval(difference, "+", percent="%" in each.title))
+    return table(head, [each.title + _ARROWS[each.better] for each in present], rows)
+
+
+def median_and_quartiles(values: NDArray[np.float64]) -> str:
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def as_json(summaries: dict[str, dict[str, Summary]]) -> dict[str, object]:
+    return {
+        method: {
+            column: {"pictures": each.pictures, "value": each.value, "difference_from_eigencam": each.difference}
+            for column, each in by_column.items()
+        }
+        for method, by_column in summaries.items()
+    }
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Pictures with boxes or masks.")],
+    photographs: Annotated[Path | None, typer.Option(help="Pictures for Average Drop.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few pictures, to see that the script works.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("benchmarks/results"),
+) -> None:
+    """Score every method at both layers, and write quality.{json,md} and spectrum.png."""
+    limit = 3 if quick else None
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    out.mkdir(parents=True, exist_ok=True)
+    loaded = load_model("demo")
+    parts, layers = [], {}
+    with threadpool_limits(1):
+        for layer, words in LAYERS.items():
+            start = time.perf_counter()
+            count, annotations, found = summaries_of(folder, limit, loaded, layer, ("localisation", "drop", "curves"))
+            seconds = time.perf_counter() - start
+            ratio = found["tsm"]["best_threshold_iou"].value.mean / found["eigencam"]["best_threshold_iou"].value.mean
+            cut_ratio = found["tsm"]["best_cut_iou"].value.mean / found["eigencam"]["best_cut_iou"].value.mean
+            layers[layer] = {
+                "pictures": count,
+                "seconds": seconds,
+                "summaries": as_json(found),
+                "tsm_over_eigencam": {"best_threshold_iou": ratio, "best_cut_iou": cut_ratio},
+            }
+            head = f"{layer}, {count} pictures with {annotations}"
+            parts += [scores_table(head, found, LOCALISATION), scores_table(head, found, DROP)]
+            parts += [scores_table(head, found, CURVES)]
+            parts += [differences_table(f"{layer}, difference from EigenCAM", found, LOCALISATION)]
+            parts += [differences_table(f"{layer}, difference from EigenCAM", found, DROP)]
+            parts += [
+                f"At `{layer}` ({words}) TSM's IoU at the best threshold is {ratio:.2f} times EigenCAM's, at the best "
+                f"cut {cut_ratio:.2f} times."
+            ]
+        results: dict[str, object] = {"environment": environment(SEED), "layers": layers}
+        if photographs is not None:
+            count, _, found = summaries_of(photographs, limit, loaded, "bn2", ("drop",))
+            results["photographs"] = {"pictures": count, "summaries": as_json(found)}
+            parts += [scores_table(f"bn2, {count} photographs", found, DROP)]
+            parts += [differences_table("bn2, photographs, difference from EigenCAM", found, DROP)]
+        polarity, shares = {}, {}
+        for layer in LAYERS:
+            images, features, masks = features_of(folder, limit, loaded, layer)
+            polarity[layer] = measure_polarity(features, masks)
+            shares[layer] = spectrum(loaded.model, layer_named(loaded.model, layer), images, 10)
+    results["upright"] = polarity
+    results["first_value"] = {
+        layer: {name: np.percentile(share[:, 0], [25, 50, 75]).tolist() for name, share in by_name.items()}
+        for layer, by_name in shares.items()
+    }
+    rows = {name: [f"{polarity[layer][name]:.1%}" for layer in LAYERS] for name in polarity["bn2"]}
+    parts.append(table("pictures on which the map is upright", list(LAYERS), rows))
+    rows = {name: [median_and_quartiles(shares[layer][name][:, 0]) for layer in LAYERS] for name in shares["bn2"]}
+    parts.append(table("share of the first singular value, median and quartiles", list(LAYERS), rows))
+    draw_spectrum(out / "spectrum.png", f"demo network, bn2, {len(images)} pictures", shares["bn2"])
+    (out / "quality.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "quality.md").write_text("\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

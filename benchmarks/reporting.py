@@ -1,0 +1,40 @@
+"""What every benchmark says of itself: the machine it ran on, and its tables as Markdown."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+
+import torch
+
+from tucker_cam.evaluation.summary import Interval
+
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "grad-cam", "tensorly", "timm", "scikit-learn", "scikit-image")
+
+
+def environment(seed: int) -> dict[str, object]:
+    """Return versions, threads and the seed, for the JSON."""
+    return {
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "seed": seed,
+    }
+
+
+def table(head: str, columns: list[str], rows: dict[str, list[str]]) -> str:
+    """Return a Markdown table: a name and its cells a row."""
+    lines = [f"| {head} | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    lines += [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()]
+    return "\n".join(lines)
+
+
+def interval(value: Interval, sign: str = "", *, percent: bool = False) -> str:
+    """Return a mean with its interval: to one decimal if the measure is given in %, otherwise to three."""
+    digits = 1 if percent else 3
+    mean, low, high = (f"{number:{sign}.{digits}f}" for number in value)
+    return f"{mean} [{low}, {high}]"

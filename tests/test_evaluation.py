@@ -1,0 +1,387 @@
+"""Folders through the command line: rows, tables, figures, interruptions, and pictures that cannot be used."""
+
+import csv
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from networks import tiny_loaded_model
+from PIL import Image
+from test_datasets import write_boxes, write_picture
+from typer.testing import CliRunner
+
+from tucker_cam import TSM
+from tucker_cam.cli import app
+from tucker_cam.cli import evaluate as command
+from tucker_cam.evaluation import folder, metrics
+from tucker_cam.evaluation.comparison import MEASURES, measures
+from tucker_cam.evaluation.controls import CONTROLS, control_maps
+from tucker_cam.evaluation.datasets import find_samples, see
+from tucker_cam.evaluation.report import pick_examples
+from tucker_cam.evaluation.results import ResultsFile
+from tucker_cam.evaluation.spectrum import spectrum
+from tucker_cam.evaluation.summary import summarise
+from tucker_cam.files import open_picture
+
+METHODS = {"eigencam", "tsm", "mtsm", "mtsm-energy", "multivec-eigencam", "kpca-cam", "fem"}
+BY_COLUMN = {measure.column: measure for measure in MEASURES}
+
+
+def run(*arguments, model="networks:tiny_loaded_model"):
+    return CliRunner().invoke(app, [*(str(argument) for argument in arguments), "--model", model])
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Five pictures with a box each."""
+    for index in range(5):
+        rng = np.random.default_rng(index)
+        pixels = rng.integers(0, 90, (30, 40, 3), np.uint8)
+        left, top = rng.integers(4, 16, 2)
+        pixels[top : top + 12, left : left + 14] = rng.integers(120, 255, 3)
+        (tmp_path / "data" / "images").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "data" / "images" / f"{index}.png")
+        box = (left + 1, top + 1, left + 14, top + 12)
+        write_boxes(tmp_path / "data" / "annotations" / f"{index}.xml", box, size=(40, 30))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(folder, "_BATCH", 2)
+
+
+def test_every_picture_and_method_is_a_row_and_every_method_in_the_tables(data, tmp_path):
+    out = tmp_path / "new" / "results.csv"
+    result = run("evaluate", data, "--out", out)
+    assert result.exit_code == 0, result.output
+    rows = read(out)
+    reference = {"gradcam"} | ({"seg-eigencam"} & {row["method"] for row in rows})
+    assert Counter((row["picture"], row["method"]) for row in rows) == {
+        (f"images/{index}.png", method): 1 for index in range(5) for method in METHODS | reference | {*CONTROLS}
+    }
+    for method in METHODS | reference | {*CONTROLS}:
+        assert f"│ {method} " in result.output
+    assert "5 pictures scored, 0 skipped" in result.output
+    assert {row["model"] for row in rows} == {"networks:tiny_loaded_model"}
+    assert {row["layer"] for row in rows} == {"3"}
+    assert {row["annotations"] for row in rows} == {"boxes"}
+
+
+def test_the_rows_hold_what_the_metrics_say(data, tmp_path):
+    run("evaluate", data, "--out", tmp_path / "results.csv", "--metric", "localisation", "--metric", "curves")
+    loaded = tiny_loaded_model()
+    model = loaded.model.eval()
+    samples, kind = find_samples(data)
+    for sample in samples:
+        seen = see(sample, kind, loaded)
+        images, masks = seen.network_input[None], seen.mask[None]
+        with TSM(model, [model[3]]) as cam:
+            maps = torch.as_tensor(cam(images))
+        with torch.no_grad():
+            label = model(images).argmax()
+        # The score, written here once more.
+        scored = metrics.deletion_auc(
+            images,
+            maps,
+            lambda these, label=label: model(these).softmax(1)[:, label].detach(),
+            baseline=metrics.mean_colour(images),
+        )
+        expected = {
+            "best_cut_iou": metrics.best_cut_iou(maps, masks),
+            "pointing_game": metrics.pointing_game(maps, masks),
+            "probability_deletion": scored,
+        }
+        (row,) = (r for r in read(tmp_path / "results.csv") if (r["picture"], r["method"]) == (sample.name, "tsm"))
+        for column, value in expected.items():
+            assert float(row[column]) == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
+
+
+def test_a_backbone_without_classes_is_scored_by_its_embedding(data, tmp_path):
+    result = run("evaluate", data, "--out", tmp_path / "r.csv", model="networks:tiny_backbone")
+    assert result.exit_code == 0, result.output
+    rows = read(tmp_path / "r.csv")
+    assert "gradcam" not in {row["method"] for row in rows}
+    assert "similarity_drop" in rows[0]
+    assert not [column for column in rows[0] if column.startswith("probability")]
+
+
+def test_all_metrics_and_chosen_methods_can_be_asked_for(data, tmp_path):
+    groups = [word for group in ("localisation", "drop", "curves", "road") for word in ("--metric", group)]
+    result = run("evaluate", data, "--limit", 2, "--method", "tsm", "--out", tmp_path / "r.csv", *groups)
+    assert result.exit_code == 0, result.output
+    rows = read(tmp_path / "r.csv")
+    assert {row["method"] for row in rows} & METHODS == {"tsm", "eigencam"}
+    assert set(rows[0]) >= {measure.column for measure in MEASURES}
+    for row in rows:
+        assert all(row[column] for column in BY_COLUMN if row["method"] != "uniform" or "road" not in column)
+
+
+def test_a_run_cut_off_at_any_byte_ends_with_the_same_rows_and_the_same_table(data, tmp_path, small_batches):
+    out = tmp_path / "results.csv"
+    arguments = ("evaluate", data, "--out", out, "--metric", "localisation", "--method", "tsm")
+    whole = run(*arguments)
+    table, written = whole.stdout, out.read_bytes()
+    header = written.index(b"\n") + 1
+    for length in np.random.default_rng(0).integers(header, len(written), 12).tolist():
+        out.write_bytes(written[:length])
+        again = run(*arguments)
+        assert again.exit_code == 0, again.output
+        assert again.stdout == table
+        assert sorted(out.read_bytes().splitlines()) == sorted(written.splitlines())
+
+
+def test_a_finished_run_is_not_computed_again(data, tmp_path, monkeypatch):
+    arguments = ("evaluate", data, "--out", tmp_path / "results.csv", "--metric", "localisation")
+    first = run(*arguments)
+    monkeypatch.setattr(folder, "saliency_maps", lambda *_: pytest.fail("computed again"))
+    assert run(*arguments).stdout == first.stdout
+
+
+def test_an_interrupted_run_says_so_and_goes_on(data, tmp_path, small_batches, monkeypatch):
+    arguments = ("evaluate", data, "--out", tmp_path / "results.csv", "--metric", "localisation", "--method", "tsm")
+    expected = run(*arguments).stdout
+    (tmp_path / "results.csv").unlink()
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    real = folder.saliency_maps
+    monkeypatch.setattr(folder, "saliency_maps", interrupted)
+    result = run(*arguments)
+    assert result.exit_code == 130
+    assert "the same command goes on" in result.stderr
+    assert {row["picture"] for row in read(tmp_path / "results.csv")} == {"images/0.png", "images/1.png"}
+    assert run(*arguments).stdout == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--layer", "0"), "results of the layer 0, found some of 3"),
+        (("--model", "networks:tiny_backbone"), "expected the columns"),
+        (("--metric", "curves"), "expected the columns"),
+        (("--annotations", "none"), "expected the columns"),
+        (("--limit", "2"), "which is not among them"),
+    ],
+)
+def test_results_of_another_run_are_not_mixed_in(data, tmp_path, arguments, message):
+    out = tmp_path / "results.csv"
+    base = ("evaluate", data, "--out", out, "--model", "networks:tiny_loaded_model")
+    assert CliRunner().invoke(app, [str(each) for each in base]).exit_code == 0
+    before = out.read_bytes()
+    result = CliRunner().invoke(app, [str(each) for each in (*base, *arguments)])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert out.read_bytes() == before
+
+
+def test_a_file_that_holds_no_results_is_left_alone(data, tmp_path):
+    out = tmp_path / "thesis.txt"
+    out.write_text("the only copy")
+    result = run("evaluate", data, "--out", out)
+    assert result.exit_code == 2
+    assert "give another file" in result.stderr
+    assert out.read_text() == "the only copy"
+
+
+def test_pictures_and_annotations_that_do_not_fit_are_named_counted_and_the_others_scored(data, tmp_path):
+    (data / "images" / "broken.png").write_bytes((data / "images" / "0.png").read_bytes()[:80])
+    (data / "images" / "text.jpg").write_text("no picture")
+    write_picture(data / "images" / "far.png", size=(40, 30))
+    write_boxes(data / "annotations" / "far.xml", (90, 1, 95, 4), size=(40, 30))
+    write_picture(data / "images" / "free.png", size=(40, 30))
+    write_picture(data / "images" / "grey.png", size=(40, 30), mode="L")
+    write_picture(data / "images" / "print.jpg", size=(40, 30), mode="CMYK")
+    result = run("evaluate", data, "--out", tmp_path / "r.csv", "--method", "tsm")
+    assert result.exit_code == 2
+    errors = "\n".join(line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert errors.count("error: ") == 3
+    for words in ("broken.png: expected a whole picture", "text.jpg: expected a picture", "far.xml: expected boxes"):
+        assert words in errors
+    assert "8 pictures scored, 3 skipped, 3 remarks" in result.output
+    assert "free.png: without boxes" in result.output
+    rows = {row["picture"]: row for row in read(tmp_path / "r.csv") if row["method"] == "tsm"}
+    assert set(rows) == {f"images/{n}" for n in (*(f"{i}.png" for i in range(5)), "free.png", "grey.png", "print.jpg")}
+    assert rows["images/free.png"]["pointing_game"] == ""
+    assert rows["images/free.png"]["similarity_drop"] != ""
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "expected a folder of pictures, found nothing of that name"),
+        (lambda path: path.mkdir(), "at any depth, found none"),
+        (lambda path: path.write_text(""), "found a file"),
+        (lambda path: path.mkdir() or (path / "a.jpg").write_text(""), "none of the 1 pictures could be read"),
+    ],
+)
+def test_data_without_pictures_is_one_line(tmp_path, make, message):
+    make(tmp_path / "data")
+    result = run("evaluate", tmp_path / "data", "--out", tmp_path / "r.csv")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "r.csv").exists()
+
+
+def test_the_report_shows_each_methods_best_median_and_worst_picture(data, tmp_path):
+    # A name that would be a formula, and one that would be markup.
+    for index, name in enumerate(("$x_{$.png", "[b]<script>.png")):
+        (data / "images" / f"{index}.png").rename(data / "images" / name)
+        (data / "annotations" / f"{index}.xml").rename((data / "annotations" / name).with_suffix(".xml"))
+    report = tmp_path / "pages" / "report.png"
+    result = run("evaluate", data, "--out", tmp_path / "r.csv", "--report", report, "--metric", "localisation")
+    assert result.exit_code == 0, result.output
+    page = np.asarray(open_picture(report))
+    assert page.shape[1] == 1500
+    assert page.std() > 20
+    assert [path.name for path in report.parent.iterdir()] == ["report.png"]
+
+
+def test_a_report_in_an_unknown_format_is_refused_before_anything_is_computed(data, tmp_path):
+    result = run("evaluate", data, "--out", tmp_path / "r.csv", "--report", tmp_path / "report.docx")
+    assert result.exit_code == 2
+    assert ".docx" in result.stderr
+    assert not (tmp_path / "r.csv").exists()
+
+
+def rows_of(values, column="best_cut_iou"):
+    return [
+        {"picture": picture, "method": method, column: value}
+        for method, of_method in values.items()
+        for picture, value in of_method.items()
+    ]
+
+
+def test_examples_are_the_best_the_median_and_the_worst():
+    values = {"tsm": {"a": "0.1", "b": "0.5", "c": "0.3", "d": ""}}
+    higher = pick_examples(rows_of(values), BY_COLUMN["best_cut_iou"])["tsm"]
+    lower = pick_examples(rows_of(values, "similarity_drop"), BY_COLUMN["similarity_drop"])["tsm"]
+    assert {place: name for place, (name, _) in higher.items()} == {"best": "b", "median": "c", "worst": "a"}
+    assert {place: name for place, (name, _) in lower.items()} == {"best": "a", "median": "c", "worst": "b"}
+
+
+def test_summaries_agree_with_the_normal_approximation_and_pair_by_picture():
+    rng = np.random.default_rng(0)
+    difficulty = rng.normal(0, 1, 400)
+    eigencam, tsm = difficulty, difficulty + 0.5 + rng.normal(0, 0.1, 400)
+    names = [f"{index}" for index in range(400)]
+    values = {
+        "eigencam": dict(zip(names, map(repr, eigencam.tolist()), strict=True)),
+        # In another order, and one picture was not scored.
+        "tsm": dict(zip(reversed(names), [*map(repr, reversed(tsm.tolist()))], strict=True)) | {"7": ""},
+    }
+    summaries = summarise(rows_of(values), [BY_COLUMN["best_cut_iou"]])
+    summary = summaries["tsm"]["best_cut_iou"]
+    kept = np.delete(tsm, 7)
+    assert summary.pictures == 399
+    assert summary.value.mean == pytest.approx(kept.mean())
+    error = 1.96 * kept.std() / np.sqrt(399)
+    assert summary.value.high - summary.value.low == pytest.approx(2 * error, rel=0.1)
+    # Paired, the pictures' difficulty drops out.
+    assert summary.difference.mean == pytest.approx((kept - np.delete(eigencam, 7)).mean())
+    assert summary.difference.high - summary.difference.low == pytest.approx(4 * 0.098 / 20, rel=0.15)
+    assert summaries["eigencam"]["best_cut_iou"].difference is None
+
+
+def test_a_single_picture_has_a_mean_and_no_interval():
+    summary = summarise(rows_of({"tsm": {"a": "0.25"}}), [BY_COLUMN["best_cut_iou"]])["tsm"]["best_cut_iou"]
+    assert summary.value.mean == 0.25
+    assert np.isnan(summary.value.low)
+    assert summary.difference is None
+
+
+def test_measures_follow_the_scores_there_are():
+    columns = {measure.column for measure in measures(["drop", "curves"], ["similarity"])}
+    assert columns == {
+        "similarity_drop",
+        "similarity_drop_area_matched",
+        "similarity_insertion",
+        "similarity_deletion",
+        "mean_saliency",
+        "energy_in_top",
+    }
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls_know_nothing_but_the_pictures_name(name):
+    maps = control_maps(name, pictures=["a", "b", "a"], size=(20, 30), resolution=(3, 5))
+    assert maps.shape == (3, 20, 30)
+    assert maps.dtype == torch.float32
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    assert torch.equal(maps[0], maps[2])
+    assert torch.equal(maps[0], maps[1]) == (name != "random")
+
+
+def test_the_centre_gaussian_is_highest_in_the_centre_and_the_random_map_is_not_white():
+    centre = control_maps("centre-gaussian", pictures=["a"], size=(21, 31), resolution=(3, 5))[0]
+    assert centre.argmax() == 10 * 31 + 15
+    # A quarter of the side away from the centre, one deviation: exp(-1/2).
+    assert centre[10, 15 - 7] == pytest.approx(np.exp(-0.5 * (7 / 30 / 0.25) ** 2), rel=1e-5)
+    random_map = control_maps("random", pictures=["a"], size=(224, 224), resolution=(7, 7))[0]
+    assert random_map.diff(dim=0).abs().max() < 0.1
+    assert random_map.max() > 0.99
+
+
+def test_rows_survive_names_of_any_kind(tmp_path):
+    names = [
+        "plain.jpg",
+        'quo"te,comma.jpg',
+        "line\nbreak.jpg",
+        "carriage\rreturn.jpg",
+        b"\xff.jpg".decode("utf8", "surrogateescape"),
+    ]
+    for _ in range(2):
+        results = ResultsFile(tmp_path / "r.csv", run={"model": "m"}, columns=["a"])
+        results.append("tsm", names, {"a": [0.5, float("nan"), 1e-9, 3.0, 123456.7]})
+    assert [name for name, _ in results.rows] == names
+    assert [row["a"] for row in results.rows.values()] == ["0.5", "", "1e-09", "3", "123457"]
+
+
+def test_the_spectrum_is_that_of_numpy():
+    loaded = tiny_loaded_model()
+    model, images = loaded.model.eval(), torch.randn(3, 3, 24, 24)
+    shares = spectrum(model, model[3], images, count=20)
+    with torch.no_grad():
+        features = model[:4](images).double().flatten(2).numpy()
+    for name, centred in (("SVD, centred", True), ("Tucker", False)):
+        for image, share in zip(features, shares[name], strict=True):
+            values = np.linalg.svd(image - centred * image.mean(1, keepdims=True), compute_uv=False)
+            np.testing.assert_allclose(share[:16], values / values.sum(), atol=1e-5)
+            assert np.isnan(share[16:]).all()
+
+
+def test_the_spectrum_is_plotted_and_written(data, tmp_path):
+    (data / "images" / "text.jpg").write_text("no picture")
+    result = run("spectrum", data, "--out", tmp_path / "new" / "s.png")
+    assert result.exit_code == 2
+    assert "text.jpg" in result.stderr
+    rows = read(tmp_path / "new" / "s.csv")
+    assert len(rows) == 5 * 2 * 10
+    assert {row["decomposition"] for row in rows} == {"SVD, centred", "Tucker"}
+    for name in ("SVD, centred", "Tucker"):
+        of_one = [row for row in rows if (row["decomposition"], row["picture"]) == (name, "images/0.png")]
+        shares = [float(row["share"]) for row in of_one]
+        assert shares == sorted(shares, reverse=True)
+        assert f"{name}: the first value holds" in result.output
+    assert np.asarray(open_picture(tmp_path / "new" / "s.png")).std() > 10
+
+
+def test_without_the_extra_the_command_that_installs_it_is_named(data, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tucker_cam.cli.evaluate", None)
+    result = run("evaluate", data)
+    assert result.exit_code == 2
+    assert "pip install 'tucker-cam[evaluation]'" in result.stderr
+    assert command is not None

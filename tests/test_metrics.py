@@ -1,0 +1,358 @@
+"""Each metric against a case computed by hand, a library's own where there is one, and its inverted map."""
+
+import numpy as np
+import pytest
+import quantus
+import torch
+from networks import small_cnn
+from torchcam.methods import GradCAM
+from torchcam.metrics import ClassificationMetric, DeletionInsertionMetric
+
+from tucker_cam.evaluation import metrics
+from tucker_cam.evaluation.scores import class_probability, embedding_similarity, probability_and_similarity
+
+# One object in the middle, and a map that marks it, with a little beside it.
+MASK = torch.tensor([[[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]]).bool()
+MAP = torch.tensor([[[0, 0, 0, 0.2], [0, 1.0, 0.6, 0], [0, 0.8, 0.4, 0], [0, 0, 0.1, 0]]])
+LOCALISATION = [
+    metrics.energy_in_mask,
+    metrics.pointing_game,
+    metrics.best_threshold_iou,
+    metrics.best_cut_iou,
+    metrics.otsu_iou,
+]
+
+
+def bright_where(mask):
+    """Return images that are 1 on the mask and 0 elsewhere, and a score: how much of the mask is shown."""
+    images = mask[:, None].float()
+    return images, lambda these: (these[:, 0] * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        (metrics.energy_in_mask, 2.8 / 3.1),
+        (metrics.pointing_game, 1.0),
+        (metrics.best_threshold_iou, 1.0),
+        (metrics.best_cut_iou, 1.0),
+        # Otsu's threshold lies between 0.2 and 0.4.
+        (metrics.otsu_iou, 1.0),
+    ],
+)
+def test_localisation_agrees_with_a_case_computed_by_hand(metric, expected):
+    torch.testing.assert_close(metric(MAP, MASK), torch.tensor([expected]))
+
+
+@pytest.mark.parametrize("metric", LOCALISATION)
+def test_localisation_falls_when_the_map_is_inverted(metric):
+    assert metric(1 - MAP, MASK) < metric(MAP, MASK) - 0.2
+
+
+@pytest.mark.parametrize("metric", LOCALISATION)
+def test_localisation_scores_each_map_of_a_batch_by_itself(metric):
+    maps = torch.rand(5, 6, 7)
+    masks = torch.rand(5, 6, 7) > 0.6
+    alone = torch.cat([metric(m[None], k[None]) for m, k in zip(maps, masks, strict=True)])
+    torch.testing.assert_close(metric(maps, masks), alone)
+
+
+@pytest.mark.parametrize("metric", LOCALISATION)
+def test_a_picture_without_an_object_has_no_localisation(metric):
+    masks = torch.cat([MASK, torch.zeros_like(MASK)])
+    result = metric(MAP.expand(2, 4, 4), masks)
+    assert result[0] > 0
+    assert result[1].isnan()
+
+
+def test_an_empty_map_finds_nothing():
+    empty = torch.zeros_like(MAP)
+    assert metrics.energy_in_mask(empty, MASK) == 0
+    assert metrics.otsu_iou(empty, MASK) == 0
+    assert metrics.energy_in_top(empty) == 0
+
+
+def test_a_uniform_map_scores_the_objects_area():
+    uniform = torch.full_like(MAP, 0.5)
+    for metric in (
+        metrics.energy_in_mask,
+        metrics.pointing_game,
+        metrics.best_threshold_iou,
+        metrics.best_cut_iou,
+    ):
+        torch.testing.assert_close(metric(uniform, MASK), torch.tensor([0.25]))
+
+
+def test_the_best_threshold_is_one_of_those_allowed():
+    faint = MAP * torch.where(MASK, 1, 0) * 0.05
+    faint[0, 0, 0] = 1
+    assert metrics.best_threshold_iou(faint, MASK) == 0
+    assert metrics.best_threshold_iou(faint, MASK, [0.01]) == pytest.approx(4 / 5)
+    assert metrics.best_cut_iou(faint, MASK) == pytest.approx(4 / 5)
+
+
+def test_the_best_cut_is_the_best_over_every_threshold_there_is():
+    maps = torch.rand(4, 9, 8).round(decimals=1)  # with ties
+    masks = torch.rand(4, 9, 8) > 0.5
+    for saliency, mask, best in zip(maps, masks, metrics.best_cut_iou(maps, masks), strict=True):
+        every = [((saliency >= t) & mask).sum() / ((saliency >= t) | mask).sum() for t in saliency.unique()]
+        torch.testing.assert_close(best, max(every))
+
+
+def test_the_best_cut_depends_on_the_order_of_the_pixels_only():
+    maps, masks = torch.rand(4, 9, 8), torch.rand(4, 9, 8) > 0.5
+    torch.testing.assert_close(metrics.best_cut_iou(maps, masks), metrics.best_cut_iou(maps**5, masks))
+    torch.testing.assert_close(
+        metrics.best_cut_iou(maps, masks), metrics.best_cut_iou(metrics.area_matched(maps), masks)
+    )
+
+
+def test_energy_and_pointing_agree_with_quantus():
+    maps, masks = torch.rand(6, 9, 8), torch.rand(6, 9, 8) > 0.5
+    arguments = {
+        "model": None,
+        "x_batch": np.zeros((6, 1, 9, 8)),
+        "y_batch": np.zeros(6, dtype=int),
+        "a_batch": maps[:, None].numpy(),
+        "s_batch": masks[:, None].numpy(),
+    }
+    options = {"abs": False, "normalise": False, "disable_warnings": True, "return_aggregate": False}
+    energy = quantus.RelevanceMassAccuracy(**options)(**arguments)
+    pointing = quantus.PointingGame(**options)(**arguments)
+    np.testing.assert_allclose(metrics.energy_in_mask(maps, masks), energy, rtol=1e-5)
+    np.testing.assert_array_equal(metrics.pointing_game(maps, masks), np.float32(pointing))
+
+
+def test_statistics_agree_with_a_case_computed_by_hand():
+    torch.testing.assert_close(metrics.mean_saliency(MAP), torch.tensor([3.1 / 16]))
+    # A quarter of 16 pixels: 1.0, 0.8, 0.6, 0.4.
+    torch.testing.assert_close(metrics.energy_in_top(MAP, share=0.25), torch.tensor([2.8 / 3.1]))
+    # A tenth: 1.0 and six tenths of 0.8.
+    torch.testing.assert_close(metrics.energy_in_top(MAP), torch.tensor([1.48 / 3.1]))
+    torch.testing.assert_close(metrics.energy_in_top(torch.full_like(MAP, 0.5)), torch.tensor([0.1]))
+
+
+def test_inverting_the_map_changes_its_statistics():
+    torch.testing.assert_close(metrics.mean_saliency(1 - MAP), 1 - metrics.mean_saliency(MAP))
+    assert metrics.energy_in_top(1 - MAP) < 0.2
+
+
+def test_area_matching_keeps_the_order_and_gives_every_map_the_same_values():
+    maps = torch.rand(3, 5, 4) ** 4
+    matched = metrics.area_matched(maps)
+    expected = (torch.arange(20) + 0.5) / 20
+    for before, after in zip(maps, matched, strict=True):
+        torch.testing.assert_close(after.flatten().sort().values, expected)
+        assert torch.equal(before.flatten().argsort(), after.flatten().argsort())
+    torch.testing.assert_close(metrics.area_matched(1 - maps), 1 - matched)
+
+
+def test_area_matching_gives_equal_values_their_mean_rank():
+    maps = torch.tensor([[[0.0, 0.0, 0.0, 1.0]]])
+    torch.testing.assert_close(metrics.area_matched(maps), torch.tensor([[[0.375, 0.375, 0.375, 0.875]]]))
+
+
+def test_confidence_change_agrees_with_a_case_computed_by_hand():
+    # Scores of the whole images, and of the masked ones, whose map is 0.5 everywhere.
+    images = torch.tensor([0.8, 0.4, 0.2]).reshape(3, 1, 1, 1)
+    change = metrics.confidence_change(
+        images, torch.full((3, 1, 1), 0.5), lambda x: torch.where(x == 0.1, 0.6, x).flatten()
+    )
+    torch.testing.assert_close(change.drop, torch.tensor([50.0, 50.0, 0.0]))
+    torch.testing.assert_close(change.increase, torch.tensor([0.0, 0.0, 100.0]))
+    torch.testing.assert_close(change.gain, torch.tensor([0.0, 0.0, 50.0]))
+
+
+def test_confidence_change_falls_when_the_map_is_inverted():
+    images, score = bright_where(MASK)
+    right = metrics.confidence_change(images, MAP, score)
+    wrong = metrics.confidence_change(images, 1 - MAP, score)
+    assert wrong.drop > right.drop + 20
+
+    # A score that gains where what lies outside of the object is hidden.
+    def distracted(these):
+        return 0.5 + 0.5 * (these[:, 0] * MASK).mean((1, 2)) - 0.4 * (these[:, 0] * ~MASK).mean((1, 2))
+
+    everywhere = torch.ones(1, 1, 4, 4)
+    right, wrong = (metrics.confidence_change(everywhere, m, distracted) for m in (MAP, 1 - MAP))
+    assert right.increase == 100
+    assert wrong.increase == 0
+    assert right.gain > wrong.gain
+
+
+def test_a_score_of_exactly_one_or_zero_gives_finite_changes():
+    images = torch.zeros(2, 1, 1, 1)
+    change = metrics.confidence_change(images, torch.ones(2, 1, 1), lambda _: torch.tensor([0.0, 1.0]))
+    assert all(each.isfinite().all() for each in change)
+
+
+def by_torchcam(make_metric, images):
+    """Return what a metric of torchcam says of its own GradCAM, and the maps and classes it said it of."""
+    model = small_cnn().eval()
+    with GradCAM(model, "2") as extractor:
+        seen = []
+        fuse = extractor.fuse_cams
+        extractor.fuse_cams = lambda cams: seen.append(fuse(cams)) or seen[-1]
+        metric = make_metric(extractor)
+        metric.update(images)
+    size = images.shape[-2:]
+    maps = torch.nn.functional.interpolate(seen[0].detach()[:, None], size, mode="bilinear", align_corners=False)
+    with torch.no_grad():
+        classes = model(images).argmax(1)
+    return metric.summary(), maps[:, 0], class_probability(model, classes)
+
+
+def test_drop_and_increase_agree_with_torchcam():
+    images = torch.randn(6, 3, 24, 24)
+    theirs, maps, score = by_torchcam(lambda e: ClassificationMetric(e, lambda out: out.softmax(-1)), images)
+    change = metrics.confidence_change(images, maps, score)
+    assert change.drop.mean().item() == pytest.approx(100 * theirs["avg_drop"], rel=1e-4)
+    assert change.increase.mean().item() == pytest.approx(100 * theirs["conf_increase"])
+
+
+def test_insertion_and_deletion_agree_with_torchcam():
+    images = torch.randn(4, 3, 16, 16)
+    # 256 pixels in 8 steps: every step ends between two pixels, as in ours.
+    theirs, maps, score = by_torchcam(
+        lambda e: DeletionInsertionMetric(e, lambda out: out.softmax(-1), steps=8), images
+    )
+    # Without ties, which torchcam breaks by position.
+    maps = maps - 1e-6 * torch.arange(256).view(16, 16) / 256
+    nothing = torch.zeros_like(images)
+    insertion = metrics.insertion_auc(images, maps, score, baseline=nothing)
+    deletion = metrics.deletion_auc(images, maps, score, baseline=nothing)
+    assert insertion.mean().item() == pytest.approx(theirs["insertion_auc"], rel=1e-4)
+    assert deletion.mean().item() == pytest.approx(theirs["deletion_auc"], rel=1e-4)
+
+
+def test_insertion_and_deletion_agree_with_a_case_computed_by_hand():
+    images, score = bright_where(MASK)
+    nothing = torch.zeros_like(images)
+    # The object is the highest quarter: after 1 of 4 steps all of it is there, or all of it gone.
+    insertion = metrics.insertion_auc(images, MAP, score, baseline=nothing, steps=4)
+    deletion = metrics.deletion_auc(images, MAP, score, baseline=nothing, steps=4)
+    torch.testing.assert_close(insertion, torch.tensor([(0 / 2 + 1 + 1 + 1 + 1 / 2) / 4]))
+    torch.testing.assert_close(deletion, torch.tensor([(1 / 2 + 0 + 0 + 0 + 0 / 2) / 4]))
+
+
+def test_insertion_and_deletion_worsen_when_the_map_is_inverted():
+    images, score = bright_where(MASK)
+    nothing = torch.zeros_like(images)
+    assert metrics.insertion_auc(images, 1 - MAP, score, baseline=nothing) < 0.2
+    assert metrics.deletion_auc(images, 1 - MAP, score, baseline=nothing) > 0.8
+
+
+def test_pixels_of_equal_value_fade_in_together():
+    images, score = bright_where(MASK)
+    uniform = torch.full_like(MAP, 0.3)
+    halves = metrics.insertion_auc(images, uniform, score, baseline=torch.zeros_like(images), steps=5)
+    torch.testing.assert_close(halves, torch.tensor([0.5]))
+
+
+def test_the_baselines_keep_the_colour_and_lose_the_details():
+    images = torch.rand(2, 3, 64, 48)
+    torch.testing.assert_close(metrics.mean_colour(images)[..., 0, 0], images.mean((2, 3)))
+    assert metrics.mean_colour(images).var((2, 3)).max() < 1e-10
+    soft = metrics.blurred(images)
+    assert soft.shape == images.shape
+    assert soft.var((2, 3)).max() < 0.01 * images.var((2, 3)).min()
+    torch.testing.assert_close(soft.mean((2, 3)), images.mean((2, 3)), atol=0.02, rtol=0)
+
+
+def test_road_agrees_with_the_host_and_changes_sign_when_the_map_is_inverted():
+    mask = torch.zeros(2, 16, 16, dtype=torch.bool)
+    mask[:, 4:12, 4:12] = True
+    maps = mask + 0.2 * torch.rand(2, 16, 16)
+    maps = maps / maps.amax((1, 2), keepdim=True)
+    images, score = bright_where(mask)
+    right, wrong = (metrics.road(images, each, score) for each in (maps, 1 - maps))
+    assert (right > 0.1).all()
+    # The two halves of ROADCombined change places, but for its small noise.
+    torch.testing.assert_close(wrong, -right, atol=0.02, rtol=0)
+
+
+def test_road_scores_several_scores_at_once_and_no_constant_map():
+    maps = torch.stack([torch.rand(12, 12), torch.ones(12, 12)])
+    images = torch.rand(2, 3, 12, 12)
+    state = torch.random.get_rng_state()
+    result = metrics.road(images, maps, lambda these: these.mean((2, 3))[:, :2], percentiles=(50,))
+    assert result.shape == (2, 2)
+    assert result[0].isfinite().all()
+    assert result[1].isnan().all()
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_joint_score_is_the_two_scores_side_by_side():
+    model = small_cnn().eval()
+    images, others = torch.randn(2, 3, 3, 24, 24)
+    joint = probability_and_similarity(model, images, model[3])(others)
+    with torch.no_grad():
+        classes = model(images).argmax(1)
+        probability = model(others).softmax(1)[range(3), classes]
+        embeddings = [model[:4](each).mean((2, 3)) for each in (images, others)]
+    torch.testing.assert_close(joint[:, 0], probability)
+    torch.testing.assert_close(joint[:, 1], torch.cosine_similarity(*embeddings))
+    torch.testing.assert_close(joint[:, 0], class_probability(model, classes)(others))
+    torch.testing.assert_close(joint[:, 1], embedding_similarity(model, images, model[3])(others))
+
+
+def test_without_a_layer_the_output_is_the_embedding():
+    model = small_cnn().eval()
+    images, others = torch.randn(2, 3, 3, 24, 24)
+    with torch.no_grad():
+        expected = torch.cosine_similarity(model(images), model(others))
+    torch.testing.assert_close(embedding_similarity(model, images)(others), expected)
+    torch.testing.assert_close(embedding_similarity(model, images)(images), torch.ones(3))
+
+
+def test_scores_leave_no_hook_behind():
+    model = small_cnn().eval()
+    images = torch.randn(1, 3, 24, 24)
+    embedding_similarity(model, images, model[3])(images)
+    probability_and_similarity(model, images, model[3])(images)
+    assert not model[3]._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: metrics.energy_in_mask(MAP.numpy(), MASK), TypeError, "torch.as_tensor"),
+        (lambda: metrics.energy_in_mask(MAP[0], MASK), ValueError, "batch x height x width, got (4, 4)"),
+        (lambda: metrics.energy_in_mask(MAP, MASK.float()), TypeError, "masks > 0"),
+        (lambda: metrics.energy_in_mask(MAP, MASK[:, :2]), ValueError, "(1, 4, 4), got (1, 2, 4)"),
+        (lambda: metrics.area_matched(MAP / 0), ValueError, "finite"),
+        (
+            lambda: metrics.confidence_change(torch.rand(1, 3, 5, 4), MAP, lambda x: x),
+            ValueError,
+            "(1, 4, 4), got (1, 3, 5, 4)",
+        ),
+        (
+            lambda: metrics.insertion_auc(
+                torch.rand(1, 3, 4, 4), MAP, lambda x: x.mean((1, 2, 3)), baseline=torch.zeros(1, 3, 2, 2)
+            ),
+            ValueError,
+            "baseline",
+        ),
+        (
+            lambda: metrics.insertion_auc(
+                torch.rand(1, 3, 4, 4), MAP, lambda x: x.mean((1, 2, 3)), baseline=torch.zeros(1, 3, 4, 4), steps=0
+            ),
+            ValueError,
+            "at least 1 step",
+        ),
+        (
+            lambda: class_probability(torch.nn.Conv2d(3, 2, 1), torch.tensor([0]))(torch.rand(1, 3, 4, 4)),
+            TypeError,
+            "use embedding_similarity",
+        ),
+        (
+            lambda: embedding_similarity(torch.nn.Linear(4, 2), torch.rand(1, 3, 4)),
+            TypeError,
+            "name the layer",
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_error(call, error, words):
+    with pytest.raises(error) as caught:
+        call()
+    assert words in str(caught.value)

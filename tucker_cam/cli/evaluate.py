@@ -1,0 +1,211 @@
+"""A folder of pictures and a model in, the scores of all methods and controls out: as CSV, as tables, as a figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tucker_cam.cli.explain import device_named
+from tucker_cam.cli.methods import LABEL_DEPENDENT, METHODS, method_named
+from tucker_cam.evaluation.comparison import Group, Measure, Subject, measures, saliency_maps
+from tucker_cam.evaluation.controls import CONTROLS
+from tucker_cam.evaluation.datasets import Annotations, Sample, find_samples, see
+from tucker_cam.evaluation.folder import Method, compare_on_folder, on_device
+from tucker_cam.evaluation.report import Example, caption, check_format, pick_examples, write_report
+from tucker_cam.evaluation.results import ResultsFile, Row
+from tucker_cam.evaluation.summary import BASELINE, Interval, Summary, summarise
+from tucker_cam.models import LoadedModel, find_target_layer, layer_named, load_model
+
+GROUPS: tuple[Group, ...] = ("localisation", "drop", "curves", "road")
+_TABLE_COLUMNS = 4
+_RANKED_BY = ("best_threshold_iou", "probability_drop_area_matched", "similarity_drop_area_matched", "mean_saliency")
+# Where the output is no terminal, a table need not be squeezed into 80 columns.
+_PRINTED_WIDTH = 132
+
+
+def evaluate_folder(
+    data: Path,
+    *,
+    model_name: str,
+    methods: Sequence[str],
+    groups: Collection[Group],
+    layer: str | None,
+    annotations: Annotations | None,
+    limit: int | None,
+    out: Path,
+    report: Path | None,
+    pretrained: bool,
+    weights: Path | None,
+    device: str,
+) -> list[str]:
+    """Score the methods on the pictures, go on with what `out` holds already, and print the tables.
+
+    Returns:
+        One line for each picture that was skipped; all others are done.
+
+    Raises:
+        ValueError: an unknown method, model, layer or device, no pictures, or results of another run in `out`.
+        ModuleNotFoundError: the model's package is missing.
+        OSError: its weights could not be had, `data` cannot be read, or `out` or `report` cannot be written.
+    """
+    if report is not None:
+        check_format(report)
+    # EigenCAM is what the others are compared with.
+    chosen: dict[str, Method] = {name: method_named(name) for name in dict.fromkeys((BASELINE, *methods))}
+    samples, kind = find_samples(data, annotations=annotations, limit=limit)
+    # Random weights are the same when a run is gone on with.
+    torch.manual_seed(0)
+    loaded = load_model(model_name, pretrained=pretrained, weights=weights, device=device_named(device))
+    layer_name, subject = subject_of(loaded, samples, layer)
+    if subject.classifies:
+        chosen |= LABEL_DEPENDENT
+    columns = measures(
+        groups if kind != "none" else [group for group in groups if group != "localisation"], subject.score_names
+    )
+    run = {"model": loaded.name, "layer": layer_name, "annotations": kind}
+    results = ResultsFile(out, run=run, columns=[column.column for column in columns])
+    others = {picture for picture, _ in results.rows} - {sample.name for sample in samples}
+    if others:
+        raise ValueError(
+            f"{out}: expected results of the pictures in {data}, found some of {min(others)}, which is not among them: "
+            "give another file"
+        )
+    console = Console()
+    console.print(
+        f"{len(samples)} pictures, annotations: {kind}, model: {loaded.name}, layer: {layer_name}", soft_wrap=True
+    )
+    with _progress(len(samples)) as advance:
+        skipped, remarks = compare_on_folder(samples, kind, loaded, subject, chosen, columns, results, advance=advance)
+    order = [*METHODS, *LABEL_DEPENDENT, *CONTROLS]
+    rows = sorted(results.rows.values(), key=lambda row: order.index(row["method"]))
+    summaries = summarise(rows, columns)
+    print_tables(summaries, columns)
+    for remark in remarks:
+        console.print(f"note: {remark}", soft_wrap=True, markup=False, highlight=False)
+    console.print(
+        f"{len(samples) - len(skipped)} pictures scored, {len(skipped)} skipped, {len(remarks)} remarks; rows: {out}",
+        soft_wrap=True,
+    )
+    if report is not None and rows:
+        ranked_by, examples = _examples(rows, columns, samples, kind, loaded, subject, chosen)
+        count = len(samples) - len(skipped)
+        title = f"{loaded.name}, {layer_name}: {count} pictures; bars are means, lines their 95 % intervals"
+        report.parent.mkdir(parents=True, exist_ok=True)
+        write_report(report, title, summaries, columns, examples, ranked_by)
+        console.print(f"report: {report}", soft_wrap=True)
+    return skipped
+
+
+def subject_of(loaded: LoadedModel, samples: Sequence[Sample], layer: str | None) -> tuple[str, Subject]:
+    """Return the target layer's name, and with it what is explained; a dry run on the first picture finds layers.
+
+    Raises:
+        ValueError: there is no such layer, none can be found, or no picture can be read.
+    """
+    device = next(loaded.model.parameters()).device
+    for sample in samples:
+        try:
+            example = see(sample, "none", loaded).network_input[None].to(device)
+            break
+        except (OSError, ValueError):
+            continue
+    else:
+        raise ValueError(f"none of the {len(samples)} pictures could be read, {samples[0].picture} among them")
+    last_name, last = find_target_layer(loaded.model, example)
+    name, target = (last_name, last) if layer is None else (layer, layer_named(loaded.model, layer))
+    return name, Subject(loaded.model, target, last, loaded.classifies)
+
+
+def print_tables(summaries: Mapping[str, Mapping[str, Summary]], columns: Sequence[Measure]) -> None:
+    """Print a table by method for each few measures: the mean, and below it the difference from EigenCAM."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PRINTED_WIDTH)
+    shown = [column for column in columns if any(column.column in of_method for of_method in summaries.values())]
+    for start in range(0, len(shown), _TABLE_COLUMNS):
+        table = Table(show_lines=True)
+        table.add_column("method", no_wrap=True)
+        for column in shown[start : start + _TABLE_COLUMNS]:
+            table.add_column(f"{column.title}\n{_ARROWS[column.better]}", justify="right")
+        for method, by_column in summaries.items():
+            table.add_row(
+                method, *(_cell(by_column.get(each.column)) for each in shown[start : start + _TABLE_COLUMNS])
+            )
+        console.print(table)
+    console.print(
+        f"Means over pictures with 95 % bootstrap intervals; below, the paired difference from {BASELINE}, with * "
+        "where its interval excludes 0."
+    )
+
+
+def _cell(summary: Summary | None) -> str:
+    if summary is None:
+        return "-"
+    lines = [_interval(summary.value, "")]
+    if summary.difference is not None:
+        low, high = summary.difference.low, summary.difference.high
+        lines.append(f"{'* ' if low > 0 or high < 0 else ''}{_interval(summary.difference, '+')}")
+    return "\n".join(lines)
+
+
+def _interval(interval: Interval, sign: str) -> str:
+    numbers = [
+        f"{number:{sign}.3g}"
+        if abs(number) < 0.1
+        else f"{number:{sign}.3f}"
+        if abs(number) < 10
+        else f"{number:{sign}.1f}"
+        for number in interval
+    ]
+    return numbers[0] if math.isnan(interval.low) else f"{numbers[0]} \\[{numbers[1]}, {numbers[2]}]"
+
+
+def _examples(
+    rows: Sequence[Row],
+    columns: Sequence[Measure],
+    samples: Sequence[Sample],
+    annotations: Annotations,
+    loaded: LoadedModel,
+    subject: Subject,
+    methods: Mapping[str, Method],
+) -> tuple[Measure, dict[str, dict[str, Example]]]:
+    """Explain again the pictures that the report shows."""
+    scored = {column.column: column for column in columns if any(row[column.column] for row in rows)}
+    ranked_by = next(scored[name] for name in _RANKED_BY if name in scored)
+    by_name = {sample.name: sample for sample in samples}
+    examples: dict[str, dict[str, Example]] = {}
+    for method, by_place in pick_examples(rows, ranked_by).items():
+        examples[method] = {}
+        for place, (picture, value) in by_place.items():
+            seen = see(by_name[picture], annotations, loaded)
+            images, _ = on_device([seen], subject)
+            wanted = {method: methods[method]} if method in methods else {}
+            saliency = dict(saliency_maps(images, [picture], subject, wanted))[method][0]
+            examples[method][place] = Example(
+                loaded.picture(seen.network_input), saliency.cpu().numpy(), seen.mask.numpy(), caption(picture, value)
+            )
+    return ranked_by, examples
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    bar = Progress(
+        *Progress.get_default_columns()[:-1],
+        MofNCompleteColumn(),
+        TextColumn("pictures, time left"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+    with bar:
+        task = bar.add_task("scoring", total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+_ARROWS = {"higher": "higher is better", "lower": "lower is better", "": "neither is better"}

@@ -1,0 +1,74 @@
+"""A folder of pictures and a model in, box plots and a CSV of the features' singular values out."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from tucker_cam.cli.evaluate import subject_of
+from tucker_cam.cli.explain import device_named
+from tucker_cam.evaluation.datasets import find_samples, see
+from tucker_cam.evaluation.spectrum import DECOMPOSITIONS, draw_spectrum, rows_of_spectrum, spectrum
+from tucker_cam.files import complete_or_absent
+from tucker_cam.models import load_model
+
+_VALUES = 10
+
+
+def write_spectrum(
+    data: Path,
+    *,
+    model_name: str,
+    layer: str | None,
+    limit: int | None,
+    out: Path,
+    pretrained: bool,
+    weights: Path | None,
+    device: str,
+) -> list[str]:
+    """Write the share of the first ten values as box plots to `out`, and as CSV beside it.
+
+    Returns:
+        One line for each picture that was skipped; all others are done.
+
+    Raises:
+        ValueError, ModuleNotFoundError, OSError: as for `evaluate_folder`.
+    """
+    samples, _ = find_samples(data, limit=limit)
+    torch.manual_seed(0)
+    loaded = load_model(model_name, pretrained=pretrained, weights=weights, device=device_named(device))
+    layer_name, subject = subject_of(loaded, samples, layer)
+    skipped, pictures, parts = [], [], []
+    for sample in track(samples, "decomposing", console=Console(stderr=True)):
+        try:
+            image = see(sample, "none", loaded).network_input[None].to(device)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            skipped.append(str(error))
+            continue
+        parts.append(spectrum(loaded.model, subject.layer, image, _VALUES))
+        pictures.append(sample.name)
+    shares = {name: np.concatenate([part[name] for part in parts]) for name in DECOMPOSITIONS}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_spectrum(out, f"{loaded.name}, {layer_name}, {len(pictures)} pictures", shares)
+    table = out.with_suffix(".csv")
+    with (
+        complete_or_absent(table) as unfinished,
+        unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["picture", "decomposition", "index", "share"])
+        writer.writerows(rows_of_spectrum(pictures, shares))
+    console = Console()
+    for name, share in shares.items():
+        quartiles = np.percentile(share[:, 0], [25, 50, 75])
+        console.print(
+            f"{name}: the first value holds {quartiles[1]:.3f} of the sum \\[{quartiles[0]:.3f}, {quartiles[2]:.3f}]"
+        )
+    console.print(f"plot: {out}\nnumbers: {table}", soft_wrap=True)
+    return skipped

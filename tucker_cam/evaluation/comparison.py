@@ -1,0 +1,165 @@
+"""Images, a model and methods in, one row of scores for each image and method out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from pytorch_grad_cam.base_cam import BaseCAM
+from torch import Tensor, nn
+
+from tucker_cam.activations import FeatureRecorder
+from tucker_cam.evaluation import metrics
+from tucker_cam.evaluation.controls import CONTROLS, control_maps
+from tucker_cam.evaluation.metrics import Score
+from tucker_cam.evaluation.scores import embedding_similarity, probability_and_similarity
+
+Group = Literal["localisation", "drop", "curves", "road", "statistics"]
+
+
+class Measure(NamedTuple):
+    """A column of the results.
+
+    Attributes:
+        column: its name.
+        group: the metrics it belongs to.
+        title: for people.
+        better: "higher", "lower", or "" where it is neither.
+    """
+
+    column: str
+    group: Group
+    title: str
+    better: Literal["higher", "lower", ""]
+
+
+MEASURES = (
+    Measure("energy_in_mask", "localisation", "energy in the object", "higher"),
+    Measure("pointing_game", "localisation", "pointing game", "higher"),
+    Measure("best_threshold_iou", "localisation", "IoU, best threshold", "higher"),
+    Measure("best_cut_iou", "localisation", "IoU, best cut (area-matched)", "higher"),
+    Measure("otsu_iou", "localisation", "IoU, Otsu's threshold", "higher"),
+    Measure("probability_drop", "drop", "probability: drop, %", "lower"),
+    Measure("probability_increase", "drop", "probability: increase, %", "higher"),
+    Measure("probability_gain", "drop", "probability: gain, %", "higher"),
+    Measure("probability_drop_area_matched", "drop", "probability: drop, %, area-matched", "lower"),
+    Measure("probability_increase_area_matched", "drop", "probability: increase, %, area-matched", "higher"),
+    Measure("probability_gain_area_matched", "drop", "probability: gain, %, area-matched", "higher"),
+    # An image's similarity with itself is 1 already: it can neither increase nor gain.
+    Measure("similarity_drop", "drop", "embedding: drop, %", "lower"),
+    Measure("similarity_drop_area_matched", "drop", "embedding: drop, %, area-matched", "lower"),
+    Measure("probability_insertion", "curves", "probability: insertion", "higher"),
+    Measure("probability_deletion", "curves", "probability: deletion", "lower"),
+    Measure("similarity_insertion", "curves", "embedding: insertion", "higher"),
+    Measure("similarity_deletion", "curves", "embedding: deletion", "lower"),
+    Measure("probability_road", "road", "probability: ROAD", "higher"),
+    Measure("similarity_road", "road", "embedding: ROAD", "higher"),
+    Measure("mean_saliency", "statistics", "mean of the map", ""),
+    Measure("energy_in_top", "statistics", "energy in its top 10 %", ""),
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is explained, and by what its explanations are judged.
+
+    Attributes:
+        model: in eval mode.
+        layer: the target layer.
+        embedding_layer: whose pooled maps are compared in the label-free scores.
+        classifies: whether the model returns logits, batch x classes.
+    """
+
+    model: nn.Module
+    layer: nn.Module
+    embedding_layer: nn.Module
+    classifies: bool
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        return ("probability", "similarity") if self.classifies else ("similarity",)
+
+    def score(self, images: Tensor) -> Score:
+        """Return the score by which maps of these images are judged, batch x `score_names`."""
+        if self.classifies:
+            return probability_and_similarity(self.model, images, self.embedding_layer)
+        similarity = embedding_similarity(self.model, images, self.embedding_layer)
+        return lambda these: similarity(these)[:, None]
+
+
+def measures(groups: Collection[Group], score_names: Sequence[str]) -> list[Measure]:
+    """Return the columns of these groups of metrics; the map's statistics always stand among them."""
+    unknown = tuple(f"{name}_" for name in ("probability", "similarity") if name not in score_names)
+    return [
+        measure
+        for measure in MEASURES
+        if measure.group in (*groups, "statistics") and not measure.column.startswith(unknown)
+    ]
+
+
+def saliency_maps(
+    images: Tensor, names: Sequence[str], subject: Subject, methods: Mapping[str, Callable[..., BaseCAM]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the maps of each method, in order, then those of the controls; float32 in [0, 1], on the images' device."""
+    for name, build in methods.items():
+        with build(subject.model, [subject.layer]) as cam:
+            yield name, torch.as_tensor(cam(images, targets=None), dtype=torch.float32, device=images.device)
+    recorder = FeatureRecorder(subject.model, [subject.layer], None)
+    try:
+        with torch.no_grad():
+            recorder(images[:1])
+        height, width = recorder.activations[0].shape[-2:]
+    finally:
+        recorder.release()
+    size = (images.shape[-2], images.shape[-1])
+    for name in CONTROLS:
+        maps = control_maps(name, pictures=names, size=size, resolution=(height, width))
+        yield name, maps.to(images.device)
+
+
+def score_maps(
+    maps: Tensor,
+    images: Tensor,
+    masks: Tensor,
+    *,
+    score: Score,
+    whole: Tensor,
+    score_names: Sequence[str],
+    columns: Sequence[Measure],
+) -> dict[str, list[float]]:
+    """Return the values of the columns, one for each map.
+
+    Args:
+        maps: in [0, 1], batch x height x width.
+        images: the network's input, batch x channels x height x width.
+        masks: bool, batch x height x width; where one is empty, its localisation is NaN.
+        score: as of `Subject.score`.
+        whole: the score of `images`.
+        score_names: of the score's columns.
+        columns: as of `measures`.
+    """
+    values = {"mean_saliency": metrics.mean_saliency(maps), "energy_in_top": metrics.energy_in_top(maps)}
+    groups = {column.group for column in columns}
+    if "localisation" in groups:
+        values |= {
+            "energy_in_mask": metrics.energy_in_mask(maps, masks),
+            "pointing_game": metrics.pointing_game(maps, masks),
+            "best_threshold_iou": metrics.best_threshold_iou(maps, masks),
+            "best_cut_iou": metrics.best_cut_iou(maps, masks),
+            "otsu_iou": metrics.otsu_iou(maps, masks),
+        }
+    scored: dict[str, Tensor] = {}
+    if "drop" in groups:
+        for suffix, shown in (("", maps), ("_area_matched", metrics.area_matched(maps))):
+            change = metrics.confidence_change(images, shown, score, whole=whole)
+            scored |= {f"{kind}{suffix}": each for kind, each in change._asdict().items()}
+    if "curves" in groups:
+        scored["insertion"] = metrics.insertion_auc(images, maps, score, baseline=metrics.blurred(images))
+        scored["deletion"] = metrics.deletion_auc(images, maps, score, baseline=metrics.mean_colour(images))
+    if "road" in groups:
+        scored["road"] = metrics.road(images, maps, score)
+    for kind, by_score in scored.items():
+        values |= {f"{name}_{kind}": by_score[:, index] for index, name in enumerate(score_names)}
+    return {column.column: values[column.column].tolist() for column in columns}

@@ -1,0 +1,44 @@
+"""Maps that know nothing of the picture, which stand in every table: what is not better than these explains nothing."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pytorch_grad_cam.utils.image import scale_cam_image
+from torch import Tensor
+
+CONTROLS = ("random", "uniform", "centre-gaussian")
+_DEVIATION = 0.25
+
+
+def control_maps(name: str, *, pictures: Sequence[str], size: tuple[int, int], resolution: tuple[int, int]) -> Tensor:
+    """Return the maps of a control.
+
+    ``random`` is uniform noise at the layer's resolution, seeded by the picture's name, so that it is the same again
+    in another run; ``uniform`` is 0.5 everywhere; ``centre-gaussian`` has a deviation of a quarter of each side.
+
+    Args:
+        name: one of `CONTROLS`.
+        pictures: a name for each map.
+        size: height and width of the maps.
+        resolution: height and width of the target layer's feature maps.
+
+    Returns:
+        Float32 in [0, 1], batch x height x width, scaled as the host scales its methods' maps.
+
+    Example:
+        >>> control_maps("uniform", pictures=["cat.jpg"], size=(1, 3), resolution=(1, 1))
+        tensor([[[0.5000, 0.5000, 0.5000]]])
+    """
+    if name == "random":
+        noise = np.stack(
+            [np.random.default_rng(zlib.crc32(each.encode())).random(resolution, np.float32) for each in pictures]
+        )
+        return torch.from_numpy(scale_cam_image(noise, size[::-1]))
+    if name == "uniform":
+        return torch.full((len(pictures), *size), 0.5)
+    rows, columns = (torch.exp(-0.5 * (torch.linspace(-0.5, 0.5, side) / _DEVIATION) ** 2) for side in size)
+    return (rows[:, None] * columns).expand(len(pictures), *size).contiguous()

@@ -1,0 +1,247 @@
+"""A folder in, its pictures out, with the object's mask as the network sees it where boxes or masks are given.
+
+Boxes and masks go through the model's own preprocessing, as a black and white picture of the photograph's size, and so
+follow its resizing and cropping to the pixel.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+from xml.etree.ElementTree import Element, ParseError
+
+import numpy as np
+import torch
+from defusedxml import DefusedXmlException, ElementTree
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from tucker_cam.files import open_picture
+from tucker_cam.models import LoadedModel
+
+Annotations = Literal["boxes", "masks", "none"]
+
+_ORIENTATION = 0x0112
+_VOID = 255
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture of a folder.
+
+    Attributes:
+        name: its path below the folder, with slashes.
+        picture: its file.
+        annotation: the file with its boxes or its mask; None if there is none.
+    """
+
+    name: str
+    picture: Path
+    annotation: Path | None
+
+
+class Seen(NamedTuple):
+    """What the network sees of a sample.
+
+    Attributes:
+        network_input: channels x height x width.
+        mask: bool, height x width, true on an object; all false where the picture has no annotation.
+        remarks: what a user should know about this sample, a line each.
+    """
+
+    network_input: Tensor
+    mask: Tensor
+    remarks: list[str]
+
+
+def find_samples(
+    folder: Path, *, annotations: Annotations | None = None, limit: int | None = None, seed: int = 0
+) -> tuple[list[Sample], Annotations]:
+    """Find the pictures of a folder, at any depth, and their annotations.
+
+    The layouts of torchvision's `ImageFolder`, `VOCDetection` and `VOCSegmentation` are read as they are: boxes are
+    Pascal VOC XML files, masks are pictures, of the picture's name, beside it or in a folder ``annotations``
+    (boxes), ``masks`` or ``SegmentationClass`` beside its folder or above. Hidden files are left out.
+
+    Args:
+        folder: where the pictures are.
+        annotations: which to take; then pictures without one are left out. None takes boxes if there are any, or
+            masks, and all pictures.
+        limit: take a random sample of so many pictures, the same for the same seed; a smaller sample is part of a
+            larger one.
+        seed: of the sample.
+
+    Returns:
+        The samples in the order of their names, and what the annotations are.
+
+    Raises:
+        NotADirectoryError: there is no such folder.
+        ValueError: there are no pictures in it, or no annotations of the kind that was asked for; or the limit is
+            below 1.
+    """
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: expected a folder of pictures, found {_what_is(folder)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"expected a limit of at least 1 picture, got {limit}")
+    files = sorted(
+        path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    pictures = [
+        path
+        for path in files
+        if path.suffix.lower() in IMG_EXTENSIONS and path.is_file() and not _in_annotation_folder(path, folder)
+    ]
+    if not pictures:
+        raise ValueError(f"{folder}: expected pictures ({' '.join(IMG_EXTENSIONS)}) at any depth, found none")
+    boxes = {path.with_suffix("") for path in files if path.suffix.lower() == ".xml"}
+    masks = {path.with_suffix("") for path in files if _in_annotation_folder(path, folder) == "masks"}
+    kind: Annotations = annotations or ("boxes" if boxes else "masks" if masks else "none")
+    samples = []
+    for path in pictures:
+        found = _annotation(path, folder, kind, boxes if kind == "boxes" else masks)
+        samples.append(Sample(path.relative_to(folder).as_posix(), path, found))
+    if annotations in ("boxes", "masks"):
+        samples = [sample for sample in samples if sample.annotation is not None]
+        if not samples:
+            raise ValueError(f"{folder}: expected pictures with {annotations}, found none among {len(pictures)}")
+    if limit is not None:
+        samples = sorted(random.Random(seed).sample(samples, len(samples))[:limit], key=lambda sample: sample.name)  # noqa: S311
+    return samples, kind
+
+
+def see(sample: Sample, annotations: Annotations, loaded: LoadedModel) -> Seen:
+    """Read a sample and preprocess it for the network, and its annotation with it.
+
+    Raises:
+        OSError: the picture or its mask cannot be read.
+        ValueError: the annotation is none, or does not fit the picture.
+        PIL.Image.DecompressionBombError: the picture is too large to be meant.
+    """
+    picture = open_picture(sample.picture)
+    network_input = loaded.preprocess(picture)
+    nothing = torch.zeros(network_input.shape[-2:], dtype=torch.bool)
+    if annotations == "none":
+        return Seen(network_input, nothing, [])
+    if sample.annotation is None:
+        return Seen(network_input, nothing, [f"{sample.picture}: without {annotations}, so not scored on localisation"])
+    if annotations == "boxes":
+        drawn, remarks = _draw_boxes(sample.annotation, picture.size, sample.picture)
+    else:
+        drawn, remarks = _read_mask(sample.annotation), []
+    if not drawn.any():
+        empty = [f"{sample.annotation}: without an object, so not scored on localisation"]
+        return Seen(network_input, nothing, remarks + empty)
+    black_and_white = _upright(drawn, picture.size, sample).convert("RGB")
+    mask = torch.from_numpy(loaded.picture(loaded.preprocess(black_and_white))[..., 0] > 0.5)
+    if not mask.any():
+        remarks = [*remarks, f"{sample.annotation}: its object is cropped away, so not scored on localisation"]
+    return Seen(network_input, mask, remarks)
+
+
+def _draw_boxes(file: Path, size: tuple[int, int], picture: Path) -> tuple[NDArray[np.bool_], list[str]]:
+    """Return the union of the boxes of a Pascal VOC file, whose pixels are counted from 1 with both ends inside."""
+    try:
+        root = ElementTree.parse(file).getroot()
+    except (ParseError, DefusedXmlException, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: expected boxes as Pascal VOC XML, found something else ({error})") from error
+    width, height = (_number(root, f"size/{name}", file) if root.find("size") is not None else 0 for name in _SIZE)
+    if not width or not height:
+        width, height = size
+    drawn = np.zeros((height, width), dtype=bool)
+    remarks = []
+    for box in root.iterfind("object/bndbox"):
+        left, top, right, bottom = (_number(box, name, file) for name in _CORNERS)
+        if left > right or top > bottom or left > width or top > height or right < 1 or bottom < 1:
+            raise ValueError(
+                f"{file}: expected boxes inside the picture, {width} x {height}, found {left}, {top} to {right}, "
+                f"{bottom}"
+            )
+        if left < 0 or top < 0 or right > width or bottom > height:
+            remarks.append(f"{file}: a box reaches beyond {picture.name}, and was cut off at its edge")
+        drawn[max(top - 1, 0) : bottom, max(left - 1, 0) : right] = True
+    return drawn, remarks
+
+
+_SIZE = ("width", "height")
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def _number(element: Element, name: str, file: Path) -> int:
+    text = element.findtext(name)
+    try:
+        return round(float(text or ""))
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"{file}: expected a number as <{name}>, found {text!r}") from error
+
+
+def _read_mask(file: Path) -> NDArray[np.bool_]:
+    """Return where a mask is not black; in one of colour numbers, as VOC's, neither where it is 255, void."""
+    try:
+        with Image.open(file) as mask:
+            values, mode = np.asarray(mask), mask.mode
+    except (OSError, SyntaxError, ValueError) as error:
+        raise OSError(f"{file}: expected a mask as a picture, found none or a broken one ({error})") from error
+    drawn = np.asarray(values > 0)
+    if mode == "P":
+        drawn &= values != _VOID
+    elif mode in ("LA", "RGBA"):
+        drawn = np.asarray(drawn[..., :-1].any(-1) & drawn[..., -1])
+    elif drawn.ndim == 3:
+        drawn = np.asarray(drawn.any(-1))
+    return drawn
+
+
+def _upright(drawn: NDArray[np.bool_], size: tuple[int, int], sample: Sample) -> Image.Image:
+    """Return the mask as a picture, turned as the photograph was where it was drawn on the file as it is stored."""
+    mask = Image.fromarray(drawn.astype(np.uint8) * 255)
+    if mask.size == size:
+        return mask
+    with Image.open(sample.picture) as stored:
+        if mask.size == stored.size:
+            mask.getexif()[_ORIENTATION] = stored.getexif()[_ORIENTATION]
+            return ImageOps.exif_transpose(mask)
+    raise ValueError(
+        f"{sample.annotation}: expected an annotation of a picture of {size[0]} x {size[1]} as {sample.picture.name}, "
+        f"found one of {mask.width} x {mask.height}"
+    )
+
+
+def _annotation(picture: Path, folder: Path, kind: Annotations, stems: Iterable[Path]) -> Path | None:
+    """Return the annotation of this picture's name: beside it, or in an annotation folder above that mirrors its."""
+    if kind == "none":
+        return None
+    below = picture.relative_to(folder).with_suffix("")
+    candidates = [picture.with_suffix("")] if kind == "boxes" else []
+    for depth in range(len(below.parts) - 1, -1, -1):
+        ancestor, rest = folder.joinpath(*below.parts[:depth]), below.parts[depth:]
+        for name in _ANNOTATION_FOLDERS[kind]:
+            candidates += [ancestor.joinpath(name, *rest), ancestor.joinpath(name, *rest[1:])]
+    found = next((candidate for candidate in candidates if candidate in stems), None)
+    if found is None:
+        return None
+    suffixes: Sequence[str] = (".xml", ".XML") if kind == "boxes" else (".png", *IMG_EXTENSIONS)
+    files = (found.with_name(found.name + suffix) for suffix in suffixes)
+    return next((file for file in files if file.is_file()), None)
+
+
+_ANNOTATION_FOLDERS = {
+    "boxes": ("annotations", "Annotations"),
+    "masks": ("masks", "Masks", "SegmentationClass"),
+}
+
+
+def _in_annotation_folder(path: Path, folder: Path) -> str | None:
+    """Return what kind of annotations the folder holds in which a file lies; None if it is an ordinary folder."""
+    parts = set(path.relative_to(folder).parts[:-1])
+    if parts & {*_ANNOTATION_FOLDERS["masks"]}:
+        return "masks"
+    return "boxes" if parts & {*_ANNOTATION_FOLDERS["boxes"], "SegmentationObject"} else None
+
+
+def _what_is(path: Path) -> str:
+    return "a file" if path.exists() else "nothing of that name"

@@ -1,0 +1,107 @@
+"""A folder of pictures through a comparison, batch by batch; each row is on the disk as soon as it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from PIL import Image
+from pytorch_grad_cam.base_cam import BaseCAM
+from torch import Tensor
+
+from tucker_cam.evaluation.comparison import Measure, Subject, saliency_maps, score_maps
+from tucker_cam.evaluation.controls import CONTROLS
+from tucker_cam.evaluation.datasets import Annotations, Sample, Seen, see
+from tucker_cam.evaluation.results import ResultsFile
+from tucker_cam.models import LoadedModel
+
+_BATCH = 16
+
+Method = Callable[..., BaseCAM]
+
+
+def compare_on_folder(
+    samples: Sequence[Sample],
+    annotations: Annotations,
+    loaded: LoadedModel,
+    subject: Subject,
+    methods: Mapping[str, Method],
+    columns: Sequence[Measure],
+    results: ResultsFile,
+    *,
+    advance: Callable[[int], None],
+) -> tuple[list[str], list[str]]:
+    """Add the rows that `results` lacks.
+
+    Args:
+        samples: as of `find_samples`.
+        annotations: see `samples`.
+        loaded: brings the preprocessing.
+        subject: what is explained.
+        methods: classes of the host's kind, by name; the controls come by themselves.
+        columns: as of `measures`.
+        results: where the rows are, and go.
+        advance: called with a number of samples whenever these are done.
+
+    Returns:
+        One line for each sample that could not be used and was skipped, and one for each remark on the others.
+
+    Raises:
+        OSError: the results cannot be written.
+    """
+    skipped: list[str] = []
+    remarks: list[str] = []
+    names = [*methods, *CONTROLS]
+    # Batches are cut the same way in every run, so that a number does not depend on where a run was interrupted.
+    for start in range(0, len(samples), _BATCH):
+        batch = samples[start : start + _BATCH]
+        seen: dict[Sample, Seen] = {}
+        for sample in batch:
+            try:
+                seen[sample] = see(sample, annotations, loaded)
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                skipped.append(str(error))
+            else:
+                remarks += seen[sample].remarks
+        for these in _of_one_size(seen):
+            missing = {name for sample in these for name in names if (sample.name, name) not in results.rows}
+            if missing:
+                wanted = {name: build for name, build in methods.items() if name in missing}
+                _compare([sample.name for sample in these], list(these.values()), subject, wanted, columns, results)
+        advance(len(batch))
+    return skipped, remarks
+
+
+def _compare(
+    pictures: Sequence[str],
+    seen: Sequence[Seen],
+    subject: Subject,
+    methods: Mapping[str, Method],
+    columns: Sequence[Measure],
+    results: ResultsFile,
+) -> None:
+    images, masks = on_device(seen, subject)
+    score = subject.score(images)
+    whole = score(images)
+    for name, maps in saliency_maps(images, pictures, subject, methods):
+        values = score_maps(
+            maps, images, masks, score=score, whole=whole, score_names=subject.score_names, columns=columns
+        )
+        results.append(name, pictures, values)
+
+
+def on_device(seen: Sequence[Seen], subject: Subject) -> tuple[Tensor, Tensor]:
+    """Return the images and the masks as batches where the model is."""
+    device = next(subject.model.parameters()).device
+    return (
+        torch.stack([each.network_input for each in seen]).to(device),
+        torch.stack([each.mask for each in seen]).to(device),
+    )
+
+
+def _of_one_size(seen: Mapping[Sample, Seen]) -> Iterator[dict[Sample, Seen]]:
+    """Part the batch by the size of the network's input: not every preprocessing crops."""
+    by_size: dict[torch.Size, dict[Sample, Seen]] = {}
+    for sample, each in seen.items():
+        by_size.setdefault(each.network_input.shape, {})[sample] = each
+    yield from by_size.values()

@@ -1,0 +1,91 @@
+"""Rows of results in, for each method and measure the mean, its interval and its difference from EigenCAM out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
+
+from tucker_cam.evaluation.comparison import Measure
+
+BASELINE = "eigencam"
+_RESAMPLES = 2000
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % bootstrap interval; NaN where fewer than two pictures were scored."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Summary(NamedTuple):
+    """What a measure says of a method.
+
+    Attributes:
+        pictures: scored.
+        value: over these.
+        difference: of the method from EigenCAM, over the pictures on which both were scored; None for EigenCAM itself
+            and where it was not scored.
+    """
+
+    pictures: int
+    value: Interval
+    difference: Interval | None
+
+
+def summarise(
+    rows: Iterable[Mapping[str, str]], columns: Sequence[Measure], *, seed: int = 0
+) -> dict[str, dict[str, Summary]]:
+    """Summarise the results of a run.
+
+    Args:
+        rows: as of `ResultsFile`; an empty value is a picture that was not scored.
+        columns: the measures.
+        seed: of the resampling.
+
+    Returns:
+        By method, in the order of the rows, then by column. Intervals are percentile bootstraps over pictures, 2,000
+        resamples; a difference is taken picture by picture. Columns in which a method has no value are left out.
+    """
+    values: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        of_method = values.setdefault(row["method"], {})
+        for measure in columns:
+            if row[measure.column]:
+                of_method.setdefault(measure.column, {})[row["picture"]] = float(row[measure.column])
+    summaries: dict[str, dict[str, Summary]] = {}
+    for method, by_column in values.items():
+        summaries[method] = {}
+        for column, scored in by_column.items():
+            # In one order, whatever the order of the rows is: the resampling draws by position.
+            by_picture = dict(sorted(scored.items()))
+            baseline = values.get(BASELINE, {}).get(column, {})
+            paired = [number - baseline[picture] for picture, number in by_picture.items() if picture in baseline]
+            summaries[method][column] = Summary(
+                len(by_picture),
+                mean_interval(np.array([*by_picture.values()]), seed),
+                mean_interval(np.array(paired), seed) if paired and method != BASELINE else None,
+            )
+    return summaries
+
+
+def mean_interval(values: NDArray[np.float64], seed: int) -> Interval:
+    """Return the mean of the values with its interval, a percentile bootstrap of 2,000 resamples."""
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Interval(mean, np.nan, np.nan)
+    # batch: so many resamples at a time, or a million pictures would not fit into memory.
+    resampled = bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=_RESAMPLES,
+        method="percentile",
+        batch=max(1, 10_000_000 // len(values)),
+        rng=np.random.default_rng(seed),
+    )
+    return Interval(mean, float(resampled.confidence_interval.low), float(resampled.confidence_interval.high))
