@@ -25,6 +25,7 @@ import torch
 import typer
 from matplotlib.figure import Figure
 from pytorch_grad_cam.utils.image import show_cam_on_image
+from skimage.feature import peak_local_max
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -232,19 +233,18 @@ def score_methods(model: nn.Sequential, scenes: Scenes) -> list[dict[str, str]]:
 
 
 def both_found(maps: Tensor, squares: Tensor) -> np.ndarray:
-    """Return in which scenes the map's peak lies in one object's square, and its peak outside of that in the other's.
+    """Return in which scenes the map's two highest peaks, a cell of the features or more apart, lie one in each square.
 
     Args:
         maps: batch x 64 x 64.
         squares: bool, batch x 2 x 64 x 64.
     """
-    flat = squares.flatten(2)
-    index = torch.arange(len(maps))
-    hits = flat[index, :, maps.flatten(1).argmax(1)]
-    # Where the first peak lies in no square, none is taken away, and the second peak is the first again: not found.
-    first = (flat & hits[..., None]).any(1)
-    second = maps.flatten(1).masked_fill(first, -1).argmax(1)
-    return np.asarray(hits.any(1) & (flat[index, :, second] & ~hits).any(1))
+    found = []
+    for saliency, (first, second) in zip(maps.numpy(), squares.numpy(), strict=True):
+        peaks = peak_local_max(saliency, min_distance=SIDE // 8, exclude_border=False, num_peaks=2)
+        hits = [(first[row, column], second[row, column]) for row, column in peaks]
+        found.append(all(any(of_object) for of_object in zip(*hits, strict=True)) if hits else False)
+    return np.array(found)
 
 
 def components_find_both(model: nn.Sequential, images: Tensor, squares: Tensor) -> np.ndarray:

@@ -75,7 +75,8 @@ def test_every_picture_and_method_is_a_row_and_every_method_in_the_tables(data, 
 
 
 def test_the_rows_hold_what_the_metrics_say(data, tmp_path):
-    run("evaluate", data, "--out", tmp_path / "results.csv", "--metric", "localisation", "--metric", "curves")
+    groups = [word for group in ("localisation", "drop", "curves") for word in ("--metric", group)]
+    run("evaluate", data, "--out", tmp_path / "results.csv", *groups)
     loaded = tiny_loaded_model()
     model = loaded.model.eval()
     samples, kind = find_samples(data)
@@ -86,21 +87,29 @@ def test_the_rows_hold_what_the_metrics_say(data, tmp_path):
             maps = torch.as_tensor(cam(images))
         with torch.no_grad():
             label = model(images).argmax()
-        # The score, written here once more.
-        scored = metrics.deletion_auc(
-            images,
-            maps,
-            lambda these, label=label: model(these).softmax(1)[:, label].detach(),
-            baseline=metrics.mean_colour(images),
-        )
+
+        # The scores, written here once more.
+        def probability(these, label=label):
+            return model(these).softmax(1)[:, label].detach()
+
+        def similarity(these, images=images):
+            return torch.cosine_similarity(*(model[:4](each).mean((2, 3)).detach() for each in (these, images)))
+
+        matched = metrics.area_matched(maps)
+        grey = metrics.mean_colour(images)
         expected = {
             "best_cut_iou": metrics.best_cut_iou(maps, masks),
             "pointing_game": metrics.pointing_game(maps, masks),
-            "probability_deletion": scored,
+            "probability_drop": metrics.confidence_change(images, maps, probability).drop,
+            "probability_gain_area_matched": metrics.confidence_change(images, matched, probability).gain,
+            "similarity_drop": metrics.confidence_change(images, maps, similarity).drop,
+            "similarity_drop_area_matched": metrics.confidence_change(images, matched, similarity).drop,
+            "probability_deletion": metrics.deletion_auc(images, maps, probability, baseline=grey),
+            "similarity_insertion": metrics.insertion_auc(images, maps, similarity, baseline=metrics.blurred(images)),
         }
         (row,) = (r for r in read(tmp_path / "results.csv") if (r["picture"], r["method"]) == (sample.name, "tsm"))
         for column, value in expected.items():
-            assert float(row[column]) == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
+            assert float(row[column]) == pytest.approx(value.item(), rel=1e-3, abs=1e-5)
 
 
 def test_a_backbone_without_classes_is_scored_by_its_embedding(data, tmp_path):
@@ -295,6 +304,12 @@ def test_summaries_agree_with_the_normal_approximation_and_pair_by_picture():
     assert summaries["eigencam"]["best_cut_iou"].difference is None
 
 
+def test_the_order_of_the_rows_does_not_change_a_summary():
+    values = {f"{index}": repr(number) for index, number in enumerate(np.random.default_rng(0).random(30).tolist())}
+    rows = rows_of({"tsm": values})
+    assert summarise(rows, [BY_COLUMN["best_cut_iou"]]) == summarise(rows[::-1], [BY_COLUMN["best_cut_iou"]])
+
+
 def test_a_single_picture_has_a_mean_and_no_interval():
     summary = summarise(rows_of({"tsm": {"a": "0.25"}}), [BY_COLUMN["best_cut_iou"]])["tsm"]["best_cut_iou"]
     assert summary.value.mean == 0.25
@@ -348,6 +363,18 @@ def test_rows_survive_names_of_any_kind(tmp_path):
         results.append("tsm", names, {"a": [0.5, float("nan"), 1e-9, 3.0, 123456.7]})
     assert [name for name, _ in results.rows] == names
     assert [row["a"] for row in results.rows.values()] == ["0.5", "", "1e-09", "3", "123457"]
+
+
+def test_a_row_torn_inside_a_name_with_a_line_break_is_thrown_away(tmp_path):
+    for cut in range(40, 60):
+        (tmp_path / "r.csv").unlink(missing_ok=True)
+        results = ResultsFile(tmp_path / "r.csv", run={"model": "m"}, columns=["a"])
+        results.append("tsm", ["a.jpg", "line\r\nbreak.jpg"], {"a": [0.5, 0.25]})
+        whole = (tmp_path / "r.csv").read_bytes()
+        (tmp_path / "r.csv").write_bytes(whole[:cut])
+        again = ResultsFile(tmp_path / "r.csv", run={"model": "m"}, columns=["a"])
+        again.append("tsm", ["a.jpg", "line\r\nbreak.jpg"], {"a": [0.5, 0.25]})
+        assert (tmp_path / "r.csv").read_bytes() == whole
 
 
 def test_the_spectrum_is_that_of_numpy():

@@ -163,6 +163,11 @@ def test_confidence_change_agrees_with_a_case_computed_by_hand():
     torch.testing.assert_close(change.gain, torch.tensor([0.0, 0.0, 50.0]))
 
 
+def test_a_score_that_stays_neither_drops_nor_increases():
+    change = metrics.confidence_change(torch.rand(2, 1, 3, 3), torch.ones(2, 3, 3), lambda x: x.mean((1, 2, 3)))
+    assert all((each == 0).all() for each in change)
+
+
 def test_confidence_change_falls_when_the_map_is_inverted():
     images, score = bright_where(MASK)
     right = metrics.confidence_change(images, MAP, score)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -63,7 +64,7 @@ def evaluate_folder(
     # Random weights are the same when a run is gone on with.
     torch.manual_seed(0)
     loaded = load_model(model_name, pretrained=pretrained, weights=weights, device=device_named(device))
-    layer_name, subject = subject_of(loaded, samples, layer)
+    layer_name, embedding_name, subject = subject_of(loaded, samples, layer)
     if subject.classifies:
         chosen |= LABEL_DEPENDENT
     columns = measures(
@@ -79,7 +80,9 @@ def evaluate_folder(
         )
     console = Console()
     console.print(
-        f"{len(samples)} pictures, annotations: {kind}, model: {loaded.name}, layer: {layer_name}", soft_wrap=True
+        f"{len(samples)} pictures, annotations: {kind}, model: {loaded.name}, layer: {layer_name}, "
+        f"embedding: {embedding_name}, pooled",
+        soft_wrap=True,
     )
     with _progress(len(samples)) as advance:
         skipped, remarks = compare_on_folder(samples, kind, loaded, subject, chosen, columns, results, advance=advance)
@@ -103,24 +106,33 @@ def evaluate_folder(
     return skipped
 
 
-def subject_of(loaded: LoadedModel, samples: Sequence[Sample], layer: str | None) -> tuple[str, Subject]:
-    """Return the target layer's name, and with it what is explained; a dry run on the first picture finds layers.
+def subject_of(loaded: LoadedModel, samples: Sequence[Sample], layer: str | None) -> tuple[str, str, Subject]:
+    """Return the names of the target layer and of the embedding's, and with them what is explained.
+
+    A dry run on the first picture finds the last layer with a spatial map. It is the target layer unless another is
+    asked for, and in any case the one whose pooled maps are the embedding, so that the scores of two layers compare.
 
     Raises:
         ValueError: there is no such layer, none can be found, or no picture can be read.
     """
     device = next(loaded.model.parameters()).device
+    asked_for = None if layer is None else layer_named(loaded.model, layer)
     for sample in samples:
         try:
             example = see(sample, "none", loaded).network_input[None].to(device)
             break
-        except (OSError, ValueError):
+        except (OSError, ValueError, Image.DecompressionBombError):
             continue
     else:
         raise ValueError(f"none of the {len(samples)} pictures could be read, {samples[0].picture} among them")
-    last_name, last = find_target_layer(loaded.model, example)
-    name, target = (last_name, last) if layer is None else (layer, layer_named(loaded.model, layer))
-    return name, Subject(loaded.model, target, last, loaded.classifies)
+    try:
+        last_name, last = find_target_layer(loaded.model, example)
+    except ValueError:
+        if layer is None or asked_for is None:
+            raise
+        last_name, last = layer, asked_for
+    subject = Subject(loaded.model, asked_for or last, last, loaded.classifies)
+    return layer or last_name, last_name, subject
 
 
 def print_tables(summaries: Mapping[str, Mapping[str, Summary]], columns: Sequence[Measure]) -> None:

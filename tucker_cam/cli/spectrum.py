@@ -43,7 +43,7 @@ def write_spectrum(
     samples, _ = find_samples(data, limit=limit)
     torch.manual_seed(0)
     loaded = load_model(model_name, pretrained=pretrained, weights=weights, device=device_named(device))
-    layer_name, subject = subject_of(loaded, samples, layer)
+    layer_name, _, subject = subject_of(loaded, samples, layer)
     skipped, pictures, parts = [], [], []
     for sample in track(samples, "decomposing", console=Console(stderr=True)):
         try:
