@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import scipy.linalg
@@ -78,17 +78,17 @@ def summaries_of(
     return len(samples) - len(skipped), annotations, summarise(rows, columns, seed=SEED)
 
 
-def svd_backends() -> dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]]:
-    """Return ways to the first right singular vector, as the host's `get_2d_projection` asks NumPy for it."""
-    return {
-        "NumPy": lambda matrix: np.linalg.svd(matrix)[2][0],
-        "SciPy, gesdd": lambda matrix: scipy.linalg.svd(matrix, lapack_driver="gesdd")[2][0],
-        "SciPy, gesvd": lambda matrix: scipy.linalg.svd(matrix, lapack_driver="gesvd")[2][0],
-        "torch": lambda matrix: torch.linalg.svd(torch.from_numpy(matrix)).Vh[0].numpy(),
-    }
-
-
-LAYOUTS = {"channels together (the host's)": np.asfortranarray, "positions together": np.ascontiguousarray}
+# Ways to the first right singular vector of a matrix; the first as the host's `get_2d_projection` asks for it.
+BACKENDS: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
+    "NumPy": lambda matrix: np.linalg.svd(matrix)[2][0],
+    "SciPy, gesdd": lambda matrix: scipy.linalg.svd(matrix, lapack_driver="gesdd")[2][0],
+    "SciPy, gesvd": lambda matrix: scipy.linalg.svd(matrix, lapack_driver="gesvd")[2][0],
+    "torch": lambda matrix: torch.linalg.svd(torch.from_numpy(matrix)).Vh[0].numpy(),
+    # The left singular vectors of the transpose are the same directions.
+    "NumPy, transposed": lambda matrix: np.linalg.svd(matrix.T)[0][:, 0],
+    "torch, transposed": lambda matrix: torch.linalg.svd(torch.from_numpy(matrix).T).U[:, 0].numpy(),
+}
+LAYOUTS = {"column-major (the host's)": np.asfortranarray, "row-major": np.ascontiguousarray}
 
 
 def measure_polarity(features: Tensor, masks: Tensor) -> dict[str, float]:
@@ -99,19 +99,19 @@ def measure_polarity(features: Tensor, masks: Tensor) -> dict[str, float]:
         masks: bool, batch x height x width, of the features' size.
     """
     upright: dict[str, list[bool]] = {}
-    for image, mask in zip(features.numpy(), masks.flatten(1).numpy(), strict=True):
+    for image, mask in zip(features, masks.flatten(1).numpy(), strict=True):
         if mask.all() or not mask.any():
             continue
-        # positions x channels, as the host has it.
-        unfolding = image.reshape(len(image), -1).T
+        unfolding = image.flatten(1).T.numpy()
         centred = unfolding - unfolding.mean(axis=0)
-        for name, leading in svd_backends().items():
-            for layout, arrange in LAYOUTS.items():
-                projection = centred @ leading(arrange(centred))
-                is_upright = projection[mask].mean() > projection[~mask].mean()
-                upright.setdefault(f"EigenCAM, {name}, {layout}", []).append(bool(is_upright))
-        tsm = leading_map(torch.from_numpy(image)[None])[0].flatten().numpy()
-        upright.setdefault("TSM", []).append(bool(tsm[mask].mean() > tsm[~mask].mean()))
+        projections = {
+            f"EigenCAM, {name}, {layout}": centred @ leading(arrange(centred))
+            for name, leading in BACKENDS.items()
+            for layout, arrange in LAYOUTS.items()
+        }
+        projections["TSM"] = leading_map(image[None])[0].flatten().numpy()
+        for name, projection in projections.items():
+            upright.setdefault(name, []).append(bool(projection[mask].mean() > projection[~mask].mean()))
     return {name: float(np.mean(each)) for name, each in upright.items()}
 
 
@@ -209,12 +209,14 @@ def main(
                 f"At `{layer}` ({words}) TSM's IoU at the best threshold is {ratio:.2f} times EigenCAM's, at the best "
                 f"cut {cut_ratio:.2f} times."
             ]
-        results: dict[str, object] = {"environment": environment(SEED), "layers": layers}
+        results: dict[str, Any] = {"environment": environment(SEED), "layers": layers}
         if photographs is not None:
-            count, _, found = summaries_of(photographs, limit, loaded, "bn2", ("drop",))
-            results["photographs"] = {"pictures": count, "summaries": as_json(found)}
-            parts += [scores_table(f"bn2, {count} photographs", found, DROP)]
-            parts += [differences_table("bn2, photographs, difference from EigenCAM", found, DROP)]
+            results["photographs"] = {}
+            for layer in LAYERS:
+                count, _, found = summaries_of(photographs, limit, loaded, layer, ("drop",))
+                results["photographs"][layer] = {"pictures": count, "summaries": as_json(found)}
+                parts += [scores_table(f"{layer}, {count} photographs", found, DROP)]
+                parts += [differences_table(f"{layer}, photographs, difference from EigenCAM", found, DROP)]
         polarity, shares = {}, {}
         for layer in LAYERS:
             images, features, masks = features_of(folder, limit, loaded, layer)

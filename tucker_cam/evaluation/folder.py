@@ -15,7 +15,7 @@ from tucker_cam.evaluation.datasets import Annotations, Sample, Seen, see
 from tucker_cam.evaluation.results import ResultsFile
 from tucker_cam.models import LoadedModel
 
-_BATCH = 16
+_BATCH = 8
 
 Method = Callable[..., BaseCAM]
 

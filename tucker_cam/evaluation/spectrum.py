@@ -61,7 +61,7 @@ def draw_spectrum(path: Path, title: str, shares: dict[str, NDArray[np.float64]]
         axes.boxplot(finite, whis=(5, 95), flierprops={"markersize": 2})
         axes.set_title(name)
         axes.set_xlabel("index of the singular value")
-        axes.set_ylim(0, 1)
+        axes.set_ylim(bottom=0)
     figure.axes[0].set_ylabel("share of the sum of all")
     with complete_or_absent(path) as unfinished:
         figure.savefig(unfinished, dpi=120, format="png")
