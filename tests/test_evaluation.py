@@ -218,7 +218,7 @@ def test_pictures_and_annotations_that_do_not_fit_are_named_counted_and_the_othe
     assert errors.count("error: ") == 3
     for words in ("broken.png: expected a whole picture", "text.jpg: expected a picture", "far.xml: expected boxes"):
         assert words in errors
-    assert "8 pictures scored, 3 skipped, 3 remarks" in result.output
+    assert "8 pictures scored, 3 skipped" in result.output
     assert "free.png: without boxes" in result.output
     rows = {row["picture"]: row for row in read(tmp_path / "r.csv") if row["method"] == "tsm"}
     assert set(rows) == {f"images/{n}" for n in (*(f"{i}.png" for i in range(5)), "free.png", "grey.png", "print.jpg")}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import typer
 from PIL import Image
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -78,11 +79,9 @@ def evaluate_folder(
             f"{out}: expected results of the pictures in {data}, found some of {min(others)}, which is not among them: "
             "give another file"
         )
-    console = Console()
-    console.print(
+    typer.echo(
         f"{len(samples)} pictures, annotations: {kind}, model: {loaded.name}, layer: {layer_name}, "
-        f"embedding: {embedding_name}, pooled",
-        soft_wrap=True,
+        f"embedding: {embedding_name}, pooled"
     )
     with _progress(len(samples)) as advance:
         skipped, remarks = compare_on_folder(samples, kind, loaded, subject, chosen, columns, results, advance=advance)
@@ -91,18 +90,15 @@ def evaluate_folder(
     summaries = summarise(rows, columns)
     print_tables(summaries, columns)
     for remark in remarks:
-        console.print(f"note: {remark}", soft_wrap=True, markup=False, highlight=False)
-    console.print(
-        f"{len(samples) - len(skipped)} pictures scored, {len(skipped)} skipped, {len(remarks)} remarks; rows: {out}",
-        soft_wrap=True,
-    )
+        typer.echo(f"note: {remark}")
+    typer.echo(f"{len(samples) - len(skipped)} pictures scored, {len(skipped)} skipped; rows: {out}")
     if report is not None and rows:
         ranked_by, examples = _examples(rows, columns, samples, kind, loaded, subject, chosen)
         count = len(samples) - len(skipped)
         title = f"{loaded.name}, {layer_name}: {count} pictures; bars are means, lines their 95 % intervals"
         report.parent.mkdir(parents=True, exist_ok=True)
         write_report(report, title, summaries, columns, examples, ranked_by)
-        console.print(f"report: {report}", soft_wrap=True)
+        typer.echo(f"report: {report}")
     return skipped
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import typer
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -64,11 +65,8 @@ def write_spectrum(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["picture", "decomposition", "index", "share"])
         writer.writerows(rows_of_spectrum(pictures, shares))
-    console = Console()
     for name, share in shares.items():
-        quartiles = np.percentile(share[:, 0], [25, 50, 75])
-        console.print(
-            f"{name}: the first value holds {quartiles[1]:.3f} of the sum \\[{quartiles[0]:.3f}, {quartiles[2]:.3f}]"
-        )
-    console.print(f"plot: {out}\nnumbers: {table}", soft_wrap=True)
+        low, middle, high = np.percentile(share[:, 0], [25, 50, 75])
+        typer.echo(f"{name}: the first value holds {middle:.3f} of the sum [quartiles {low:.3f}, {high:.3f}]")
+    typer.echo(f"plot: {out}\nnumbers: {table}")
     return skipped
