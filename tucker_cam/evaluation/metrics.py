@@ -125,14 +125,13 @@ def best_cut_iou(maps: Tensor, masks: Tensor) -> Tensor:
     """
     _check(maps, masks)
     values, order = maps.flatten(1).sort(1, descending=True)
-    # float64 counts exactly: float32 would round beyond 16 million pixels.
-    hits = masks.flatten(1).gather(1, order).double().cumsum(1)
-    selected = torch.arange(1, values.shape[1] + 1, device=maps.device, dtype=torch.float64)
+    hits = masks.flatten(1).gather(1, order).long().cumsum(1)
+    selected = torch.arange(1, values.shape[1] + 1, device=maps.device)
     iou = hits / (selected + hits[:, -1:] - hits)
     # Of pixels of the same value only the last ends a set.
     ends = torch.ones_like(values, dtype=torch.bool)
     ends[:, :-1] = values[:, :-1] > values[:, 1:]
-    return _undefined_without_object(iou.masked_fill(~ends, 0).amax(1).float(), masks)
+    return _undefined_without_object(iou.masked_fill(~ends, 0).amax(1), masks)
 
 
 def otsu_iou(maps: Tensor, masks: Tensor) -> Tensor:
@@ -211,7 +210,7 @@ def area_matched(maps: Tensor) -> Tensor:
     """
     _check(maps)
     first, last = _ranks(maps)
-    matched: Tensor = 1 - (first + last) / 2
+    matched: Tensor = 1 - (first + last) / (2 * maps[0].numel())
     return matched.to(maps.dtype)
 
 
@@ -348,18 +347,20 @@ def _check_baseline(images: Tensor, baseline: Tensor, steps: int) -> None:
 
 
 def _ranks(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each pixel the shares of pixels that lie above it, without and with those of its own value."""
+    """Return for each pixel how many pixels lie above it, without and with those of its own value.
+
+    Whole numbers: as shares of the pixels, float32 would blur them, and not every device has float64.
+    """
     values = maps.flatten(1).contiguous()
     ascending = values.sort(1).values
-    count = values.shape[1]
-    first = 1 - torch.searchsorted(ascending, values, right=True).double() / count
-    last = 1 - torch.searchsorted(ascending, values).double() / count
+    first = values.shape[1] - torch.searchsorted(ascending, values, right=True)
+    last = values.shape[1] - torch.searchsorted(ascending, values)
     return first.view_as(maps), last.view_as(maps)
 
 
 def _shown(first: Tensor, last: Tensor, share: float) -> Tensor:
     """Return each pixel's part in the highest `share` of the pixels: 1, 0, or between for the value at its edge."""
-    return ((share - first) / (last - first)).clamp(0, 1)
+    return ((share * first[0].numel() - first) / (last - first)).clamp(0, 1)
 
 
 def _undefined_without_object(scores: Tensor, masks: Tensor) -> Tensor:
