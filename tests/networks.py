@@ -73,5 +73,10 @@ def tiny_backbone():
     return replace(loaded, model=loaded.model[:-1], classifies=False)
 
 
+def tiny_tuple_model():
+    """Return a network without classes that returns a tuple."""
+    return replace(tiny_backbone(), model=Returning(lambda features: (features, None)).requires_grad_(False))
+
+
 def no_loaded_model():
     return small_cnn()

@@ -99,6 +99,7 @@ def test_boxes_of_a_turned_photograph_turn_with_it(tmp_path, orientation):
     else:
         # The sizes do not tell: boxes are taken to be drawn on the upright picture.
         assert seen.mask.nonzero().amin(0).tolist() == [8, 32]
+        assert ["as its EXIF data turns it" in remark for remark in seen.remarks] == [True] * (orientation > 1)
 
 
 def test_boxes_of_the_upright_photograph_stay_where_they_are(tmp_path):
@@ -200,6 +201,38 @@ def test_annotations_of_pictures_of_one_name_in_two_folders_are_not_mixed_up(tmp
         write_boxes(tmp_path / "annotations" / kind / "1.xml", box)
     samples, kind = find_samples(tmp_path)
     assert [see(sample, kind, model()).mask.sum().item() for sample in samples] == [1, 4]
+
+
+def test_a_stray_xml_does_not_hide_the_masks(tmp_path):
+    write_picture(tmp_path / "images" / "a.jpg")
+    write_mask(tmp_path / "masks" / "a.png", np.full((6, 8), 255, np.uint8))
+    (tmp_path / "pom.xml").write_text("<project/>")
+    assert find_samples(tmp_path)[1] == "masks"
+
+
+def test_suffixes_may_be_written_in_any_case(tmp_path):
+    write_picture(tmp_path / "A.JPG")
+    write_boxes(tmp_path / "A.Xml", (1, 1, 2, 2))
+    write_picture(tmp_path / "B.Png")
+    write_mask(tmp_path / "masks" / "B.PNG", np.full((6, 8), 255, np.uint8))
+    assert find_samples(tmp_path, annotations="boxes")[0][0].annotation == tmp_path / "A.Xml"
+    assert find_samples(tmp_path, annotations="masks")[0][0].annotation == tmp_path / "masks" / "B.PNG"
+
+
+def test_a_jpeg_masks_noise_is_no_object(tmp_path):
+    write_picture(tmp_path / "a.png", size=(40, 30))
+    drawn = np.zeros((30, 40), np.uint8)
+    drawn[8:16, 8:24] = 255
+    write_mask(tmp_path / "masks" / "a.jpg", drawn)
+    assert only(tmp_path).mask.sum() == 8 * 16
+
+
+def test_a_size_that_would_not_fit_into_memory_is_refused(tmp_path):
+    write_picture(tmp_path / "a.png")
+    for size in ((10**6, 10**6), (-5, 6)):
+        write_boxes(tmp_path / "a.xml", (1, 1, 2, 2), size=size)
+        with pytest.raises(ValueError, match=r"8 x 6 as a\.png, found one of"):
+            only(tmp_path)
 
 
 def test_hidden_files_are_left_out(tmp_path):

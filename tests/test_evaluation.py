@@ -1,11 +1,13 @@
 """Folders through the command line: rows, tables, figures, interruptions, and pictures that cannot be used."""
 
 import csv
+import shutil
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from networks import tiny_loaded_model
 from PIL import Image
 from test_datasets import write_boxes, write_picture
@@ -195,6 +197,84 @@ def test_results_of_another_run_are_not_mixed_in(data, tmp_path, arguments, mess
     assert out.read_bytes() == before
 
 
+def test_results_of_other_weights_or_another_folder_of_the_same_names_are_not_mixed_in(data, tmp_path):
+    arguments = ("--method", "tsm", "--metric", "localisation", "--out", tmp_path / "r.csv", "--weights")
+    for folder_of, scale in (("a", 1), ("b", 2)):
+        (tmp_path / folder_of).mkdir()
+        state = {key: scale * value for key, value in tiny_loaded_model().model.state_dict().items()}
+        torch.save(state, tmp_path / folder_of / "w.pt")
+    assert run("evaluate", data, *arguments, tmp_path / "a" / "w.pt").exit_code == 0
+    assert "results of the weights" in run("evaluate", data, *arguments, tmp_path / "b" / "w.pt").stderr
+    (tmp_path / "other").mkdir()
+    shutil.copytree(data, tmp_path / "other" / "data")
+    result = run("evaluate", tmp_path / "other" / "data", *arguments, tmp_path / "a" / "w.pt")
+    assert "results of the data" in result.stderr
+
+
+def test_outputs_that_would_overwrite_each_other_or_the_data_are_refused(data, tmp_path):
+    before = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    (tmp_path / "rows.csv").write_text("the only copy")
+    for arguments in (
+        ("evaluate", data, "--out", tmp_path / "a.png", "--report", tmp_path / "a.png"),
+        ("evaluate", data, "--out", tmp_path / "a.csv", "--report", data / "images" / "0.png"),
+        ("evaluate", data, "--out", data / "images" / "0.png"),
+        ("evaluate", data, "--out", tmp_path),
+        ("spectrum", data, "--out", data / "s.png"),
+        ("spectrum", data, "--out", tmp_path / "s.csv"),
+        ("spectrum", data, "--out", tmp_path / "rows.png"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2, arguments
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
+    assert (tmp_path / "rows.csv").read_text() == "the only copy"
+
+
+def test_two_runs_do_not_write_to_one_file(data, tmp_path):
+    with FileLock(tmp_path / ".r.csv.lock"):
+        result = run("evaluate", data, "--out", tmp_path / "r.csv")
+    assert result.exit_code == 2
+    assert "another run is writing to it" in result.stderr
+    assert run("evaluate", data, "--method", "tsm", "--out", tmp_path / "r.csv").exit_code == 0
+    assert [path.name for path in tmp_path.glob("*r.csv*")] + [path.name for path in tmp_path.glob(".*")] == ["r.csv"]
+
+
+def test_a_map_that_is_not_finite_is_named_and_the_others_scored(data, tmp_path, monkeypatch):
+    def broken(self, features):
+        raise np.linalg.LinAlgError("SVD did not converge")
+
+    monkeypatch.setattr(TSM, "saliency", broken)
+    result = run("evaluate", data, "--method", "tsm", "--out", tmp_path / "r.csv")
+    assert result.exit_code == 0, result.output
+    assert "images/3.png: tsm gave a map with NaN or Inf, or none" in result.output
+    rows = read(tmp_path / "r.csv")
+    assert all(not row[column] for row in rows for column in BY_COLUMN if row["method"] == "tsm" and column in row)
+    assert all(row["similarity_drop"] for row in rows if row["method"] != "tsm")
+
+
+def test_a_model_that_returns_a_tuple_is_scored_by_its_embedding(data, tmp_path):
+    result = run("evaluate", data, "--out", tmp_path / "r.csv", model="networks:tiny_tuple_model")
+    assert result.exit_code == 0, result.output
+    assert {row["method"] for row in read(tmp_path / "r.csv")} == METHODS | {*CONTROLS}
+
+
+def test_an_edited_number_is_one_line_that_names_it(data, tmp_path):
+    arguments = ("evaluate", data, "--method", "tsm", "--metric", "localisation", "--out", tmp_path / "r.csv")
+    run(*arguments)
+    text = (tmp_path / "r.csv").read_text()
+    last = text.strip().rpartition(",")[2]
+    (tmp_path / "r.csv").write_text(text.replace(last, "abc"))
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "found 'abc'" in result.stderr
+
+
+def test_intervals_of_a_few_pictures_get_no_star(data, tmp_path):
+    result = run("evaluate", data, "--method", "tsm", "--metric", "localisation", "--out", tmp_path / "r.csv")
+    table = result.output.partition("Means over")[0]
+    assert "*" not in table
+
+
 def test_a_file_that_holds_no_results_is_left_alone(data, tmp_path):
     out = tmp_path / "thesis.txt"
     out.write_text("the only copy")
@@ -327,6 +407,13 @@ def test_measures_follow_the_scores_there_are():
         "mean_saliency",
         "energy_in_top",
     }
+
+
+def test_a_picture_whose_name_is_no_utf8_is_scored(data, tmp_path):
+    (data / "images" / "0.png").rename(data / "images" / b"\xff.png".decode("utf8", "surrogateescape"))
+    result = run("evaluate", data, "--method", "tsm", "--metric", "localisation", "--out", tmp_path / "r.csv")
+    assert result.exit_code == 0, result.output
+    assert b"\xff.png,random," in (tmp_path / "r.csv").read_bytes()
 
 
 @pytest.mark.parametrize("name", CONTROLS)

@@ -185,10 +185,23 @@ def test_confidence_change_falls_when_the_map_is_inverted():
     assert right.gain > wrong.gain
 
 
-def test_a_score_of_exactly_one_or_zero_gives_finite_changes():
+def test_a_score_of_one_cannot_gain_and_one_of_zero_cannot_drop():
     images = torch.zeros(2, 1, 1, 1)
-    change = metrics.confidence_change(images, torch.ones(2, 1, 1), lambda _: torch.tensor([0.0, 1.0]))
-    assert all(each.isfinite().all() for each in change)
+    scores = iter([torch.tensor([0.0, 1 - 6e-8]), torch.tensor([0.5, 1.0])])
+    change = metrics.confidence_change(images, torch.ones(2, 1, 1), lambda _: next(scores))
+    assert change.drop.isnan().tolist() == [True, False]
+    assert change.gain[0] == 50
+    assert change.gain[1] < 10
+
+
+def test_half_precision_maps_are_scored_in_float32():
+    ones = torch.ones(1, 600, 600, dtype=torch.float16)
+    masks = torch.zeros(1, 600, 600, dtype=torch.bool)
+    masks[:, :300] = True
+    for metric in LOCALISATION[:4]:
+        assert metric(ones, masks) == 0.5
+        assert metric(ones, masks).dtype == torch.float32
+    assert metrics.energy_in_top(ones.bfloat16().requires_grad_()).item() == pytest.approx(0.1)
 
 
 def by_torchcam(make_metric, images):
@@ -326,6 +339,8 @@ def test_scores_leave_no_hook_behind():
         (lambda: metrics.energy_in_mask(MAP, MASK.float()), TypeError, "masks > 0"),
         (lambda: metrics.energy_in_mask(MAP, MASK[:, :2]), ValueError, "(1, 4, 4), got (1, 2, 4)"),
         (lambda: metrics.area_matched(MAP / 0), ValueError, "finite"),
+        (lambda: metrics.area_matched(MAP * 255), ValueError, "in [0, 1], got values from 0 to 255"),
+        (lambda: metrics.area_matched(-MAP), ValueError, "in [0, 1], got values from -1 to"),
         (
             lambda: metrics.confidence_change(torch.rand(1, 3, 5, 4), MAP, lambda x: x),
             ValueError,
@@ -349,6 +364,11 @@ def test_scores_leave_no_hook_behind():
             lambda: class_probability(torch.nn.Conv2d(3, 2, 1), torch.tensor([0]))(torch.rand(1, 3, 4, 4)),
             TypeError,
             "use embedding_similarity",
+        ),
+        (
+            lambda: class_probability(torch.nn.Linear(4, 1), torch.tensor([0]))(torch.rand(1, 4)),
+            TypeError,
+            "two classes at least",
         ),
         (
             lambda: embedding_similarity(torch.nn.Linear(4, 2), torch.rand(1, 3, 4)),

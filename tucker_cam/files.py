@@ -14,8 +14,8 @@ def open_picture(path: Path) -> Image.Image:
     """Open a picture as RGB, turned as its EXIF data says.
 
     Raises:
-        OSError: the file is missing, no picture, or broken; the message is one line for a user.
-        PIL.Image.DecompressionBombError: the picture is too large to be meant.
+        OSError: the file is missing, no picture, broken, or too large to be meant (Pillow's limit against
+            decompression bombs); the message is one line for a user.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a picture, found {'a folder' if path.is_dir() else 'no such file'}")
@@ -28,13 +28,22 @@ def open_picture(path: Path) -> Image.Image:
             return upright.convert("RGB")
     except UnidentifiedImageError as error:
         raise OSError(f"{path}: expected a picture (PNG, JPEG, WebP ...), found a file of another kind") from error
+    except Image.DecompressionBombError as error:
+        raise OSError(f"{path}: expected a picture of sane size, found a huge one ({error})") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise OSError(f"{path}: expected a whole picture, found a broken one ({error})") from error
 
 
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which takes its real name only when the block ends without an error."""
+    """Give a path to write to, which takes its real name only when the block ends without an error.
+
+    Raises:
+        OSError: the path is there, and is no file; or it cannot be written.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: expected a file to write, found a folder or a device")
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         yield unfinished

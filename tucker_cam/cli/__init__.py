@@ -101,7 +101,10 @@ def evaluate(
     data: DataFolder,
     method: Annotated[
         list[str] | None,
-        typer.Option(help=f"May be repeated, beside eigencam: {', '.join(METHODS)}. (default: all)"),
+        typer.Option(
+            help=f"May be repeated: {', '.join(METHODS)}. (default: all) EigenCAM, the controls and, for a classifier, "
+            "GradCAM and SegEigenCAM are always scored."
+        ),
     ] = None,
     model: ModelName = "demo",
     layer: LayerName = None,
@@ -117,7 +120,7 @@ def evaluate(
         "tucker-cam-out/results.csv"
     ),
     report: Annotated[
-        Path | None, typer.Option(help="Write a figure page too: .png, .pdf or .svg.", show_default=False)
+        Path | None, typer.Option(help="Write a figure page too: .png, .jpg, .pdf or .svg.", show_default=False)
     ] = None,
     no_pretrained: RandomWeights = False,
     weights: Weights = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import torch
 import typer
-from PIL import Image
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import nn
 
 from tucker_cam.cli.explain import device_named
 from tucker_cam.cli.methods import LABEL_DEPENDENT, METHODS, method_named
@@ -27,6 +29,8 @@ from tucker_cam.models import LoadedModel, find_target_layer, layer_named, load_
 
 GROUPS: tuple[Group, ...] = ("localisation", "drop", "curves", "road")
 _TABLE_COLUMNS = 4
+# Of fewer pictures a percentile bootstrap's interval leaves 0 out far too often.
+_ENOUGH = 10
 _RANKED_BY = ("best_threshold_iou", "probability_drop_area_matched", "similarity_drop_area_matched", "mean_saliency")
 # Where the output is no terminal, a table need not be squeezed into 80 columns.
 _PRINTED_WIDTH = 132
@@ -59,6 +63,7 @@ def evaluate_folder(
     """
     if report is not None:
         check_format(report)
+    check_outputs(data, [out] if report is None else [out, report])
     # EigenCAM is what the others are compared with.
     chosen: dict[str, Method] = {name: method_named(name) for name in dict.fromkeys((BASELINE, *methods))}
     samples, kind = find_samples(data, annotations=annotations, limit=limit)
@@ -71,22 +76,32 @@ def evaluate_folder(
     columns = measures(
         groups if kind != "none" else [group for group in groups if group != "localisation"], subject.score_names
     )
-    run = {"model": loaded.name, "layer": layer_name, "annotations": kind}
-    results = ResultsFile(out, run=run, columns=[column.column for column in columns])
-    others = {picture for picture, _ in results.rows} - {sample.name for sample in samples}
-    if others:
-        raise ValueError(
-            f"{out}: expected results of the pictures in {data}, found some of {min(others)}, which is not among them: "
-            "give another file"
+    run = {
+        "data": str(data.resolve()),
+        "model": loaded.name,
+        "weights": _digest(loaded.model),
+        "layer": layer_name,
+        "annotations": kind,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _only_run(out):
+        results = ResultsFile(out, run=run, columns=[column.column for column in columns])
+        others = {picture for picture, _ in results.rows} - {sample.name for sample in samples}
+        if others:
+            raise ValueError(
+                f"{out}: expected results of the {len(samples)} pictures of this run, found some of {min(others)}, "
+                "which is not among them: give another file, or the --limit it was written with"
+            )
+        typer.echo(
+            f"{len(samples)} pictures, annotations: {kind}, model: {loaded.name}, layer: {layer_name}, "
+            f"embedding: {embedding_name}, pooled"
         )
-    typer.echo(
-        f"{len(samples)} pictures, annotations: {kind}, model: {loaded.name}, layer: {layer_name}, "
-        f"embedding: {embedding_name}, pooled"
-    )
-    with _progress(len(samples)) as advance:
-        skipped, remarks = compare_on_folder(samples, kind, loaded, subject, chosen, columns, results, advance=advance)
-    order = [*METHODS, *LABEL_DEPENDENT, *CONTROLS]
-    rows = sorted(results.rows.values(), key=lambda row: order.index(row["method"]))
+        with _progress(len(samples)) as advance:
+            skipped, remarks = compare_on_folder(
+                samples, kind, loaded, subject, chosen, columns, results, advance=advance
+            )
+    order = {name: index for index, name in enumerate([*METHODS, *LABEL_DEPENDENT, *CONTROLS])}
+    rows = sorted(results.rows.values(), key=lambda row: order.get(row["method"], len(order)))
     summaries = summarise(rows, columns)
     print_tables(summaries, columns)
     for remark in remarks:
@@ -111,13 +126,13 @@ def subject_of(loaded: LoadedModel, samples: Sequence[Sample], layer: str | None
     Raises:
         ValueError: there is no such layer, none can be found, or no picture can be read.
     """
-    device = next(loaded.model.parameters()).device
+    device = next(loaded.model.parameters(), torch.empty(0)).device
     asked_for = None if layer is None else layer_named(loaded.model, layer)
     for sample in samples:
         try:
             example = see(sample, "none", loaded).network_input[None].to(device)
             break
-        except (OSError, ValueError, Image.DecompressionBombError):
+        except (OSError, ValueError):
             continue
     else:
         raise ValueError(f"none of the {len(samples)} pictures could be read, {samples[0].picture} among them")
@@ -129,6 +144,42 @@ def subject_of(loaded: LoadedModel, samples: Sequence[Sample], layer: str | None
         last_name, last = layer, asked_for
     subject = Subject(loaded.model, asked_for or last, last, loaded.classifies)
     return layer or last_name, last_name, subject
+
+
+def check_outputs(data: Path, outputs: Sequence[Path]) -> None:
+    """Refuse outputs that would overwrite each other, or become pictures of the data.
+
+    Raises:
+        ValueError: they would.
+    """
+    resolved = [output.resolve() for output in outputs]
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"{outputs[0]}: expected different files for the outputs, got it twice")
+    for output, path in zip(outputs, resolved, strict=True):
+        if path.is_relative_to(data.resolve()):
+            raise ValueError(f"{output}: expected an output outside of the data, {data}")
+        if path.is_dir():
+            raise ValueError(f"{output}: expected a file for the output, found a folder")
+
+
+@contextmanager
+def _only_run(out: Path) -> Iterator[None]:
+    """Refuse to start while another run writes to `out`; a run that was killed holds nothing."""
+    lock = out.with_name(f".{out.name}.lock")
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+            lock.unlink(missing_ok=True)
+    except Timeout as error:
+        raise ValueError(f"{out}: another run is writing to it: wait for its end, or give another file") from error
+
+
+def _digest(model: nn.Module) -> str:
+    """Return a short hash of the weights: rows of other weights of the same name are another run's."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def print_tables(summaries: Mapping[str, Mapping[str, Summary]], columns: Sequence[Measure]) -> None:
@@ -149,7 +200,8 @@ def print_tables(summaries: Mapping[str, Mapping[str, Summary]], columns: Sequen
         console.print(table)
     console.print(
         f"Means over pictures with 95 % bootstrap intervals; below, the paired difference from {BASELINE}, with * "
-        "where its interval excludes 0."
+        f"where its interval excludes 0. The intervals of fewer than {_ENOUGH} pictures are too narrow: no *. With so "
+        "many comparisons, a few * come by chance."
     )
 
 
@@ -159,7 +211,8 @@ def _cell(summary: Summary | None) -> str:
     lines = [_interval(summary.value, "")]
     if summary.difference is not None:
         low, high = summary.difference.low, summary.difference.high
-        lines.append(f"{'* ' if low > 0 or high < 0 else ''}{_interval(summary.difference, '+')}")
+        clear = summary.pictures >= _ENOUGH and (low > 0 or high < 0)
+        lines.append(f"{'* ' if clear else ''}{_interval(summary.difference, '+')}")
     return "\n".join(lines)
 
 
@@ -192,7 +245,11 @@ def _examples(
     for method, by_place in pick_examples(rows, ranked_by).items():
         examples[method] = {}
         for place, (picture, value) in by_place.items():
-            seen = see(by_name[picture], annotations, loaded)
+            try:
+                seen = see(by_name[picture], annotations, loaded)
+            except (OSError, ValueError):
+                # It was whole when it was scored.
+                continue
             images, _ = on_device([seen], subject)
             wanted = {method: methods[method]} if method in methods else {}
             saliency = dict(saliency_maps(images, [picture], subject, wanted))[method][0]

@@ -48,7 +48,7 @@ def explain_pictures(
     for path, stem in zip(paths, _distinct_stems(paths), strict=True):
         try:
             network_input = loaded.preprocess(open_picture(path))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError) as error:
             problems.append(str(error))
             continue
         images = network_input[None].to(device)

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import typer
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from tucker_cam.cli.evaluate import subject_of
+from tucker_cam.cli.evaluate import check_outputs, subject_of
 from tucker_cam.cli.explain import device_named
 from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.spectrum import DECOMPOSITIONS, draw_spectrum, rows_of_spectrum, spectrum
@@ -20,6 +19,7 @@ from tucker_cam.files import complete_or_absent
 from tucker_cam.models import load_model
 
 _VALUES = 10
+_HEADER = ("picture", "decomposition", "index", "share")
 
 
 def write_spectrum(
@@ -41,6 +41,12 @@ def write_spectrum(
     Raises:
         ValueError, ModuleNotFoundError, OSError: as for `evaluate_folder`.
     """
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"{out}: expected a file ending in .png")
+    table = out.with_suffix(".csv")
+    check_outputs(data, [out, table])
+    if table.exists() and not table.read_text(encoding="utf-8", errors="replace").startswith(",".join(_HEADER)):
+        raise ValueError(f"{table}: expected a spectrum to overwrite, found something else: give another --out")
     samples, _ = find_samples(data, limit=limit)
     torch.manual_seed(0)
     loaded = load_model(model_name, pretrained=pretrained, weights=weights, device=device_named(device))
@@ -49,7 +55,7 @@ def write_spectrum(
     for sample in track(samples, "decomposing", console=Console(stderr=True)):
         try:
             image = see(sample, "none", loaded).network_input[None].to(device)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError) as error:
             skipped.append(str(error))
             continue
         parts.append(spectrum(loaded.model, subject.layer, image, _VALUES))
@@ -57,16 +63,17 @@ def write_spectrum(
     shares = {name: np.concatenate([part[name] for part in parts]) for name in DECOMPOSITIONS}
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_spectrum(out, f"{loaded.name}, {layer_name}, {len(pictures)} pictures", shares)
-    table = out.with_suffix(".csv")
     with (
         complete_or_absent(table) as unfinished,
         unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["picture", "decomposition", "index", "share"])
+        writer.writerow(_HEADER)
         writer.writerows(rows_of_spectrum(pictures, shares))
     for name, share in shares.items():
-        low, middle, high = np.percentile(share[:, 0], [25, 50, 75])
+        if np.isnan(share[:, 0]).all():
+            raise ValueError(f"expected features of {layer_name} with singular values, found only zeros")
+        low, middle, high = np.nanpercentile(share[:, 0], [25, 50, 75])
         typer.echo(f"{name}: the first value holds {middle:.3f} of the sum [quartiles {low:.3f}, {high:.3f}]")
     typer.echo(f"plot: {out}\nnumbers: {table}")
     return skipped

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor, nn
@@ -102,10 +103,19 @@ def measures(groups: Collection[Group], score_names: Sequence[str]) -> list[Meas
 def saliency_maps(
     images: Tensor, names: Sequence[str], subject: Subject, methods: Mapping[str, Callable[..., BaseCAM]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the maps of each method, in order, then those of the controls; float32 in [0, 1], on the images' device."""
+    """Yield the maps of each method, in order, then those of the controls; float32 in [0, 1], on the images' device.
+
+    A method that fails on these features, since its decomposition does not converge, gives NaN.
+    """
+    # Without targets the host reads the output, which need not be a tensor where the model does not classify.
+    targets: list[object] | None = None if subject.classifies else []
     for name, build in methods.items():
-        with build(subject.model, [subject.layer]) as cam:
-            yield name, torch.as_tensor(cam(images, targets=None), dtype=torch.float32, device=images.device)
+        try:
+            with build(subject.model, [subject.layer]) as cam:
+                maps = torch.as_tensor(cam(images, targets=targets), dtype=torch.float32, device=images.device)
+        except (np.linalg.LinAlgError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            maps = torch.full_like(images[:, 0], torch.nan)
+        yield name, maps
     recorder = FeatureRecorder(subject.model, [subject.layer], None)
     try:
         with torch.no_grad():
@@ -129,7 +139,7 @@ def score_maps(
     score_names: Sequence[str],
     columns: Sequence[Measure],
 ) -> dict[str, list[float]]:
-    """Return the values of the columns, one for each map.
+    """Return the values of the columns, one for each map; NaN for a map with values that are not finite.
 
     Args:
         maps: in [0, 1], batch x height x width.
@@ -140,6 +150,8 @@ def score_maps(
         score_names: of the score's columns.
         columns: as of `measures`.
     """
+    broken = ~maps.flatten(1).isfinite().all(1)
+    maps = maps.masked_fill(broken[:, None, None], 0)
     values = {"mean_saliency": metrics.mean_saliency(maps), "energy_in_top": metrics.energy_in_top(maps)}
     groups = {column.group for column in columns}
     if "localisation" in groups:
@@ -162,4 +174,4 @@ def score_maps(
         scored["road"] = metrics.road(images, maps, score)
     for kind, by_score in scored.items():
         values |= {f"{name}_{kind}": by_score[:, index] for index, name in enumerate(score_names)}
-    return {column.column: values[column.column].tolist() for column in columns}
+    return {column.column: values[column.column].masked_fill(broken, torch.nan).tolist() for column in columns}

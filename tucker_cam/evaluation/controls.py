@@ -34,9 +34,8 @@ def control_maps(name: str, *, pictures: Sequence[str], size: tuple[int, int], r
         tensor([[[0.5000, 0.5000, 0.5000]]])
     """
     if name == "random":
-        noise = np.stack(
-            [np.random.default_rng(zlib.crc32(each.encode())).random(resolution, np.float32) for each in pictures]
-        )
+        seeds = [zlib.crc32(each.encode(errors="surrogateescape")) for each in pictures]
+        noise = np.stack([np.random.default_rng(seed).random(resolution, np.float32) for seed in seeds])
         return torch.from_numpy(scale_cam_image(noise, size[::-1]))
     if name == "uniform":
         return torch.full((len(pictures), *size), 0.5)

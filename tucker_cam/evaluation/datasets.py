@@ -7,7 +7,7 @@ follow its resizing and cropping to the pixel.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -65,8 +65,8 @@ def find_samples(
     """Find the pictures of a folder, at any depth, and their annotations.
 
     The layouts of torchvision's `ImageFolder`, `VOCDetection` and `VOCSegmentation` are read as they are: boxes are
-    Pascal VOC XML files, masks are pictures, of the picture's name, beside it or in a folder ``annotations``
-    (boxes), ``masks`` or ``SegmentationClass`` beside its folder or above. Hidden files are left out.
+    Pascal VOC XML files of the picture's name, beside it or in a folder ``annotations``; masks are pictures of its name
+    in a folder ``masks`` or ``SegmentationClass``. Hidden files are left out.
 
     Args:
         folder: where the pictures are.
@@ -98,13 +98,25 @@ def find_samples(
     ]
     if not pictures:
         raise ValueError(f"{folder}: expected pictures ({' '.join(IMG_EXTENSIONS)}) at any depth, found none")
-    boxes = {path.with_suffix("") for path in files if path.suffix.lower() == ".xml"}
-    masks = {path.with_suffix("") for path in files if _in_annotation_folder(path, folder) == "masks"}
-    kind: Annotations = annotations or ("boxes" if boxes else "masks" if masks else "none")
-    samples = []
-    for path in pictures:
-        found = _annotation(path, folder, kind, boxes if kind == "boxes" else masks)
-        samples.append(Sample(path.relative_to(folder).as_posix(), path, found))
+    files_of: dict[Annotations, dict[Path, Path]] = {
+        "boxes": {path.with_suffix(""): path for path in files if path.suffix.lower() == ".xml"},
+        "masks": {
+            path.with_suffix(""): path
+            for path in files
+            if path.suffix.lower() in IMG_EXTENSIONS and _in_annotation_folder(path, folder) == "masks"
+        },
+        "none": {},
+    }
+    found: dict[Annotations, list[Sample]] = {
+        kind: [
+            Sample(path.relative_to(folder).as_posix(), path, _annotation(path, folder, kind, of_kind))
+            for path in pictures
+        ]
+        for kind, of_kind in files_of.items()
+    }
+    fitting = (each for each in files_of if any(sample.annotation is not None for sample in found[each]))
+    kind: Annotations = next(fitting, "none") if annotations is None else annotations
+    samples = found[kind]
     if annotations in ("boxes", "masks"):
         samples = [sample for sample in samples if sample.annotation is not None]
         if not samples:
@@ -120,7 +132,6 @@ def see(sample: Sample, annotations: Annotations, loaded: LoadedModel) -> Seen:
     Raises:
         OSError: the picture or its mask cannot be read.
         ValueError: the annotation is none, or does not fit the picture.
-        PIL.Image.DecompressionBombError: the picture is too large to be meant.
     """
     picture = open_picture(sample.picture)
     network_input = loaded.preprocess(picture)
@@ -133,13 +144,17 @@ def see(sample: Sample, annotations: Annotations, loaded: LoadedModel) -> Seen:
         drawn, remarks = _draw_boxes(sample.annotation, picture.size, sample.picture)
     else:
         drawn, remarks = _read_mask(sample.annotation), []
+    with Image.open(sample.picture) as stored:
+        if stored.getexif().get(_ORIENTATION, 1) != 1 and drawn.shape[::-1] == picture.size == stored.size:
+            remarks.append(f"{sample.annotation}: taken to be drawn on {sample.picture.name} as its EXIF data turns it")
     if not drawn.any():
         empty = [f"{sample.annotation}: without an object, so not scored on localisation"]
         return Seen(network_input, nothing, remarks + empty)
     black_and_white = _upright(drawn, picture.size, sample).convert("RGB")
     mask = torch.from_numpy(loaded.picture(loaded.preprocess(black_and_white))[..., 0] > 0.5)
     if not mask.any():
-        remarks = [*remarks, f"{sample.annotation}: its object is cropped away, so not scored on localisation"]
+        why = "its object is cropped away or too small for the network, so not scored on localisation"
+        remarks = [*remarks, f"{sample.annotation}: {why}"]
     return Seen(network_input, mask, remarks)
 
 
@@ -152,6 +167,8 @@ def _draw_boxes(file: Path, size: tuple[int, int], picture: Path) -> tuple[NDArr
     width, height = (_number(root, f"size/{name}", file) if root.find("size") is not None else 0 for name in _SIZE)
     if not width or not height:
         width, height = size
+    if (width, height) not in (size, size[::-1]):
+        raise _does_not_fit(file, picture, size, (width, height))
     drawn = np.zeros((height, width), dtype=bool)
     remarks = []
     for box in root.iterfind("object/bndbox"):
@@ -180,13 +197,16 @@ def _number(element: Element, name: str, file: Path) -> int:
 
 
 def _read_mask(file: Path) -> NDArray[np.bool_]:
-    """Return where a mask is not black; in one of colour numbers, as VOC's, neither where it is 255, void."""
+    """Return where a mask is not black; in one of colour numbers, as VOC's, where these are neither 0 nor 255, void.
+
+    JPEG blurs the edges of what was drawn: there the brighter half is the object.
+    """
     try:
         with Image.open(file) as mask:
-            values, mode = np.asarray(mask), mask.mode
+            values, mode, least = np.asarray(mask), mask.mode, 127 if mask.format == "JPEG" else 0
     except (OSError, SyntaxError, ValueError) as error:
         raise OSError(f"{file}: expected a mask as a picture, found none or a broken one ({error})") from error
-    drawn = np.asarray(values > 0)
+    drawn = np.asarray(values > least)
     if mode == "P":
         drawn &= values != _VOID
     elif mode in ("LA", "RGBA"):
@@ -205,31 +225,36 @@ def _upright(drawn: NDArray[np.bool_], size: tuple[int, int], sample: Sample) ->
         if mask.size == stored.size:
             mask.getexif()[_ORIENTATION] = stored.getexif()[_ORIENTATION]
             return ImageOps.exif_transpose(mask)
-    raise ValueError(
-        f"{sample.annotation}: expected an annotation of a picture of {size[0]} x {size[1]} as {sample.picture.name}, "
-        f"found one of {mask.width} x {mask.height}"
+    assert sample.annotation is not None  # noqa: S101 - it was drawn from it
+    raise _does_not_fit(sample.annotation, sample.picture, size, mask.size)
+
+
+def _does_not_fit(file: Path, picture: Path, expected: tuple[int, int], found: tuple[int, int]) -> ValueError:
+    return ValueError(
+        f"{file}: expected an annotation of a picture of {expected[0]} x {expected[1]} as {picture.name}, found one of "
+        f"{found[0]} x {found[1]}"
     )
 
 
-def _annotation(picture: Path, folder: Path, kind: Annotations, stems: Iterable[Path]) -> Path | None:
-    """Return the annotation of this picture's name: beside it, or in an annotation folder above that mirrors its."""
-    if kind == "none":
-        return None
+def _annotation(picture: Path, folder: Path, kind: Annotations, files: Mapping[Path, Path]) -> Path | None:
+    """Return the annotation of this picture's name: beside it, or in an annotation folder above that mirrors its.
+
+    Args:
+        picture: the picture.
+        folder: of all pictures.
+        kind: of annotations that are wanted.
+        files: all there are, by their paths without the suffix.
+    """
     below = picture.relative_to(folder).with_suffix("")
     candidates = [picture.with_suffix("")] if kind == "boxes" else []
     for depth in range(len(below.parts) - 1, -1, -1):
         ancestor, rest = folder.joinpath(*below.parts[:depth]), below.parts[depth:]
-        for name in _ANNOTATION_FOLDERS[kind]:
+        for name in _ANNOTATION_FOLDERS.get(kind, ()):
             candidates += [ancestor.joinpath(name, *rest), ancestor.joinpath(name, *rest[1:])]
-    found = next((candidate for candidate in candidates if candidate in stems), None)
-    if found is None:
-        return None
-    suffixes: Sequence[str] = (".xml", ".XML") if kind == "boxes" else (".png", *IMG_EXTENSIONS)
-    files = (found.with_name(found.name + suffix) for suffix in suffixes)
-    return next((file for file in files if file.is_file()), None)
+    return next((files[candidate] for candidate in candidates if candidate in files), None)
 
 
-_ANNOTATION_FOLDERS = {
+_ANNOTATION_FOLDERS: dict[Annotations, tuple[str, ...]] = {
     "boxes": ("annotations", "Annotations"),
     "masks": ("masks", "Masks", "SegmentationClass"),
 }

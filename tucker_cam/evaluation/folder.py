@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from PIL import Image
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor
 
@@ -59,7 +58,7 @@ def compare_on_folder(
         for sample in batch:
             try:
                 seen[sample] = see(sample, annotations, loaded)
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError) as error:
                 skipped.append(str(error))
             else:
                 remarks += seen[sample].remarks
@@ -67,7 +66,8 @@ def compare_on_folder(
             missing = {name for sample in these for name in names if (sample.name, name) not in results.rows}
             if missing:
                 wanted = {name: build for name, build in methods.items() if name in missing}
-                _compare([sample.name for sample in these], list(these.values()), subject, wanted, columns, results)
+                names_of_these = [sample.name for sample in these]
+                remarks += _compare(names_of_these, list(these.values()), subject, wanted, columns, results)
         advance(len(batch))
     return skipped, remarks
 
@@ -79,7 +79,8 @@ def _compare(
     methods: Mapping[str, Method],
     columns: Sequence[Measure],
     results: ResultsFile,
-) -> None:
+) -> list[str]:
+    remarks = []
     images, masks = on_device(seen, subject)
     score = subject.score(images)
     whole = score(images)
@@ -88,11 +89,15 @@ def _compare(
             maps, images, masks, score=score, whole=whole, score_names=subject.score_names, columns=columns
         )
         results.append(name, pictures, values)
+        finite = maps.flatten(1).isfinite().all(1).tolist()
+        broken = [picture for picture, is_finite in zip(pictures, finite, strict=True) if not is_finite]
+        remarks += [f"{picture}: {name} gave a map with NaN or Inf, or none, so not scored" for picture in broken]
+    return remarks
 
 
 def on_device(seen: Sequence[Seen], subject: Subject) -> tuple[Tensor, Tensor]:
     """Return the images and the masks as batches where the model is."""
-    device = next(subject.model.parameters()).device
+    device = next(subject.model.parameters(), torch.empty(0)).device
     return (
         torch.stack([each.network_input for each in seen]).to(device),
         torch.stack([each.mask for each in seen]).to(device),

@@ -22,13 +22,16 @@ Score = Callable[[Tensor], Tensor]
 """From images, batch x channels x height x width, to scores, batch or batch x scores; image i is always sample i."""
 
 TENTHS = tuple(tenth / 10 for tenth in range(1, 10))
+_ROUNDING = 1e-4
+# A probability of nearly 1 has no room to gain: what float32 rounds there is no gain of 100 %.
+_LEAST_ROOM = 1e-6
 
 
 class ConfidenceChange(NamedTuple):
     """What masking an image by its map does to a score, in %; each batch or batch x scores.
 
     Attributes:
-        drop: in [0, 100] for a score that is never negative, lower is better.
+        drop: in [0, 100] for a score that is never negative, lower is better; NaN where the whole image scores 0.
         increase: 0 or 100, higher is better.
         gain: in [0, 100], higher is better.
     """
@@ -58,7 +61,7 @@ def energy_in_mask(maps: Tensor, masks: Tensor) -> Tensor:
         >>> energy_in_mask(torch.tensor([[[0.2, 0.6]]]), torch.tensor([[[False, True]]]))
         tensor([0.7500])
     """
-    _check(maps, masks)
+    maps = _checked(maps, masks)
     inside = (maps * masks).flatten(1).sum(1) / maps.flatten(1).sum(1).clamp_min(torch.finfo(maps.dtype).tiny)
     return _undefined_without_object(inside, masks)
 
@@ -77,7 +80,7 @@ def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: see `energy_in_mask`.
     """
-    _check(maps, masks)
+    maps = _checked(maps, masks)
     maxima = (maps == maps.amax((1, 2), keepdim=True)).flatten(1).float()
     hits = (maxima * masks.flatten(1)).sum(1) / maxima.sum(1)
     return _undefined_without_object(hits, masks)
@@ -88,8 +91,9 @@ def best_threshold_iou(maps: Tensor, masks: Tensor, thresholds: Sequence[float] 
 
     How well the object could be cut out of the map (after Choe et al. 2020, arXiv 2001.07437, who choose one threshold
     for all maps, and put a box around what it selects). In [0, 1], higher is better; a uniform map scores the object's
-    area. The lowest threshold matters: near 0 nearly the whole picture is selected, which no viewer of the map would
-    call marked, and which is right by itself where objects are large. An empty mask gives NaN.
+    area, if it is as high as the lowest threshold. That threshold matters: near 0 nearly the whole picture is selected,
+    which no viewer of the map would call marked, and which is right by itself where objects are large. An empty mask
+    gives NaN.
 
     Args:
         maps: see `energy_in_mask`.
@@ -99,7 +103,7 @@ def best_threshold_iou(maps: Tensor, masks: Tensor, thresholds: Sequence[float] 
     Raises:
         TypeError, ValueError: see `energy_in_mask`.
     """
-    _check(maps, masks)
+    maps = _checked(maps, masks)
     objects = masks.flatten(1).sum(1)
     best = torch.zeros(len(maps), device=maps.device)
     for threshold in thresholds:
@@ -123,7 +127,7 @@ def best_cut_iou(maps: Tensor, masks: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: see `energy_in_mask`.
     """
-    _check(maps, masks)
+    maps = _checked(maps, masks)
     values, order = maps.flatten(1).sort(1, descending=True)
     hits = masks.flatten(1).gather(1, order).long().cumsum(1)
     selected = torch.arange(1, values.shape[1] + 1, device=maps.device)
@@ -147,7 +151,7 @@ def otsu_iou(maps: Tensor, masks: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: see `energy_in_mask`.
     """
-    _check(maps, masks)
+    maps = _checked(maps, masks)
     thresholds = torch.tensor([threshold_otsu(each) for each in maps.cpu().numpy()], device=maps.device)
     above = maps > thresholds[:, None, None]
     intersection = (above & masks).flatten(1).sum(1)
@@ -167,7 +171,7 @@ def mean_saliency(maps: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: see `energy_in_mask`.
     """
-    _check(maps)
+    maps = _checked(maps)
     return maps.flatten(1).mean(1)
 
 
@@ -183,7 +187,7 @@ def energy_in_top(maps: Tensor, share: float = 0.1) -> Tensor:
     Raises:
         TypeError, ValueError: see `energy_in_mask`.
     """
-    _check(maps)
+    maps = _checked(maps)
     first, last = _ranks(maps)
     top = maps * _shown(first, last, share).to(maps.dtype)
     return top.flatten(1).sum(1) / maps.flatten(1).sum(1).clamp_min(torch.finfo(maps.dtype).tiny)
@@ -208,7 +212,7 @@ def area_matched(maps: Tensor) -> Tensor:
         tensor([[[0.1250, 0.8750],
                  [0.5000, 0.5000]]])
     """
-    _check(maps)
+    maps = _checked(maps)
     first, last = _ranks(maps)
     matched: Tensor = 1 - (first + last) / (2 * maps[0].numel())
     return matched.to(maps.dtype)
@@ -236,12 +240,12 @@ def confidence_change(images: Tensor, maps: Tensor, score: Score, *, whole: Tens
     Raises:
         TypeError, ValueError: see `energy_in_mask`; ValueError also for images of another size than the maps.
     """
-    _check(maps, images=images)
+    maps = _checked(maps, images=images)
     whole = score(images) if whole is None else whole
     masked = score(images * maps[:, None])
-    tiny = torch.finfo(whole.dtype).tiny
-    drop = (whole - masked).clamp_min(0) / whole.clamp_min(tiny)
-    gain = (masked - whole).clamp_min(0) / (1 - whole).clamp_min(tiny)
+    # Nothing can drop from a score of 0, as of an embedding of zeros: NaN, not the perfect score.
+    drop = torch.where(whole > 0, (whole - masked).clamp_min(0) / whole, torch.nan)
+    gain = (masked - whole).clamp_min(0) / (1 - whole).clamp_min(_LEAST_ROOM)
     return ConfidenceChange(100 * drop, 100 * (masked > whole).to(whole.dtype), 100 * gain)
 
 
@@ -264,7 +268,7 @@ def insertion_auc(images: Tensor, maps: Tensor, score: Score, *, baseline: Tenso
     Raises:
         TypeError, ValueError: see `confidence_change`; ValueError also for fewer than 1 step.
     """
-    _check(maps, images=images)
+    maps = _checked(maps, images=images)
     _check_baseline(images, baseline, steps)
     return _auc(baseline, images, maps, score, steps)
 
@@ -275,7 +279,7 @@ def deletion_auc(images: Tensor, maps: Tensor, score: Score, *, baseline: Tensor
     RISE (Petsiuk et al. 2018, arXiv 1806.07421), whose baseline here is a plain colour, as `mean_colour`. In the
     score's range, lower is better. Arguments and ties as in `insertion_auc`.
     """
-    _check(maps, images=images)
+    maps = _checked(maps, images=images)
     _check_baseline(images, baseline, steps)
     return _auc(images, baseline, maps, score, steps)
 
@@ -307,12 +311,12 @@ def road(
         maps: see `confidence_change`.
         score: any.
         percentiles: of the pixels removed, averaged over.
-        seed: of the imputation's small noise; the global random state is left as it was.
+        seed: of the imputation's small noise, which is drawn for the batch; the global random state is left as it was.
 
     Raises:
         TypeError, ValueError: see `confidence_change`.
     """
-    _check(maps, images=images)
+    maps = _checked(maps, images=images)
     constant = maps.flatten(1).amax(1) == maps.flatten(1).amin(1)
     # The imputation's equations have no solution where all pixels are removed: such maps get any order.
     ordered = torch.where(
@@ -367,14 +371,17 @@ def _undefined_without_object(scores: Tensor, masks: Tensor) -> Tensor:
     return scores.masked_fill(~masks.flatten(1).any(1), torch.nan)
 
 
-def _check(maps: Tensor, masks: Tensor | None = None, *, images: Tensor | None = None) -> None:
+def _checked(maps: Tensor, masks: Tensor | None = None, *, images: Tensor | None = None) -> Tensor:
+    """Return the maps in float32, or say what is wrong with the arguments."""
     if not isinstance(maps, Tensor) or not maps.is_floating_point():
         kind = maps.dtype if isinstance(maps, Tensor) else type(maps).__name__
         raise TypeError(f"expected maps as a floating-point torch.Tensor, got {kind}: use torch.as_tensor(maps)")
     if maps.dim() != 3 or 0 in maps.shape:
         raise ValueError(f"expected maps as batch x height x width, got {tuple(maps.shape)}")
-    if not maps.isfinite().all():
-        raise ValueError("expected finite maps, got NaN or Inf: the host's nan_to_num or ours never give any")
+    low, high = maps.min().item(), maps.max().item()
+    # Resizing rounds.
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+        raise ValueError(f"expected finite maps in [0, 1], got values from {low:.4g} to {high:.4g}")
     if masks is not None:
         if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
             kind = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
@@ -389,3 +396,4 @@ def _check(maps: Tensor, masks: Tensor | None = None, *, images: Tensor | None =
                 f"expected images as batch x channels x height x width with the maps' batch, height and width, "
                 f"{tuple(maps.shape)}, got {tuple(images.shape)}"
             )
+    return maps.detach().float()

@@ -33,6 +33,7 @@ class ResultsFile:
     def __init__(self, path: Path, *, run: Mapping[str, str], columns: Sequence[str]) -> None:
         self.path = path
         self._run = dict(run)
+        self._columns = list(columns)
         self._header = [*KEYS, *run, *columns]
         self.rows: dict[tuple[str, str], Row] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,20 +63,29 @@ class ResultsFile:
         # Names of files may hold any byte and any line ending.
         with self.path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             text = file.read()
-        lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
         if not text:
             return
-        if not lines:
+        try:
+            lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
+        except csv.Error:
+            lines = []
+        if not lines or lines[0][: len(KEYS)] != list(KEYS):
             raise ValueError(f"{self.path}: expected results to go on with, found something else: give another file")
         if lines[0] != self._header:
+            differing = ", ".join(sorted(set(self._header) ^ set(lines[0]))) or "their order"
             raise ValueError(
-                f"{self.path}: expected the columns {', '.join(self._header)}, found {', '.join(lines[0])}: "
-                "ask for the metrics it was written with, or give another file"
+                f"{self.path}: expected the columns of this run, found others (the difference: {differing}): ask for "
+                "the metrics it was written with, or give another file"
             )
         for line in lines[1:]:
             if len(line) != len(self._header):
                 continue
             row = dict(zip(self._header, line, strict=True))
+            for column in self._columns:
+                if row[column] and not _is_number(row[column]):
+                    raise ValueError(
+                        f"{self.path}: expected a number as {column} of {row['picture']!r}, found {row[column]!r}"
+                    )
             for name, expected in self._run.items():
                 if row[name] != expected:
                     raise ValueError(
@@ -91,3 +101,11 @@ class ResultsFile:
     def _write(path: Path, mode: str, lines: Iterable[Sequence[str]]) -> None:
         with path.open(mode, encoding="utf-8", errors="surrogateescape", newline="") as file:
             csv.writer(file).writerows(lines)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -114,7 +114,10 @@ def _probability(logits: object, classes: Tensor) -> Tensor:
 
 
 def _logits(output: object) -> Tensor:
-    if not isinstance(output, Tensor) or output.dim() != 2:
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise TypeError(f"expected logits, batch x classes, from the model, got {found}: use embedding_similarity")
+        raise TypeError(
+            f"expected logits, batch x classes, of two classes at least from the model, got {found}: for a model that "
+            "does not classify use embedding_similarity, or classifies=False in its LoadedModel"
+        )
     return output.float()

@@ -133,7 +133,7 @@ def _load_weights(model: nn.Module, file: Path) -> None:
     if not isinstance(state, Mapping):
         raise ValueError(f"{file}: expected a state dict, found a {type(state).__name__}")
     own = model.state_dict()
-    wrong = [name for name in own if name not in state or getattr(state[name], "shape", None) != own[name].shape]
+    wrong = [name for name in own if name not in state or not _fits(state[name], own[name])]
     wrong += [str(name) for name in state if name not in own]
     if wrong:
         raise ValueError(
@@ -141,6 +141,16 @@ def _load_weights(model: nn.Module, file: Path) -> None:
             f"not its own or of another shape, such as {', '.join(wrong[:3])}"
         )
     model.load_state_dict(state)
+
+
+def _fits(loaded: object, own: Tensor) -> bool:
+    return (
+        isinstance(loaded, Tensor)
+        and loaded.shape == own.shape
+        and loaded.layout == own.layout
+        and loaded.is_complex() == own.is_complex()
+        and not loaded.is_meta
+    )
 
 
 def _load_demo(_: str, pretrained: bool) -> LoadedModel:
