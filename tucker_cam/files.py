@@ -34,6 +34,11 @@ def open_picture(path: Path) -> Image.Image:
         raise OSError(f"{path}: expected a whole picture, found a broken one ({error})") from error
 
 
+def printable(text: str) -> str:
+    """Return a text as any terminal can show it: bytes of a file's name that are no UTF-8 are written as escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
     """Give a path to write to, which takes its real name only when the block ends without an error.

@@ -14,6 +14,7 @@ import typer
 from tucker_cam.cli.demo import run_demo
 from tucker_cam.cli.explain import explain_pictures
 from tucker_cam.cli.methods import METHODS
+from tucker_cam.files import printable
 
 app = typer.Typer(
     help="Saliency maps that need no label: Tucker and multivector Tucker, beside EigenCAM.",
@@ -191,5 +192,5 @@ def _user_errors(extra: str = "tucker-cam[demo]") -> Iterator[list[str]]:
         raise typer.Exit(_INTERRUPTED) from None
     if problems:
         for problem in problems:
-            typer.echo(f"error: {problem}", err=True)
+            typer.echo(printable(f"error: {problem}"), err=True)
         raise typer.Exit(_USER_ERROR)

@@ -25,6 +25,7 @@ from tucker_cam.evaluation.folder import Method, compare_on_folder, on_device
 from tucker_cam.evaluation.report import Example, caption, check_format, pick_examples, write_report
 from tucker_cam.evaluation.results import ResultsFile, Row
 from tucker_cam.evaluation.summary import BASELINE, Interval, Summary, summarise
+from tucker_cam.files import printable
 from tucker_cam.models import LoadedModel, find_target_layer, layer_named, load_model
 
 GROUPS: tuple[Group, ...] = ("localisation", "drop", "curves", "road")
@@ -105,7 +106,7 @@ def evaluate_folder(
     summaries = summarise(rows, columns)
     print_tables(summaries, columns)
     for remark in remarks:
-        typer.echo(f"note: {remark}")
+        typer.echo(printable(f"note: {remark}"))
     typer.echo(f"{len(samples) - len(skipped)} pictures scored, {len(skipped)} skipped; rows: {out}")
     if report is not None and rows:
         ranked_by, examples = _examples(rows, columns, samples, kind, loaded, subject, chosen)

@@ -13,7 +13,7 @@ from PIL import Image
 from pytorch_grad_cam.utils.image import show_cam_on_image
 
 from tucker_cam.cli.methods import method_named
-from tucker_cam.files import complete_or_absent, open_picture
+from tucker_cam.files import complete_or_absent, open_picture, printable
 from tucker_cam.models import find_target_layer, layer_named, load_model
 
 
@@ -73,7 +73,7 @@ def _write(name: Path, picture: NDArray[np.float32], saliency: NDArray[np.float3
     if save_map:
         with complete_or_absent(name.with_name(f"{name.name}.npy")) as unfinished, unfinished.open("wb") as file:
             np.save(file, saliency)
-    typer.echo(target)
+    typer.echo(printable(str(target)))
 
 
 def _distinct_stems(paths: Sequence[Path]) -> list[str]:
