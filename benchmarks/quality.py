@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from benchmarks.reporting import environment, interval, table
-from tucker_cam.activations import FeatureRecorder
+from tucker_cam.activations import record
 from tucker_cam.cli.methods import LABEL_DEPENDENT, METHODS
 from tucker_cam.evaluation.comparison import MEASURES, Group, Subject, measures
 from tucker_cam.evaluation.controls import CONTROLS
@@ -126,13 +126,7 @@ def features_of(folder: Path, limit: int | None, loaded: LoadedModel, layer: str
             continue
     images = torch.stack([each.network_input for each in seen])
     masks = torch.stack([each.mask for each in seen])
-    recorder = FeatureRecorder(loaded.model, [layer_named(loaded.model, layer)], None)
-    try:
-        with torch.no_grad():
-            recorder(images)
-        features = recorder.activations[0]
-    finally:
-        recorder.release()
+    _, features = record(loaded.model, layer_named(loaded.model, layer), images)
     size = tuple(features.shape[-2:])
     small = torch.nn.functional.interpolate(masks[:, None].float(), size, mode="area")[:, 0] > 0.5
     return images, features, small

@@ -38,7 +38,7 @@ from torchvision import transforms
 from benchmarks.reporting import environment, interval, table
 from tucker_cam import TSM
 from tucker_cam.cli.methods import METHODS
-from tucker_cam.evaluation.comparison import Subject, measures, saliency_maps, score_maps
+from tucker_cam.evaluation.comparison import Subject, compare, measures, saliency_maps
 from tucker_cam.evaluation.summary import Interval, mean_interval, summarise
 from tucker_cam.models import LoadedModel
 
@@ -211,21 +211,10 @@ def score_methods(model: nn.Sequential, scenes: Scenes) -> list[dict[str, str]]:
     """Return a row for each scene and method, as `summarise` takes them."""
     subject = Subject(model, model.block5, model.block5, classifies=False)
     rows = []
-    for start in range(0, len(scenes.images), BATCH):
-        images = scenes.normalised()[start : start + BATCH]
-        masks = scenes.masks[start : start + BATCH].any(1)
-        names = [f"scene {start + index:04d}" for index in range(len(images))]
-        score = subject.score(images)
-        for method, maps in saliency_maps(images, names, subject, METHODS):
-            values = score_maps(
-                maps,
-                images,
-                masks,
-                score=score,
-                whole=score(images),
-                score_names=subject.score_names,
-                columns=COLUMNS,
-            )
+    batches = zip(scenes.normalised().split(BATCH), scenes.masks.any(1).split(BATCH), strict=True)
+    for number, (images, masks) in enumerate(batches):
+        names = [f"scene {number * BATCH + index:04d}" for index in range(len(images))]
+        for method, _, values in compare(images, masks, names, subject, METHODS, COLUMNS):
             for index, name in enumerate(names):
                 numbers = {column: repr(each[index]) for column, each in values.items()}
                 rows.append({"picture": name, "method": method} | numbers)

@@ -149,6 +149,16 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interrupted_command_that_does_not_go_on_does_not_say_so(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tucker_cam.cli.run_demo", interrupted)
+    result = run("demo")
+    assert result.exit_code == 130
+    assert result.stderr == "stopped\n"
+
+
 def test_without_the_extra_the_command_that_installs_it_is_named():
     # A finder that hides typer, as if it were not installed.
     code = "import sys; sys.modules['typer'] = None; from tucker_cam.__main__ import main; main()"

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from tucker_cam import TSM
 from tucker_cam.cli import app
 from tucker_cam.cli import evaluate as command
-from tucker_cam.evaluation import folder, metrics
+from tucker_cam.evaluation import comparison, folder, metrics
 from tucker_cam.evaluation.comparison import MEASURES, measures
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
 from tucker_cam.evaluation.datasets import find_samples, see
@@ -151,7 +151,7 @@ def test_a_run_cut_off_at_any_byte_ends_with_the_same_rows_and_the_same_table(da
 def test_a_finished_run_is_not_computed_again(data, tmp_path, monkeypatch):
     arguments = ("evaluate", data, "--out", tmp_path / "results.csv", "--metric", "localisation")
     first = run(*arguments)
-    monkeypatch.setattr(folder, "saliency_maps", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(comparison, "saliency_maps", lambda *_: pytest.fail("computed again"))
     assert run(*arguments).stdout == first.stdout
 
 
@@ -167,8 +167,8 @@ def test_an_interrupted_run_says_so_and_goes_on(data, tmp_path, small_batches, m
             raise KeyboardInterrupt
         return real(*arguments)
 
-    real = folder.saliency_maps
-    monkeypatch.setattr(folder, "saliency_maps", interrupted)
+    real = comparison.saliency_maps
+    monkeypatch.setattr(comparison, "saliency_maps", interrupted)
     result = run(*arguments)
     assert result.exit_code == 130
     assert "the same command goes on" in result.stderr

@@ -83,6 +83,23 @@ class FeatureRecorder:
             self._recorded[layer] = feature_maps(output, self.reshape_transform, self._names[layer])
 
 
+def record(
+    model: nn.Module, layer: nn.Module, images: Tensor, reshape_transform: ReshapeTransform | None = None
+) -> tuple[Any, Tensor]:
+    """Run the model once, without gradients, and return its output and a layer's feature maps; no hook stays behind.
+
+    Raises:
+        TypeError, ValueError: see `feature_maps`; ValueError also if the forward pass does not reach the layer.
+    """
+    recorder = FeatureRecorder(model, [layer], reshape_transform)
+    try:
+        with torch.no_grad():
+            output = recorder(images)
+        return output, recorder.activations[0]
+    finally:
+        recorder.release()
+
+
 def feature_maps(output: object, reshape_transform: ReshapeTransform | None, layer: str) -> Tensor:
     """Return a layer's output as feature maps of its own memory.
 

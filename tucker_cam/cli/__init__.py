@@ -128,7 +128,7 @@ def evaluate(
     device: Device = "cpu",
 ) -> None:
     """Score the methods and controls on a folder of pictures, with boxes, with masks or without."""
-    with _user_errors("tucker-cam[evaluation]") as problems:
+    with _user_errors("tucker-cam[evaluation]", goes_on=True) as problems:
         from tucker_cam.cli.evaluate import evaluate_folder
 
         problems += evaluate_folder(
@@ -177,7 +177,7 @@ def spectrum(
 
 
 @contextmanager
-def _user_errors(extra: str = "tucker-cam[demo]") -> Iterator[list[str]]:
+def _user_errors(extra: str = "tucker-cam[demo]", *, goes_on: bool = False) -> Iterator[list[str]]:
     """Give a list of problems; they and the errors that a user can mend are printed, a line each, with exit code 2."""
     problems: list[str] = []
     try:
@@ -188,7 +188,7 @@ def _user_errors(extra: str = "tucker-cam[demo]") -> Iterator[list[str]]:
     except (OSError, TypeError, ValueError) as error:
         problems.append(str(error))
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on where it was", err=True)
+        typer.echo(f"stopped{'; the same command goes on where it was' if goes_on else ''}", err=True)
         raise typer.Exit(_INTERRUPTED) from None
     if problems:
         for problem in problems:

@@ -28,7 +28,6 @@ from tucker_cam.evaluation.summary import BASELINE, Interval, Summary, summarise
 from tucker_cam.files import printable
 from tucker_cam.models import LoadedModel, find_target_layer, layer_named, load_model
 
-GROUPS: tuple[Group, ...] = ("localisation", "drop", "curves", "road")
 _TABLE_COLUMNS = 4
 # Of fewer pictures a percentile bootstrap's interval leaves 0 out far too often.
 _ENOUGH = 10
@@ -253,7 +252,10 @@ def _examples(
                 continue
             images, _ = on_device([seen], subject)
             wanted = {method: methods[method]} if method in methods else {}
-            saliency = dict(saliency_maps(images, [picture], subject, wanted))[method][0]
+            # Lazily: the controls come last, and are not made for a method's example.
+            saliency = next(
+                maps[0] for name, maps in saliency_maps(images, [picture], subject, wanted) if name == method
+            )
             examples[method][place] = Example(
                 loaded.picture(seen.network_input), saliency.cpu().numpy(), seen.mask.numpy(), caption(picture, value)
             )

@@ -11,7 +11,7 @@ import torch
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor, nn
 
-from tucker_cam.activations import FeatureRecorder
+from tucker_cam.activations import record
 from tucker_cam.evaluation import metrics
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
 from tucker_cam.evaluation.metrics import Score
@@ -116,40 +116,46 @@ def saliency_maps(
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             maps = torch.full_like(images[:, 0], torch.nan)
         yield name, maps
-    recorder = FeatureRecorder(subject.model, [subject.layer], None)
-    try:
-        with torch.no_grad():
-            recorder(images[:1])
-        height, width = recorder.activations[0].shape[-2:]
-    finally:
-        recorder.release()
+    height, width = record(subject.model, subject.layer, images[:1])[1].shape[-2:]
     size = (images.shape[-2], images.shape[-1])
     for name in CONTROLS:
         maps = control_maps(name, pictures=names, size=size, resolution=(height, width))
         yield name, maps.to(images.device)
 
 
-def score_maps(
+def compare(
+    images: Tensor,
+    masks: Tensor,
+    names: Sequence[str],
+    subject: Subject,
+    methods: Mapping[str, Callable[..., BaseCAM]],
+    columns: Sequence[Measure],
+) -> Iterator[tuple[str, Tensor, dict[str, list[float]]]]:
+    """Yield for each method, then for each control, its maps and the values of the columns, one for each image.
+
+    Args:
+        images: the network's input, batch x channels x height x width.
+        masks: bool, batch x height x width; where one is empty, its localisation is NaN.
+        names: of the images.
+        subject: what is explained.
+        methods: classes of the host's kind, by name.
+        columns: as of `measures`; NaN for a map with values that are not finite.
+    """
+    score = subject.score(images)
+    whole = score(images)
+    for name, maps in saliency_maps(images, names, subject, methods):
+        yield name, maps, _values(maps, images, masks, score, whole, subject.score_names, columns)
+
+
+def _values(
     maps: Tensor,
     images: Tensor,
     masks: Tensor,
-    *,
     score: Score,
     whole: Tensor,
     score_names: Sequence[str],
     columns: Sequence[Measure],
 ) -> dict[str, list[float]]:
-    """Return the values of the columns, one for each map; NaN for a map with values that are not finite.
-
-    Args:
-        maps: in [0, 1], batch x height x width.
-        images: the network's input, batch x channels x height x width.
-        masks: bool, batch x height x width; where one is empty, its localisation is NaN.
-        score: as of `Subject.score`.
-        whole: the score of `images`.
-        score_names: of the score's columns.
-        columns: as of `measures`.
-    """
     broken = ~maps.flatten(1).isfinite().all(1)
     maps = maps.masked_fill(broken[:, None, None], 0)
     values = {"mean_saliency": metrics.mean_saliency(maps), "energy_in_top": metrics.energy_in_top(maps)}

@@ -145,13 +145,20 @@ def see(sample: Sample, annotations: Annotations, loaded: LoadedModel) -> Seen:
     else:
         drawn, remarks = _read_mask(sample.annotation), []
     with Image.open(sample.picture) as stored:
-        if stored.getexif().get(_ORIENTATION, 1) != 1 and drawn.shape[::-1] == picture.size == stored.size:
-            remarks.append(f"{sample.annotation}: taken to be drawn on {sample.picture.name} as its EXIF data turns it")
+        stored_size, orientation = stored.size, stored.getexif().get(_ORIENTATION, 1)
+    if orientation != 1 and drawn.shape[::-1] == picture.size == stored_size:
+        remarks.append(f"{sample.annotation}: taken to be drawn on {sample.picture.name} as its EXIF data turns it")
     if not drawn.any():
         empty = [f"{sample.annotation}: without an object, so not scored on localisation"]
         return Seen(network_input, nothing, remarks + empty)
-    black_and_white = _upright(drawn, picture.size, sample).convert("RGB")
-    mask = torch.from_numpy(loaded.picture(loaded.preprocess(black_and_white))[..., 0] > 0.5)
+    black_and_white = Image.fromarray(drawn.astype(np.uint8) * 255)
+    if black_and_white.size not in (picture.size, stored_size):
+        raise _does_not_fit(sample.annotation, sample.picture, picture.size, black_and_white.size)
+    if black_and_white.size != picture.size:
+        # Drawn on the file as it is stored: turned as the photograph was.
+        black_and_white.getexif()[_ORIENTATION] = orientation
+        black_and_white = ImageOps.exif_transpose(black_and_white)
+    mask = torch.from_numpy(loaded.picture(loaded.preprocess(black_and_white.convert("RGB")))[..., 0] > 0.5)
     if not mask.any():
         why = "its object is cropped away or too small for the network, so not scored on localisation"
         remarks = [*remarks, f"{sample.annotation}: {why}"]
@@ -214,19 +221,6 @@ def _read_mask(file: Path) -> NDArray[np.bool_]:
     elif drawn.ndim == 3:
         drawn = np.asarray(drawn.any(-1))
     return drawn
-
-
-def _upright(drawn: NDArray[np.bool_], size: tuple[int, int], sample: Sample) -> Image.Image:
-    """Return the mask as a picture, turned as the photograph was where it was drawn on the file as it is stored."""
-    mask = Image.fromarray(drawn.astype(np.uint8) * 255)
-    if mask.size == size:
-        return mask
-    with Image.open(sample.picture) as stored:
-        if mask.size == stored.size:
-            mask.getexif()[_ORIENTATION] = stored.getexif()[_ORIENTATION]
-            return ImageOps.exif_transpose(mask)
-    assert sample.annotation is not None  # noqa: S101 - it was drawn from it
-    raise _does_not_fit(sample.annotation, sample.picture, size, mask.size)
 
 
 def _does_not_fit(file: Path, picture: Path, expected: tuple[int, int], found: tuple[int, int]) -> ValueError:

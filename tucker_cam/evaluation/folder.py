@@ -8,7 +8,7 @@ import torch
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor
 
-from tucker_cam.evaluation.comparison import Measure, Subject, saliency_maps, score_maps
+from tucker_cam.evaluation.comparison import Measure, Subject, compare
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.datasets import Annotations, Sample, Seen, see
 from tucker_cam.evaluation.results import ResultsFile
@@ -82,12 +82,7 @@ def _compare(
 ) -> list[str]:
     remarks = []
     images, masks = on_device(seen, subject)
-    score = subject.score(images)
-    whole = score(images)
-    for name, maps in saliency_maps(images, pictures, subject, methods):
-        values = score_maps(
-            maps, images, masks, score=score, whole=whole, score_names=subject.score_names, columns=columns
-        )
+    for name, maps, values in compare(images, masks, pictures, subject, methods, columns):
         results.append(name, pictures, values)
         finite = maps.flatten(1).isfinite().all(1).tolist()
         broken = [picture for picture, is_finite in zip(pictures, finite, strict=True) if not is_finite]

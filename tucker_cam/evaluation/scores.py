@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from tucker_cam.activations import FeatureRecorder, ReshapeTransform
+from tucker_cam.activations import ReshapeTransform, record
 from tucker_cam.evaluation.metrics import Score
 
 
@@ -56,7 +56,7 @@ def embedding_similarity(
         with torch.no_grad():
             if layer is None:
                 return _pooled(model(these))
-            return _output_and_embedding(model, these, layer, reshape_transform)[1]
+            return _pooled(record(model, layer, these, reshape_transform)[1])
 
     whole = embedding(images)
     return lambda these: cosine_similarity(embedding(these), whole)
@@ -76,27 +76,14 @@ def probability_and_similarity(model: nn.Module, images: Tensor, layer: nn.Modul
     Raises:
         TypeError: see `class_probability`.
     """
-    with torch.no_grad():
-        logits, whole = _output_and_embedding(model, images, layer)
-        classes = _logits(logits).argmax(1)
+    logits, features = record(model, layer, images)
+    classes, whole = _logits(logits).argmax(1), _pooled(features)
 
     def score(these: Tensor) -> Tensor:
-        with torch.no_grad():
-            output, embedding = _output_and_embedding(model, these, layer)
-            return torch.stack([_probability(output, classes), cosine_similarity(embedding, whole)], dim=1)
+        output, features = record(model, layer, these)
+        return torch.stack([_probability(output, classes), cosine_similarity(_pooled(features), whole)], dim=1)
 
     return score
-
-
-def _output_and_embedding(
-    model: nn.Module, images: Tensor, layer: nn.Module, reshape_transform: ReshapeTransform | None = None
-) -> tuple[object, Tensor]:
-    recorder = FeatureRecorder(model, [layer], reshape_transform)
-    try:
-        output = recorder(images)
-        return output, _pooled(recorder.activations[0])
-    finally:
-        recorder.release()
 
 
 def _pooled(features: object) -> Tensor:

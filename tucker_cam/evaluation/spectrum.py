@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tucker_cam.cams import TSM, MultivecEigenCAM
+from tucker_cam.cams import TSM
+from tucker_cam.decomposition import channel_modes
 from tucker_cam.files import complete_or_absent
 
-DECOMPOSITIONS = {"SVD, centred": MultivecEigenCAM, "Tucker": TSM}
+DECOMPOSITIONS = ("SVD, centred", "Tucker")
 
 
 def spectrum(model: nn.Module, layer: nn.Module, images: Tensor, count: int) -> dict[str, NDArray[np.float64]]:
@@ -32,10 +33,12 @@ def spectrum(model: nn.Module, layer: nn.Module, images: Tensor, count: int) -> 
     Returns:
         By decomposition, batch x `count`, descending, in [0, 1]; NaN where there are fewer values, or only zeros.
     """
+    with TSM(model, [layer]) as cam:
+        (tucker,) = cam.modes(images)
+        svd = channel_modes(cam.activations_and_grads.activations[0], center=True)
     shares = {}
-    for name, build in DECOMPOSITIONS.items():
-        with build(model, [layer]) as cam:
-            values = cam.modes(images)[0].values.double().cpu()
+    for name, modes in zip(DECOMPOSITIONS, (svd, tucker), strict=True):
+        values = modes.values.double().cpu()
         share = torch.full((len(values), count), torch.nan, dtype=torch.float64)
         leading = values[:, :count]
         share[:, : leading.shape[1]] = leading / values.sum(1, keepdim=True)
