@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -147,6 +148,26 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_of_insane_size_is_named_and_refused(tmp_path, monkeypatch):
+    Image.new("L", (40, 40)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(OSError, match=r"huge\.png: expected a picture of sane size"):
+        open_picture(tmp_path / "huge.png")
+
+
+def test_a_link_stays_a_link_and_what_is_no_file_is_not_replaced(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
+    with complete_or_absent(tmp_path / "link.txt") as unfinished:
+        unfinished.write_text("new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="expected a file to write"), complete_or_absent(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_an_interrupted_command_that_does_not_go_on_does_not_say_so(monkeypatch):

@@ -222,7 +222,8 @@ def test_suffixes_may_be_written_in_any_case(tmp_path):
 def test_a_jpeg_masks_noise_is_no_object(tmp_path):
     write_picture(tmp_path / "a.png", size=(40, 30))
     drawn = np.zeros((30, 40), np.uint8)
-    drawn[8:16, 8:24] = 255
+    # Not on the borders of JPEG's blocks of 8 x 8, where there would be no noise.
+    drawn[11:19, 13:29] = 255
     write_mask(tmp_path / "masks" / "a.jpg", drawn)
     assert only(tmp_path).mask.sum() == 8 * 16
 

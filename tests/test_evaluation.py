@@ -221,6 +221,7 @@ def test_outputs_that_would_overwrite_each_other_or_the_data_are_refused(data, t
         ("evaluate", data, "--out", tmp_path),
         ("spectrum", data, "--out", data / "s.png"),
         ("spectrum", data, "--out", tmp_path / "s.csv"),
+        ("spectrum", data, "--out", tmp_path / "s.pdf"),
         ("spectrum", data, "--out", tmp_path / "rows.png"),
     ):
         result = run(*arguments)
@@ -228,6 +229,14 @@ def test_outputs_that_would_overwrite_each_other_or_the_data_are_refused(data, t
         assert len(result.stderr.strip().splitlines()) == 1
     assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
     assert (tmp_path / "rows.csv").read_text() == "the only copy"
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_computed(data, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    result = run("evaluate", data, "--out", tmp_path / "r.csv", "--report", tmp_path / "folder.png")
+    assert result.exit_code == 2
+    assert "found a folder" in result.stderr
+    assert not (tmp_path / "r.csv").exists()
 
 
 def test_two_runs_do_not_write_to_one_file(data, tmp_path):

@@ -2,6 +2,7 @@ import sys
 
 import pytest
 import torch
+from networks import tiny_loaded_model
 from PIL import Image
 from timm.models import SwinTransformer, VisionTransformer
 from torch import nn
@@ -159,6 +160,12 @@ class RunsCode:
         (lambda path: path.write_bytes(b""), "nothing in it was run"),
         (lambda path: torch.save({"weight": RunsCode(path.with_name("ran"))}, path), "nothing in it was run"),
         (lambda path: torch.save(torch.zeros(3), path), "expected a state dict, found a Tensor"),
+        (
+            lambda path: torch.save(
+                {key: value.to(torch.complex64) for key, value in tiny_loaded_model().model.state_dict().items()}, path
+            ),
+            "Sequential, found others: 6 entries",
+        ),
         (lambda path: torch.save({"0.weight": torch.zeros(1)}, path), "Sequential, found others: 6 entries"),
     ],
 )
