@@ -34,7 +34,7 @@ from tucker_cam.evaluation.folder import compare_on_folder
 from tucker_cam.evaluation.results import ResultsFile
 from tucker_cam.evaluation.spectrum import draw_spectrum, spectrum
 from tucker_cam.evaluation.summary import Summary, summarise
-from tucker_cam.models import LoadedModel, layer_named, load_model
+from tucker_cam.models import LoadedModel, load_model
 from tucker_cam.projection import leading_map
 
 SEED = 0
@@ -59,7 +59,7 @@ def summaries_of(
     """Score all methods on a folder, and return how many pictures, with which annotations, and what came out."""
     samples, annotations = find_samples(folder, limit=limit)
     model = loaded.model
-    subject = Subject(model, layer_named(model, layer), layer_named(model, "bn2"), classifies=True)
+    subject = Subject(model, model.get_submodule(layer), model.get_submodule("bn2"), classifies=True)
     columns = measures(groups, subject.score_names)
     with tempfile.TemporaryDirectory() as temporary:
         results = ResultsFile(Path(temporary) / "rows.csv", run={}, columns=[column.column for column in columns])
@@ -126,7 +126,7 @@ def features_of(folder: Path, limit: int | None, loaded: LoadedModel, layer: str
             continue
     images = torch.stack([each.network_input for each in seen])
     masks = torch.stack([each.mask for each in seen])
-    _, features = record(loaded.model, layer_named(loaded.model, layer), images)
+    _, features = record(loaded.model, loaded.model.get_submodule(layer), images)
     size = tuple(features.shape[-2:])
     small = torch.nn.functional.interpolate(masks[:, None].float(), size, mode="area")[:, 0] > 0.5
     return images, features, small
@@ -215,7 +215,7 @@ def main(
         for layer in LAYERS:
             images, features, masks = features_of(folder, limit, loaded, layer)
             polarity[layer] = measure_polarity(features, masks)
-            shares[layer] = spectrum(loaded.model, layer_named(loaded.model, layer), images, 10)
+            shares[layer] = spectrum(loaded.model, loaded.model.get_submodule(layer), images, 10)
     results["upright"] = polarity
     results["first_value"] = {
         layer: {name: np.percentile(share[:, 0], [25, 50, 75]).tolist() for name, share in by_name.items()}

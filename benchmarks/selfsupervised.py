@@ -40,7 +40,7 @@ from tucker_cam import TSM
 from tucker_cam.cli.methods import METHODS
 from tucker_cam.evaluation.comparison import Subject, compare, measures, saliency_maps
 from tucker_cam.evaluation.summary import Interval, mean_interval, summarise
-from tucker_cam.models import LoadedModel
+from tucker_cam.models import Network
 
 SIDE = 64
 MEAN, STD = 0.5, 0.25
@@ -136,7 +136,7 @@ class SceneMaker:
         return torch.rand(*shape, generator=self.generator)
 
 
-def rotation_network() -> LoadedModel:
+def rotation_network() -> Network:
     """Return the untrained network with its preprocessing, as ``tucker-cam --model`` takes it."""
 
     def block(before: int, after: int, stride: int) -> nn.Sequential:
@@ -164,7 +164,7 @@ def rotation_network() -> LoadedModel:
             transforms.Normalize([MEAN] * 3, [STD] * 3),
         ]
     )
-    return LoadedModel("rotation_network", model, preprocess, (MEAN,) * 3, (STD,) * 3)
+    return Network(model, preprocess, (MEAN,) * 3, (STD,) * 3)
 
 
 def train(model: nn.Module, maker: SceneMaker, steps: int) -> list[float]:

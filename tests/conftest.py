@@ -1,6 +1,9 @@
 """Every test is seeded and runs offline; the package is imported with its shape annotations checked."""
 
+import os
 import typing
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
 import pytest
 import pytorch_grad_cam  # noqa: F401 - imported, like all below, before TYPE_CHECKING is set
@@ -25,11 +28,6 @@ def _seeded():
     torch.manual_seed(0)
     # Two threads are slower than one wherever the other core is busy.
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 def pytest_runtest_setup(item):

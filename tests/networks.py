@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torchvision import transforms
 
-from tucker_cam.models import LoadedModel
+from tucker_cam.models import Network
 
 
 def small_cnn(channels=8):
@@ -64,7 +64,7 @@ def tiny_loaded_model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = small_cnn()
-    return LoadedModel("tiny", model, preprocess, (0.5,) * 3, (0.5,) * 3, classifies=True)
+    return Network(model, preprocess, (0.5,) * 3, (0.5,) * 3, classifies=True)
 
 
 def tiny_backbone():
@@ -78,5 +78,36 @@ def tiny_tuple_model():
     return replace(tiny_backbone(), model=Returning(lambda features: (features, None)).requires_grad_(False))
 
 
-def no_loaded_model():
+def uncropped_model():
+    """Return the network with a preprocessing that keeps each picture's size."""
+    steps = [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+    return replace(tiny_loaded_model(), preprocess=transforms.Compose(steps))
+
+
+def tiny_video_network():
+    """Return a network that takes four frames."""
+    convert = transforms.Compose([transforms.Resize(16), transforms.ToTensor()])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv3d(3, 6, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    return Network(model, lambda frames: torch.stack([convert(f) for f in frames], 1), (0,) * 3, (1,) * 3, frames=4)
+
+
+def picky_preprocessing():
+    """Return the network with a preprocessing that fails on very small pictures, in a way that nobody expects."""
+    network = tiny_loaded_model()
+
+    def preprocess(picture):
+        if picture.width < 4:
+            raise ZeroDivisionError("too small")
+        return network.preprocess(picture)
+
+    return replace(network, preprocess=preprocess)
+
+
+def bare_model():
     return small_cnn()
+
+
+def no_model():
+    return "a model"

@@ -65,8 +65,8 @@ def test_the_self_supervised_benchmark_runs_and_its_network_is_explained_by_the_
     scenes = [str(path) for path in saved if path.suffix == ".png"]
     result = CliRunner().invoke(app, ["explain", *scenes, *model, "--out", str(tmp_path / "maps")])
     assert result.exit_code == 0, result.output
-    assert "layer: block5" in result.output
-    assert len(list((tmp_path / "maps").iterdir())) == len(scenes) == 4
+    assert "layer: block5 128x" in result.output
+    assert len(list((tmp_path / "maps").glob("*.png"))) == len(scenes) == 4
 
 
 def test_the_readmes_results_are_quoted_from_what_the_benchmarks_wrote():

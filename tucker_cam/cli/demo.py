@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from tucker_cam.cli.methods import METHODS
 from tucker_cam.files import complete_or_absent, open_picture
-from tucker_cam.models import find_target_layer, load_model
+from tucker_cam.models import load_model
 
 _TITLES = {"eigencam": "EigenCAM", "tsm": "TSM", "multivec-eigencam": "Multivec-EigenCAM", "mtsm": "MTSM"}
 
@@ -35,7 +35,7 @@ def run_demo(out: Path) -> None:
     loaded = load_model("demo")
     network_input = loaded.preprocess(open_picture(_photograph()))
     images = network_input[None]
-    layer_name, layer = find_target_layer(loaded.model, images)
+    (layer,) = loaded.layers
     out.mkdir(parents=True, exist_ok=True)
 
     maps, milliseconds = {}, {}
@@ -43,20 +43,20 @@ def run_demo(out: Path) -> None:
     with threadpool_limits(1), torch.no_grad():
         forward = _milliseconds(lambda: loaded.model(images))
         for method in _TITLES:
-            with METHODS[method](loaded.model, [layer]) as cam:
+            with METHODS[method](loaded.model, loaded.target_layers) as cam:
                 maps[method] = cam(images, targets=None)[0]
                 features = cam.activations_and_grads.activations[0]
                 # What the host hands on: its own methods get NumPy arrays, ours the tensors.
                 handed_on = features.numpy() if method == "eigencam" else features
                 milliseconds[method] = _milliseconds(
-                    partial(cam.get_cam_image, images, layer, None, handed_on, None, False)
+                    partial(cam.get_cam_image, images, layer.module, None, handed_on, None, False)
                 )
 
     picture = loaded.picture(network_input)
     channels, height, width = features.shape[1:]
     with matplotlib.rc_context({"font.size": 13}):
         figure = _panel(picture, {_TITLES[method]: saliency for method, saliency in maps.items()})
-        figure.suptitle(f"tf_efficientnet_lite0, layer {layer_name} ({channels} x {height} x {width}), no label given")
+        figure.suptitle(f"tf_efficientnet_lite0, layer {layer.name} ({channels} x {height} x {width}), no label given")
         with complete_or_absent(out / "demo.png") as unfinished:
             figure.savefig(unfinished, dpi=100, format="png")
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-import torch
 import typer
-from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import nn
 
-from tucker_cam.cli.explain import device_named
 from tucker_cam.cli.methods import LABEL_DEPENDENT, METHODS, method_named
+from tucker_cam.cli.progress import progress
 from tucker_cam.evaluation.comparison import Group, Measure, Subject, measures, saliency_maps
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.datasets import Annotations, Sample, find_samples, see
@@ -25,8 +19,8 @@ from tucker_cam.evaluation.folder import Method, compare_on_folder, on_device
 from tucker_cam.evaluation.report import Example, caption, check_format, pick_examples, write_report
 from tucker_cam.evaluation.results import ResultsFile, Row
 from tucker_cam.evaluation.summary import BASELINE, Interval, Summary, summarise
-from tucker_cam.files import printable
-from tucker_cam.models import LoadedModel, find_target_layer, layer_named, load_model
+from tucker_cam.files import only_run, printable
+from tucker_cam.models import LoadedModel
 
 _TABLE_COLUMNS = 4
 # Of fewer pictures a percentile bootstrap's interval leaves 0 out far too often.
@@ -39,17 +33,13 @@ _PRINTED_WIDTH = 132
 def evaluate_folder(
     data: Path,
     *,
-    model_name: str,
+    load: Callable[[], LoadedModel],
     methods: Sequence[str],
     groups: Collection[Group],
-    layer: str | None,
     annotations: Annotations | None,
     limit: int | None,
     out: Path,
     report: Path | None,
-    pretrained: bool,
-    weights: Path | None,
-    device: str,
 ) -> list[str]:
     """Score the methods on the pictures, go on with what `out` holds already, and print the tables.
 
@@ -67,10 +57,8 @@ def evaluate_folder(
     # EigenCAM is what the others are compared with.
     chosen: dict[str, Method] = {name: method_named(name) for name in dict.fromkeys((BASELINE, *methods))}
     samples, kind = find_samples(data, annotations=annotations, limit=limit)
-    # Random weights are the same when a run is gone on with.
-    torch.manual_seed(0)
-    loaded = load_model(model_name, pretrained=pretrained, weights=weights, device=device_named(device))
-    layer_name, embedding_name, subject = subject_of(loaded, samples, layer)
+    loaded = load()
+    subject = subject_of(loaded)
     if subject.classifies:
         chosen |= LABEL_DEPENDENT
     columns = measures(
@@ -79,12 +67,12 @@ def evaluate_folder(
     run = {
         "data": str(data.resolve()),
         "model": loaded.name,
-        "weights": _digest(loaded.model),
-        "layer": layer_name,
+        "weights": loaded.digest(),
+        "layer": loaded.layer_names[0],
         "annotations": kind,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _only_run(out):
+    with only_run(out):
         results = ResultsFile(out, run=run, columns=[column.column for column in columns])
         others = {picture for picture, _ in results.rows} - {sample.name for sample in samples}
         if others:
@@ -93,13 +81,15 @@ def evaluate_folder(
                 "which is not among them: give another file, or the --limit it was written with"
             )
         typer.echo(
-            f"{len(samples)} pictures, annotations: {kind}, model: {loaded.name}, layer: {layer_name}, "
-            f"embedding: {embedding_name}, pooled"
+            f"{len(samples)} pictures, annotations: {kind}; {printable(loaded.description)}; "
+            f"embedding: {loaded.last_layer.name}, pooled"
         )
-        with _progress(len(samples)) as advance:
+        with progress("scoring", len(samples)) as advance:
             skipped, remarks = compare_on_folder(
                 samples, kind, loaded, subject, chosen, columns, results, advance=advance
             )
+    if not results.rows:
+        raise ValueError(f"none of the {len(samples)} pictures could be read, {samples[0].picture} among them")
     order = {name: index for index, name in enumerate([*METHODS, *LABEL_DEPENDENT, *CONTROLS])}
     rows = sorted(results.rows.values(), key=lambda row: order.get(row["method"], len(order)))
     summaries = summarise(rows, columns)
@@ -110,40 +100,35 @@ def evaluate_folder(
     if report is not None and rows:
         ranked_by, examples = _examples(rows, columns, samples, kind, loaded, subject, chosen)
         count = len(samples) - len(skipped)
-        title = f"{loaded.name}, {layer_name}: {count} pictures; bars are means, lines their 95 % intervals"
+        title = f"{loaded.name}, {loaded.layer_names[0]}: {count} pictures; bars are means, lines their 95 % intervals"
         report.parent.mkdir(parents=True, exist_ok=True)
         write_report(report, title, summaries, columns, examples, ranked_by)
         typer.echo(f"report: {report}")
     return skipped
 
 
-def subject_of(loaded: LoadedModel, samples: Sequence[Sample], layer: str | None) -> tuple[str, str, Subject]:
-    """Return the names of the target layer and of the embedding's, and with them what is explained.
+def subject_of(loaded: LoadedModel) -> Subject:
+    """Return what is explained.
 
-    A dry run on the first picture finds the last layer with a spatial map. It is the target layer unless another is
-    asked for, and in any case the one whose pooled maps are the embedding, so that the scores of two layers compare.
+    The embedding is of the last layer with a spatial map, whatever layer is explained, so that the scores of two
+    layers compare.
 
     Raises:
-        ValueError: there is no such layer, none can be found, or no picture can be read.
+        ValueError: it is a video network, or several layers were asked for.
     """
-    device = next(loaded.model.parameters(), torch.empty(0)).device
-    asked_for = None if layer is None else layer_named(loaded.model, layer)
-    for sample in samples:
-        try:
-            example = see(sample, "none", loaded).network_input[None].to(device)
-            break
-        except (OSError, ValueError):
-            continue
-    else:
-        raise ValueError(f"none of the {len(samples)} pictures could be read, {samples[0].picture} among them")
-    try:
-        last_name, last = find_target_layer(loaded.model, example)
-    except ValueError:
-        if layer is None or asked_for is None:
-            raise
-        last_name, last = layer, asked_for
-    subject = Subject(loaded.model, asked_for or last, last, loaded.classifies)
-    return layer or last_name, last_name, subject
+    if loaded.frames is not None:
+        raise ValueError(f"expected a network for pictures, and {loaded.name} takes clips")
+    if len(loaded.layers) > 1:
+        raise ValueError(f"expected one layer to score, got {', '.join(loaded.layer_names)}")
+    (layer,) = loaded.layers
+    return Subject(
+        loaded.model,
+        layer.module,
+        loaded.last_layer.module,
+        loaded.classifies,
+        layer.reshape_transform,
+        loaded.last_layer.reshape_transform,
+    )
 
 
 def check_outputs(data: Path, outputs: Sequence[Path]) -> None:
@@ -160,26 +145,6 @@ def check_outputs(data: Path, outputs: Sequence[Path]) -> None:
             raise ValueError(f"{output}: expected an output outside of the data, {data}")
         if path.is_dir():
             raise ValueError(f"{output}: expected a file for the output, found a folder")
-
-
-@contextmanager
-def _only_run(out: Path) -> Iterator[None]:
-    """Refuse to start while another run writes to `out`; a run that was killed holds nothing."""
-    lock = out.with_name(f".{out.name}.lock")
-    try:
-        with FileLock(lock, timeout=0):
-            yield
-            lock.unlink(missing_ok=True)
-    except Timeout as error:
-        raise ValueError(f"{out}: another run is writing to it: wait for its end, or give another file") from error
-
-
-def _digest(model: nn.Module) -> str:
-    """Return a short hash of the weights: rows of other weights of the same name are another run's."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def print_tables(summaries: Mapping[str, Mapping[str, Summary]], columns: Sequence[Measure]) -> None:
@@ -260,20 +225,6 @@ def _examples(
                 loaded.picture(seen.network_input), saliency.cpu().numpy(), seen.mask.numpy(), caption(picture, value)
             )
     return ranked_by, examples
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    bar = Progress(
-        *Progress.get_default_columns()[:-1],
-        MofNCompleteColumn(),
-        TextColumn("pictures, time left"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    with bar:
-        task = bar.add_task("scoring", total=total)
-        yield lambda done: bar.advance(task, done)
 
 
 _ARROWS = {"higher": "higher is better", "lower": "lower is better", "": "neither is better"}

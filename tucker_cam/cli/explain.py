@@ -1,102 +1,218 @@
-"""Picture files in, an overlay for each picture and method on the disk out."""
+"""Pictures in, overlays, maps and a gallery on the disk out: on one machine, read ahead by workers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import torch
 import typer
-from numpy.typing import NDArray
-from PIL import Image
-from pytorch_grad_cam.utils.image import show_cam_on_image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from tucker_cam.cli.explainer import Explainer, Explanation
 from tucker_cam.cli.methods import method_named
-from tucker_cam.files import complete_or_absent, open_picture, printable
-from tucker_cam.models import find_target_layer, layer_named, load_model
+from tucker_cam.cli.outputs import (
+    MANIFEST,
+    ArrayFiles,
+    GalleryParts,
+    Manifest,
+    Output,
+    Overlays,
+    Picture,
+    ZarrStore,
+    versions,
+)
+from tucker_cam.cli.progress import progress
+from tucker_cam.cli.sources import Source, find_sources
+from tucker_cam.files import only_run, printable
+from tucker_cam.models import LoadedModel
+
+CPU_BATCH = 8
+_LARGEST_BATCH = 256
+_MOST_WORKERS = 8
+_WRITERS = 4
 
 
 def explain_pictures(
-    paths: Sequence[Path],
+    images: Sequence[str],
     *,
+    load: Callable[[], LoadedModel],
     methods: Sequence[str],
-    model_name: str,
-    layer: str | None,
+    formats: Sequence[str],
+    gallery: bool,
     out: Path,
     aug_smooth: bool,
-    save_map: bool,
-    pretrained: bool,
-    weights: Path | None,
-    device: str,
+    batch_size: int | None,
+    workers: int | None,
 ) -> list[str]:
-    """Explain the pictures one by one and write ``NAME_METHOD.png`` for each.
+    """Explain the pictures that `out` has not yet, and write what was asked for.
+
+    A map does not depend on where an earlier run was interrupted: batches are cut alike in every run.
+
+    Args:
+        images: files, folders, globs and Parquet files.
+        load: loads the model.
+        methods: their names.
+        formats: of overlay, npy, zarr.
+        gallery: write a page with all pictures too.
+        out: a folder; made if it is missing.
+        aug_smooth: average over flips and brightness.
+        batch_size: None for what the device takes.
+        workers: processes that read pictures ahead; None for one less than there are cores, and none for few pictures.
 
     Returns:
-        One line for each picture that could not be read, or map that could not be written; all others are done.
+        One line for each picture that could not be read, explained or written; all others are done.
 
     Raises:
-        ValueError: an unknown method, model, layer or device.
-        ModuleNotFoundError: the model's package is missing.
-        OSError: its weights could not be had, or `out` could not be written.
+        ValueError: an unknown method, model, layer or device; a folder without pictures; maps of another run in `out`.
+        ModuleNotFoundError: a package is missing.
+        OSError: weights could not be had, `out` could not be written, or a reading process was killed.
     """
-    classes = {name: method_named(name) for name in methods}
-    loaded = load_model(model_name, pretrained=pretrained, weights=weights, device=device_named(device))
+    classes = {name: method_named(name) for name in dict.fromkeys(methods)}
+    sources = find_sources(images)
+    loaded = load()
+    typer.echo(printable(loaded.description))
     out.mkdir(parents=True, exist_ok=True)
-    target = layer_named(loaded.model, layer) if layer is not None else None
-    problems: list[str] = []
-    for path, stem in zip(paths, _distinct_stems(paths), strict=True):
-        try:
-            network_input = loaded.preprocess(open_picture(path))
-        except (OSError, ValueError) as error:
-            problems.append(str(error))
-            continue
-        images = network_input[None].to(device)
-        if target is None:
-            name, target = find_target_layer(loaded.model, images)
-            typer.echo(f"layer: {name}")
-        for method, build in classes.items():
-            with build(loaded.model, [target]) as cam:
-                saliency = cam(images, aug_smooth=aug_smooth, targets=None)[0]
-            try:
-                _write(out / f"{stem}_{method}", loaded.picture(network_input), saliency, save_map=save_map)
-            except OSError as error:
-                problems.append(f"{path}: its {method} map could not be written ({error})")
+    with only_run(out / MANIFEST):
+        manifest = Manifest(out, loaded, aug_smooth=aug_smooth)
+        names = manifest.name(sources)
+        manifest.write()
+        outputs = _outputs(out, formats, list(classes), manifest)
+        page = GalleryParts(out, list(classes)) if gallery else None
+        if page is not None:
+            outputs.append(page)
+        missing = {
+            source: [output for output in outputs if not output.has(names[source], source.modified)]
+            for source in sources
+        }
+        explainer = Explainer(loaded, classes, aug_smooth=aug_smooth, components=gallery)
+        size = batch_size or batch_size_for(explainer)
+        batches = [sources[start : start + size] for start in range(0, len(sources), size)]
+        batches = [batch for batch in batches if any(missing[source] for source in batch)]
+        problems = _run(explainer, batches, names, missing, workers)
+        if page is not None:
+            page.finish((names[source] for source in sources), f"{loaded.name}, {', '.join(loaded.layer_names)}")
+    done = sum(bool(outputs) for outputs in missing.values()) - len(problems)
+    there = len(sources) - done - len(problems)
+    typer.echo(
+        f"{len(sources)} pictures: {done} explained, {there} there already, {len(problems)} failed; in {out}"
+        + (f"; gallery: {page.page}" if page is not None else "")
+    )
     return problems
 
 
-def _write(name: Path, picture: NDArray[np.float32], saliency: NDArray[np.float32], *, save_map: bool) -> None:
-    overlay = Image.fromarray(show_cam_on_image(picture, saliency, use_rgb=True))
-    target = name.with_name(f"{name.name}.png")
-    with complete_or_absent(target) as unfinished:
-        overlay.save(unfinished, format="PNG")
-    if save_map:
-        with complete_or_absent(name.with_name(f"{name.name}.npy")) as unfinished, unfinished.open("wb") as file:
-            np.save(file, saliency)
-    typer.echo(printable(str(target)))
+def batch_size_for(explainer: Explainer) -> int:
+    """Return how many pictures the device takes at once: on a GPU, what fills half of its free memory."""
+    example = explainer.loaded.example()
+    if example.device.type != "cuda":
+        return CPU_BATCH
+    explainer.explain([example[0]])
+    torch.cuda.reset_peak_memory_stats(example.device)
+    before = torch.cuda.memory_allocated(example.device)
+    explainer.explain([example[0]])
+    each = max(torch.cuda.max_memory_allocated(example.device) - before, 1)
+    free, _ = torch.cuda.mem_get_info(example.device)
+    return min(max(free // 2 // each, 1), _LARGEST_BATCH)
 
 
-def _distinct_stems(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each picture; the second ``cat`` from another folder becomes ``cat-2``."""
-    stems: list[str] = []
-    for path in paths:
-        stem, number = path.stem, 1
-        while stem in stems:
-            number += 1
-            stem = f"{path.stem}-{number}"
-        stems.append(stem)
-    return stems
+class _Pictures(Dataset[Tensor | str]):
+    """Preprocessed pictures; for one that cannot be read, a line that says why."""
+
+    def __init__(self, sources: Sequence[Source], loaded: LoadedModel) -> None:
+        self.sources, self.preprocess, self.frames = sources, loaded.preprocess, loaded.frames
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        return read_input(self.sources[index], self.preprocess, self.frames)
 
 
-def device_named(name: str) -> torch.device:
-    """Return the device of this name.
-
-    Raises:
-        ValueError: there is none here.
-    """
+def read_input(source: Source, preprocess: Callable[[object], Tensor], frames: int | None) -> Tensor | str:
+    """Return the network's input for a picture, or a line that says why there is none."""
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"there is no device {name!r} here ({str(error).splitlines()[0]}): --device cpu") from error
-    return device
+        picture = source.read(frames)
+    except (OSError, ValueError) as error:
+        return str(error)
+    try:
+        return preprocess(picture)
+    except Exception as error:
+        # Whatever a preprocessing of one's own raises on one picture, the others are still done.
+        return f"{source}: its preprocessing failed ({type(error).__name__}: {error})"
+
+
+def _run(
+    explainer: Explainer,
+    batches: Sequence[Sequence[Source]],
+    names: dict[Source, str],
+    missing: dict[Source, list[Output]],
+    workers: int | None,
+) -> list[str]:
+    total = sum(map(len, batches))
+    sources = [source for batch in batches for source in batch]
+    ends = accumulate(map(len, batches))
+    indices = [list(range(end - len(batch), end)) for end, batch in zip(ends, batches, strict=True)]
+    if workers is None:
+        workers = 0 if len(batches) < 2 else min(max(len(os.sched_getaffinity(0)) - 1, 1), _MOST_WORKERS)
+    loader = DataLoader(
+        _Pictures(sources, explainer.loaded), batch_sampler=indices, collate_fn=list, num_workers=workers
+    )
+    problems: list[str] = []
+    writing: deque[tuple[Source, Future[None]]] = deque()
+    with ThreadPoolExecutor(_WRITERS) as writers, progress("explaining", total) as advance:
+        for batch, inputs in zip(batches, _batches(loader), strict=True):
+            problems += [each for each in inputs if isinstance(each, str)]
+            readable = [(source, each) for source, each in zip(batch, inputs, strict=True) if isinstance(each, Tensor)]
+            found = explainer.explain([each for _, each in readable])
+            for (source, each), explanation in zip(readable, found, strict=True):
+                if isinstance(explanation, str):
+                    problems.append(f"{source}: {explanation}")
+                else:
+                    view = partial(explainer.loaded.picture, each)
+                    writing.append((source, writers.submit(_write, missing[source], names[source], view, explanation)))
+            # So many wait at most, and what they hold is not let grow.
+            while len(writing) > 2 * len(batch):
+                problems += _settle(*writing.popleft())
+            advance(len(batch))
+        while writing:
+            problems += _settle(*writing.popleft())
+    return problems
+
+
+def _batches(loader: DataLoader[Tensor | str]) -> Iterator[list[Tensor | str]]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError("a process that read pictures was killed, for want of memory perhaps: --workers 0") from error
+
+
+def _write(outputs: Sequence[Output], name: str, picture: Picture, explanation: Explanation) -> None:
+    for output in outputs:
+        output.write(name, picture, explanation)
+
+
+def _settle(source: Source, written: Future[None]) -> list[str]:
+    try:
+        written.result()
+    except (OSError, ValueError) as error:
+        return [f"{source}: could not be written ({error})"]
+    return []
+
+
+def _outputs(out: Path, formats: Sequence[str], methods: Sequence[str], manifest: Manifest) -> list[Output]:
+    outputs: list[Output] = []
+    if "overlay" in formats:
+        outputs.append(Overlays(out, methods))
+    if "npy" in formats:
+        outputs.append(ArrayFiles(out, methods))
+    if "zarr" in formats:
+        outputs.append(ZarrStore(out, methods, manifest.names, manifest.run | {"versions": versions()}))
+    return outputs

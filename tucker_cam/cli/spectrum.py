@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 
 from tucker_cam.cli.evaluate import check_outputs, subject_of
-from tucker_cam.cli.explain import device_named
 from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.spectrum import DECOMPOSITIONS, draw_spectrum, rows_of_spectrum, spectrum
 from tucker_cam.files import complete_or_absent
-from tucker_cam.models import load_model
+from tucker_cam.models import LoadedModel
 
 _VALUES = 10
 _HEADER = ("picture", "decomposition", "index", "share")
@@ -25,13 +24,9 @@ _HEADER = ("picture", "decomposition", "index", "share")
 def write_spectrum(
     data: Path,
     *,
-    model_name: str,
-    layer: str | None,
+    load: Callable[[], LoadedModel],
     limit: int | None,
     out: Path,
-    pretrained: bool,
-    weights: Path | None,
-    device: str,
 ) -> list[str]:
     """Write the share of the first ten values as box plots to `out`, and as CSV beside it.
 
@@ -48,9 +43,10 @@ def write_spectrum(
     if table.exists() and not table.read_text(encoding="utf-8", errors="replace").startswith(",".join(_HEADER)):
         raise ValueError(f"{table}: expected a spectrum to overwrite, found something else: give another --out")
     samples, _ = find_samples(data, limit=limit)
-    torch.manual_seed(0)
-    loaded = load_model(model_name, pretrained=pretrained, weights=weights, device=device_named(device))
-    layer_name, _, subject = subject_of(loaded, samples, layer)
+    loaded = load()
+    subject = subject_of(loaded)
+    device = loaded.example().device
+    layer_name = loaded.layer_names[0]
     skipped, pictures, parts = [], [], []
     for sample in track(samples, "decomposing", console=Console(stderr=True)):
         try:
@@ -58,8 +54,10 @@ def write_spectrum(
         except (OSError, ValueError) as error:
             skipped.append(str(error))
             continue
-        parts.append(spectrum(loaded.model, subject.layer, image, _VALUES))
+        parts.append(spectrum(loaded.model, subject.layer, image, _VALUES, subject.reshape_transform))
         pictures.append(sample.name)
+    if not parts:
+        raise ValueError(f"none of the {len(samples)} pictures could be read, {samples[0].picture} among them")
     shares = {name: np.concatenate([part[name] for part in parts]) for name in DECOMPOSITIONS}
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_spectrum(out, f"{loaded.name}, {layer_name}, {len(pictures)} pictures", shares)

@@ -11,7 +11,7 @@ import torch
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor, nn
 
-from tucker_cam.activations import record
+from tucker_cam.activations import ReshapeTransform, record
 from tucker_cam.evaluation import metrics
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
 from tucker_cam.evaluation.metrics import Score
@@ -71,12 +71,16 @@ class Subject:
         layer: the target layer.
         embedding_layer: whose pooled maps are compared in the label-free scores.
         classifies: whether the model returns logits, batch x classes.
+        reshape_transform: turns the target layer's output into maps, as for the CAM classes.
+        embedding_transform: the same for the embedding layer's.
     """
 
     model: nn.Module
     layer: nn.Module
     embedding_layer: nn.Module
     classifies: bool
+    reshape_transform: ReshapeTransform | None = None
+    embedding_transform: ReshapeTransform | None = None
 
     @property
     def score_names(self) -> tuple[str, ...]:
@@ -85,8 +89,8 @@ class Subject:
     def score(self, images: Tensor) -> Score:
         """Return the score by which maps of these images are judged, batch x `score_names`."""
         if self.classifies:
-            return probability_and_similarity(self.model, images, self.embedding_layer)
-        similarity = embedding_similarity(self.model, images, self.embedding_layer)
+            return probability_and_similarity(self.model, images, self.embedding_layer, self.embedding_transform)
+        similarity = embedding_similarity(self.model, images, self.embedding_layer, self.embedding_transform)
         return lambda these: similarity(these)[:, None]
 
 
@@ -111,12 +115,13 @@ def saliency_maps(
     targets: list[object] | None = None if subject.classifies else []
     for name, build in methods.items():
         try:
-            with build(subject.model, [subject.layer]) as cam:
+            with build(subject.model, [subject.layer], subject.reshape_transform) as cam:
                 maps = torch.as_tensor(cam(images, targets=targets), dtype=torch.float32, device=images.device)
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             maps = torch.full_like(images[:, 0], torch.nan)
         yield name, maps
-    height, width = record(subject.model, subject.layer, images[:1])[1].shape[-2:]
+    _, features = record(subject.model, subject.layer, images[:1], subject.reshape_transform)
+    height, width = features.shape[-2:]
     size = (images.shape[-2], images.shape[-1])
     for name in CONTROLS:
         maps = control_maps(name, pictures=names, size=size, resolution=(height, width))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from tucker_cam.files import open_picture
-from tucker_cam.models import LoadedModel
+from tucker_cam.models import Network
 
 Annotations = Literal["boxes", "masks", "none"]
 
@@ -126,7 +126,7 @@ def find_samples(
     return samples, kind
 
 
-def see(sample: Sample, annotations: Annotations, loaded: LoadedModel) -> Seen:
+def see(sample: Sample, annotations: Annotations, network: Network) -> Seen:
     """Read a sample and preprocess it for the network, and its annotation with it.
 
     Raises:
@@ -134,7 +134,7 @@ def see(sample: Sample, annotations: Annotations, loaded: LoadedModel) -> Seen:
         ValueError: the annotation is none, or does not fit the picture.
     """
     picture = open_picture(sample.picture)
-    network_input = loaded.preprocess(picture)
+    network_input = network.preprocess(picture)
     nothing = torch.zeros(network_input.shape[-2:], dtype=torch.bool)
     if annotations == "none":
         return Seen(network_input, nothing, [])
@@ -158,7 +158,7 @@ def see(sample: Sample, annotations: Annotations, loaded: LoadedModel) -> Seen:
         # Drawn on the file as it is stored: turned as the photograph was.
         black_and_white.getexif()[_ORIENTATION] = orientation
         black_and_white = ImageOps.exif_transpose(black_and_white)
-    mask = torch.from_numpy(loaded.picture(loaded.preprocess(black_and_white.convert("RGB")))[..., 0] > 0.5)
+    mask = torch.from_numpy(network.picture(network.preprocess(black_and_white.convert("RGB")))[..., 0] > 0.5)
     if not mask.any():
         why = "its object is cropped away or too small for the network, so not scored on localisation"
         remarks = [*remarks, f"{sample.annotation}: {why}"]

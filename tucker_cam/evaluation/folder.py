@@ -12,7 +12,7 @@ from tucker_cam.evaluation.comparison import Measure, Subject, compare
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.datasets import Annotations, Sample, Seen, see
 from tucker_cam.evaluation.results import ResultsFile
-from tucker_cam.models import LoadedModel
+from tucker_cam.models import Network
 
 _BATCH = 8
 
@@ -22,7 +22,7 @@ Method = Callable[..., BaseCAM]
 def compare_on_folder(
     samples: Sequence[Sample],
     annotations: Annotations,
-    loaded: LoadedModel,
+    network: Network,
     subject: Subject,
     methods: Mapping[str, Method],
     columns: Sequence[Measure],
@@ -35,7 +35,7 @@ def compare_on_folder(
     Args:
         samples: as of `find_samples`.
         annotations: see `samples`.
-        loaded: brings the preprocessing.
+        network: brings the preprocessing.
         subject: what is explained.
         methods: classes of the host's kind, by name; the controls come by themselves.
         columns: as of `measures`.
@@ -57,7 +57,7 @@ def compare_on_folder(
         seen: dict[Sample, Seen] = {}
         for sample in batch:
             try:
-                seen[sample] = see(sample, annotations, loaded)
+                seen[sample] = see(sample, annotations, network)
             except (OSError, ValueError) as error:
                 skipped.append(str(error))
             else:

@@ -62,13 +62,16 @@ def embedding_similarity(
     return lambda these: cosine_similarity(embedding(these), whole)
 
 
-def probability_and_similarity(model: nn.Module, images: Tensor, layer: nn.Module) -> Score:
+def probability_and_similarity(
+    model: nn.Module, images: Tensor, layer: nn.Module, reshape_transform: ReshapeTransform | None = None
+) -> Score:
     """Give both scores, of the classes predicted for `images` and of the layer's embedding, from one forward pass.
 
     Args:
         model: see `class_probability`.
         images: see `embedding_similarity`.
         layer: see `embedding_similarity`.
+        reshape_transform: see `embedding_similarity`.
 
     Returns:
         A score, batch x 2: the probability and the similarity.
@@ -76,11 +79,11 @@ def probability_and_similarity(model: nn.Module, images: Tensor, layer: nn.Modul
     Raises:
         TypeError: see `class_probability`.
     """
-    logits, features = record(model, layer, images)
+    logits, features = record(model, layer, images, reshape_transform)
     classes, whole = _logits(logits).argmax(1), _pooled(features)
 
     def score(these: Tensor) -> Tensor:
-        output, features = record(model, layer, these)
+        output, features = record(model, layer, these, reshape_transform)
         return torch.stack([_probability(output, classes), cosine_similarity(_pooled(features), whole)], dim=1)
 
     return score
@@ -105,6 +108,6 @@ def _logits(output: object) -> Tensor:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(
             f"expected logits, batch x classes, of two classes at least from the model, got {found}: for a model that "
-            "does not classify use embedding_similarity, or classifies=False in its LoadedModel"
+            "does not classify use embedding_similarity, or classifies=False in its Network"
         )
     return output.float()

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tucker_cam.activations import ReshapeTransform
 from tucker_cam.cams import TSM
 from tucker_cam.decomposition import channel_modes
 from tucker_cam.files import complete_or_absent
@@ -21,7 +22,13 @@ from tucker_cam.files import complete_or_absent
 DECOMPOSITIONS = ("SVD, centred", "Tucker")
 
 
-def spectrum(model: nn.Module, layer: nn.Module, images: Tensor, count: int) -> dict[str, NDArray[np.float64]]:
+def spectrum(
+    model: nn.Module,
+    layer: nn.Module,
+    images: Tensor,
+    count: int,
+    reshape_transform: ReshapeTransform | None = None,
+) -> dict[str, NDArray[np.float64]]:
     r"""Return $s_i / \sum_j s_j$ of the layer's features, of the SVD of $F_c$ and of the full-rank Tucker of F.
 
     Args:
@@ -29,11 +36,12 @@ def spectrum(model: nn.Module, layer: nn.Module, images: Tensor, count: int) -> 
         layer: whose feature maps are decomposed.
         images: the network's input, batch x channels x height x width.
         count: of leading values that are wanted.
+        reshape_transform: as of the CAM classes.
 
     Returns:
         By decomposition, batch x `count`, descending, in [0, 1]; NaN where there are fewer values, or only zeros.
     """
-    with TSM(model, [layer]) as cam:
+    with TSM(model, [layer], reshape_transform) as cam:
         (tucker,) = cam.modes(images)
         svd = channel_modes(cam.activations_and_grads.activations[0], center=True)
     shares = {}

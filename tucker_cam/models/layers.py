@@ -2,46 +2,122 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tucker_cam.activations import ReshapeTransform
+from tucker_cam.models.reshape import holds_maps, is_map, spatial_output
 
-def find_target_layer(model: nn.Module, example: Tensor) -> tuple[str, nn.Module]:
-    """Return the last module with a spatial map on the way to the output, and its dotted name.
+
+class SpatialLayer(NamedTuple):
+    """A layer whose output shows where in the picture something is.
+
+    Attributes:
+        name: dotted.
+        module: the layer.
+        shape: of its output for the example; a pyramid's is that of its maps put together.
+        reshape_transform: turns its output into maps, batch x channels x spatial; None where it is one already.
+    """
+
+    name: str
+    module: nn.Module
+    shape: tuple[int, ...]
+    reshape_transform: ReshapeTransform | None
+
+
+class DryRun(NamedTuple):
+    """What one forward pass showed of a model.
+
+    Attributes:
+        layers: all that have a spatial map, in the order in which they were done.
+        target: the last of them before the head; None if there is none.
+        upstream: the names of all modules that had begun when the target was done: what its maps can depend on.
+    """
+
+    layers: list[SpatialLayer]
+    target: SpatialLayer | None
+    upstream: frozenset[str]
+
+
+def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
+    """Return the last layer with a spatial map on the way to the output.
+
+    Feature maps, channels-last maps (Swin), tokens (ViT, with class and register tokens) and feature pyramids
+    count. What comes after it is a head: a small part that turns maps into numbers, or all that follows a backbone
+    which returns its maps by name, as in segmentation and detection.
 
     Args:
-        model: a convolutional network; its train and eval flags are left as they were.
-        example: one input, batch x channels x height x width.
+        model: its train and eval flags are left as they were.
+        example: one input, batch x channels x height x width, or batch x channels x time x height x width.
 
     Raises:
-        ValueError: no module puts out a map batch x channels x height x width larger than 1x1, or the model goes on
-            in tokens after the last one, as vision transformers do.
+        ValueError: there is no such layer.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         >>> find_target_layer(model, torch.zeros(1, 3, 8, 8))
-        ('1', ReLU())
+        SpatialLayer(name='1', module=ReLU(), shape=(1, 8, 6, 6), reshape_transform=None)
     """
-    found: tuple[str, nn.Module] | None = None
-    tokens_after = False
+    return target_of(model, dry_run(model, example))
 
-    def look(name: str, module: nn.Module, output: object) -> None:
-        nonlocal found, tokens_after
-        if not isinstance(output, Tensor) or len(output) != len(example):
+
+def target_of(model: nn.Module, run: DryRun) -> SpatialLayer:
+    """Return the layer to explain that a dry run found.
+
+    Raises:
+        ValueError: it found none.
+    """
+    if run.target is None:
+        raise ValueError(
+            f"expected a layer of {type(model).__name__} with feature maps (B, C, H, W) or a picture's tokens, found "
+            "none at its end: give the layer's name, or use the Python classes with a reshape_transform"
+        )
+    return run.target
+
+
+def dry_run(model: nn.Module, example: Tensor) -> DryRun:
+    """Run the model once, in eval mode and without gradients, and note which layers put out spatial maps.
+
+    A layer that is called more than once counts at its first call, which is the one that is explained.
+    """
+    begun: list[str] = []
+    begun_when_done: dict[str, int] = {}
+    # None stands for tokens that lie on no grid: a model that ends in them has no map that we could read.
+    path: list[tuple[str, SpatialLayer | None]] = []
+    pooling: dict[str, nn.Module] = {}
+    backbone_end: int | None = None
+
+    def begin(name: str) -> None:
+        if name not in begun:
+            begun.append(name)
+
+    def done(name: str, module: nn.Module, inputs: Sequence[Any], output: object) -> None:
+        nonlocal backbone_end
+        if name in begun_when_done:
             return
-        if output.dim() == 4 and not _is_channels_last(output, example):
-            if output.shape[-2:].numel() > 1:
-                found, tokens_after = (name, module), False
-        elif output.dim() in (3, 4):
-            tokens_after = True
+        begun_when_done[name] = len(begun)
+        if module is model:
+            return
+        found = spatial_output(output, example)
+        if found is not None:
+            path.append((name, SpatialLayer(name, module, *found)))
+        # A transformers model's parts return dataclasses, which are mappings too; only a plain one ends a backbone.
+        if isinstance(output, Mapping) and not is_dataclass(output) and holds_maps(output, example):
+            backbone_end = len(path)
+        elif found is None and inputs and (is_map(inputs[0], example) or holds_maps(inputs[0], example)):
+            pooling[name] = module
+        elif found is None and isinstance(output, Tensor) and output.dim() == 3 and min(output.shape[1:]) > 1:
+            path.append((name, None))
 
-    handles = [
-        module.register_forward_hook(lambda module, _, output, name=name: look(name, module, output))
-        for name, module in model.named_modules()
-        if module is not model
-    ]
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda _, __, name=name: begin(name)))
+        handles.append(module.register_forward_hook(lambda m, i, o, name=name: done(name, m, i, o)))
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -52,31 +128,57 @@ def find_target_layer(model: nn.Module, example: Tensor) -> tuple[str, nn.Module
             handle.remove()
         for module, flag in training.items():
             module.training = flag
-    if found is None or tokens_after:
-        raise ValueError(
-            f"expected a layer with feature maps (B, C, H, W) at the end of {type(model).__name__}, found "
-            f"{'tokens' if tokens_after else 'none'}: give the layer's name, and for a transformer use the "
-            "Python classes with a reshape_transform"
-        )
-    return found
+    # What turns maps into numbers is a head, unless it is most of the network: then it is a body with its head.
+    heads = tuple(f"{name}." for name, module in pooling.items() if _size(module) < _size(model) / 2)
+    body = [layer for name, layer in path[:backbone_end] if not f"{name}.".startswith(heads)]
+    target = body[-1] if body else None
+    upstream = set(begun if target is None else begun[: begun_when_done[target.name]])
+    # A part that is never called, whose parent uses its weights itself, as attention does with its projection.
+    for name, module in model.named_modules():
+        if name not in begun and name.rpartition(".")[0] in upstream and not any(module.children()):
+            upstream.add(name)
+    return DryRun([layer for _, layer in path if layer is not None], target, frozenset(upstream))
 
 
-def layer_named(model: nn.Module, name: str) -> nn.Module:
-    """Return the layer of this dotted name.
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def choose_layers(model: nn.Module, run: DryRun, names: Sequence[str]) -> list[SpatialLayer]:
+    """Return the layers of these dotted names, or of these negative indices into ``run.layers`` (-1 is the last).
 
     Raises:
-        ValueError: the model has no such layer; the message holds the names nearest to it.
+        ValueError: there is no such layer (the message holds the nearest names), or it has no spatial map.
     """
-    layers: dict[str, nn.Module] = dict(model.named_modules())
-    layers.pop("")
-    if name not in layers:
-        near = get_close_matches(name, layers, n=3, cutoff=0.4) or list(layers)[-3:]
-        raise ValueError(f"{type(model).__name__} has no layer {name!r}; near it: {', '.join(near)}")
-    return layers[name]
+    by_name = {layer.name: layer for layer in run.layers}
+    parts = [name for name, _ in model.named_modules() if name]
+    chosen = []
+    for name in names:
+        if name.startswith("-") and name[1:].isdecimal():
+            if not 1 <= int(name[1:]) <= len(run.layers):
+                raise ValueError(f"expected a layer's index from -{len(run.layers)} to -1, got {name}")
+            chosen.append(run.layers[int(name)])
+        elif name in by_name:
+            chosen.append(by_name[name])
+        elif name in parts:
+            raise ValueError(
+                f"expected a layer with a spatial map, and `{name}` has none (or is not reached): `tucker-cam layers` "
+                "lists those that have"
+            )
+        else:
+            near = get_close_matches(name, parts, n=3, cutoff=0.4) or parts[-3:]
+            raise ValueError(f"{type(model).__name__} has no layer {name!r}; near it: {', '.join(near)}")
+    return chosen
 
 
-def _is_channels_last(output: Tensor, example: Tensor) -> bool:
-    """Tell whether the picture's proportions are those of axes 1 and 2, as in Swin, and not those of axes 2 and 3."""
-    height, width = example.shape[-2:]
-    _, first, second, third = output.shape
-    return first * width == second * height and second * width != third * height
+def common_transform(layers: Sequence[SpatialLayer]) -> ReshapeTransform | None:
+    """Return the one reshape transform of these layers, as the host takes one for all.
+
+    Raises:
+        ValueError: they need different ones.
+    """
+    transforms = [layer.reshape_transform for layer in layers]
+    if any(transform != transforms[0] for transform in transforms):
+        kinds = ", ".join(f"`{layer.name}` {layer.shape}" for layer in layers)
+        raise ValueError(f"expected layers that become maps in one way, got {kinds}: explain them one at a time")
+    return transforms[0] if transforms else None

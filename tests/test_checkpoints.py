@@ -1,0 +1,359 @@
+"""Checkpoints in the layouts in which self-supervised projects publish them, made here from a seeded backbone."""
+
+import argparse
+import io
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models.convnext import ConvNeXt
+from timm.models.resnet import BasicBlock, ResNet
+from torch import nn
+from torchvision.models.resnet import ResNet as TorchvisionResNet
+
+from tucker_cam.models import load_model
+from tucker_cam.models.checkpoints import load_checkpoint
+from tucker_cam.models.layers import dry_run
+
+IMAGE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def seeded(build, seed):
+    """Return a model all of whose weights and statistics depend on the seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build()
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor) * 0.2 + 0.01)
+    return model.eval()
+
+
+def resnet():
+    return ResNet(BasicBlock, (1, 1, 1, 1), channels=(4, 8, 8, 8), stem_width=4, num_classes=7)
+
+
+def torchvision_resnet():
+    from torchvision.models.resnet import BasicBlock as Block
+
+    return TorchvisionResNet(Block, [1, 1, 1, 1], num_classes=7)
+
+
+def convnext():
+    return ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=7)
+
+
+def backbone_of(model, head="fc."):
+    return {name: value for name, value in model.state_dict().items() if not name.startswith(head)}
+
+
+def prefixed(prefix, state):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def projector(*names):
+    return {name: torch.rand(5, 5) for name in names}
+
+
+def optimizer(state):
+    moments = {index: {"exp_avg": torch.zeros_like(value)} for index, value in enumerate(state.values())}
+    return {"state": moments, "param_groups": [{"lr": 0.1}]}
+
+
+def moco_v2(state, other):
+    keys = ("fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias")
+    weights = prefixed("module.encoder_q.", state | projector(*keys))
+    weights |= prefixed("module.encoder_k.", other | projector(*keys))
+    weights |= {"module.queue": torch.rand(5, 6), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+    return {"epoch": 200, "arch": "resnet50", "state_dict": weights, "optimizer": optimizer(state)}
+
+
+def moco_v3(state, other):
+    weights = prefixed("module.base_encoder.", state | projector("fc.0.weight"))
+    weights |= prefixed("module.momentum_encoder.", other | projector("fc.0.weight"))
+    weights |= projector("module.predictor.0.weight")
+    return {"epoch": 100, "arch": "resnet50", "state_dict": weights, "optimizer": optimizer(state)}
+
+
+def swav(state, other):
+    return prefixed("module.", state | projector("projection_head.0.weight", "prototypes.weight"))
+
+
+def dino(state, other):
+    """The full checkpoint: a student in DistributedDataParallel beside its teacher, and the command's arguments."""
+    return {
+        "student": prefixed("module.", prefixed("backbone.", other) | projector("head.mlp.0.weight")),
+        "teacher": prefixed("backbone.", state) | projector("head.mlp.0.weight", "head.last_layer.weight_g"),
+        "optimizer": optimizer(state),
+        "epoch": 800,
+        "args": argparse.Namespace(arch="resnet50", lr=0.3, momentum=np.float64(0.996)),
+        "dino_loss": {"center": torch.zeros(1, 5)},
+    }
+
+
+def barlow_twins(state, other):
+    weights = prefixed("module.backbone.", state)
+    weights |= projector("module.projector.0.weight", "module.projector.3.weight", "module.bn.running_mean")
+    return {"epoch": 1000, "model": weights, "optimizer": optimizer(state)}
+
+
+def vicreg(state, other):
+    weights = prefixed("module.backbone.", state) | projector("module.projector.0.weight")
+    return {"epoch": 1000, "model": weights, "optimizer": optimizer(state)}
+
+
+def backbone_alone(state, other):
+    """As Barlow Twins and VICReg publish it beside the full checkpoint, and the converted SimCLR weights."""
+    return state
+
+
+def simclr_sthalles(state, other):
+    weights = prefixed("backbone.", state | projector("fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias"))
+    return {"epoch": 200, "arch": "resnet18", "state_dict": weights, "optimizer": optimizer(state)}
+
+
+def simclr_spijkervet(state, other):
+    return prefixed("encoder.", state) | projector("projector.0.weight", "projector.2.weight")
+
+
+def lightning(state, other):
+    return {
+        "epoch": 10,
+        "global_step": 5,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": prefixed("model.backbone.", state) | projector("model.projection.0.weight"),
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(1.0), "dirpath": "here"}},
+        "optimizer_states": [optimizer(state)],
+        "hyper_parameters": {"lr": 0.1},
+    }
+
+
+def resnet_prefix(state, other):
+    return {"state_dict": prefixed("resnet.", state), "optimizer": optimizer(state)}
+
+
+LAYOUTS = [
+    moco_v2,
+    moco_v3,
+    swav,
+    dino,
+    barlow_twins,
+    vicreg,
+    backbone_alone,
+    simclr_sthalles,
+    simclr_spijkervet,
+    lightning,
+    resnet_prefix,
+]
+
+
+def load(model, content, tmp_path, name="checkpoint.pth"):
+    file = tmp_path / name
+    torch.save(content, file)
+    return load_checkpoint(model, file, dry_run(model, IMAGE).upstream)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_the_whole_backbone_is_loaded_and_the_head_left_out(layout, tmp_path):
+    source, other, model = seeded(resnet, 1), seeded(resnet, 2), seeded(resnet, 3)
+    head = model.fc.weight.clone()
+    report = load(model, layout(backbone_of(source), backbone_of(other)), tmp_path)
+    assert torch.equal(model.forward_features(IMAGE), source.forward_features(IMAGE))
+    assert torch.equal(model.fc.weight, head)
+    assert set(report.loaded) == set(backbone_of(source))
+    assert report.missing == ["fc.weight", "fc.bias"]
+    assert not set(report.left_out) & {report.place + name for name in report.loaded}
+
+
+@pytest.mark.parametrize("build", [resnet, torchvision_resnet])
+def test_lightlys_numbered_children_are_named(build, tmp_path):
+    source, other, model = seeded(build, 1), seeded(build, 2), seeded(build, 3)
+
+    class SimCLR(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = nn.Sequential(*list(source.children())[:-1])
+            self.backbone_momentum = nn.Sequential(*list(other.children())[:-1])
+            self.projection_head = nn.Linear(8, 4)
+
+    state = SimCLR().state_dict()
+    assert "backbone.4.0.conv1.weight" in state
+    report = load(model, {"state_dict": state, "epoch": 3}, tmp_path, "epoch=3.ckpt")
+    assert report.place == "state_dict/backbone."
+    assert torch.equal(model.layer4[0].conv2.weight, source.layer4[0].conv2.weight)
+    assert torch.equal(model.bn1.running_var, source.bn1.running_var)
+    assert report.missing == ["fc.weight", "fc.bias"]
+
+
+def vicregl(model, *, layer_scale):
+    """Name a timm ConvNeXt's weights as VICRegL's own class does, which has no layer scale by default."""
+    renamed = {}
+    for name, value in model.state_dict().items():
+        if name.startswith("head.fc") or (name.endswith("gamma") and not layer_scale):
+            continue
+        for ours, theirs in [
+            ("head.norm.", "norm."),
+            ("stem.", "downsample_layers.0."),
+            ("conv_dw", "dwconv"),
+            ("mlp.fc", "pwconv"),
+            (".blocks", ""),
+        ]:
+            name = name.replace(ours, theirs)
+        parts = name.split(".")
+        if parts[2:3] == ["downsample"]:
+            name = ".".join(["downsample_layers", parts[1], *parts[3:]])
+        renamed[name] = value
+    full = prefixed("module.backbone.", renamed) | projector("module.maps_projector.0.weight")
+    return {"epoch": 150, "model": full, "optimizer": optimizer(renamed)}
+
+
+def test_vicregls_convnext_is_renamed_and_its_missing_layer_scale_is_one(tmp_path):
+    source, model = seeded(convnext, 1), seeded(convnext, 3)
+    for name, value in source.state_dict().items():
+        if name.endswith("gamma"):
+            value.fill_(1)
+    for layer_scale in (True, False):
+        content = vicregl(source, layer_scale=layer_scale)
+        assert "module.backbone.downsample_layers.1.1.weight" in content["model"]
+        assert "module.backbone.stages.2.0.pwconv1.weight" in content["model"]
+        report = load(model, content, tmp_path)
+        assert torch.equal(model.forward_features(IMAGE), source.forward_features(IMAGE))
+        assert torch.equal(model.head.norm.weight, source.head.norm.weight)
+        assert report.missing == ["head.fc.weight", "head.fc.bias"]
+
+
+def test_safetensors_are_read_and_a_whole_classifier_keeps_its_head(tmp_path):
+    source, model = seeded(resnet, 1), seeded(resnet, 3)
+    save_file(prefixed("backbone.", source.state_dict()), tmp_path / "w.safetensors")
+    report = load_checkpoint(model, tmp_path / "w.safetensors", dry_run(model, IMAGE).upstream)
+    assert torch.equal(model(IMAGE), source(IMAGE))
+    assert (report.left_out, report.missing) == ([], [])
+
+
+def test_a_vit_is_loaded_with_its_class_token_and_position_embedding(tmp_path):
+    def vit():
+        return timm.models.VisionTransformer(img_size=64, patch_size=32, embed_dim=8, depth=1, num_heads=2)
+
+    source, model = seeded(vit, 1), seeded(vit, 3)
+    report = load(model, dino(backbone_of(source, "head."), {}), tmp_path)
+    assert torch.equal(model.forward_features(IMAGE), source.forward_features(IMAGE))
+    assert report.place == "teacher/backbone."
+
+
+def test_a_heads_weights_of_another_shape_are_left_out(tmp_path):
+    source, model = seeded(resnet, 1), seeded(resnet, 3)
+    state = source.state_dict() | {"fc.weight": torch.rand(1000, 8), "fc.bias": torch.rand(1000)}
+    report = load(model, state, tmp_path)
+    assert report.left_out == ["fc.weight", "fc.bias"]
+    assert torch.equal(model.forward_features(IMAGE), source.forward_features(IMAGE))
+
+
+def test_less_than_the_whole_backbone_is_an_error_that_lists_the_keys_and_changes_nothing(tmp_path):
+    model = seeded(resnet, 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = backbone_of(seeded(resnet, 1))
+    del state["layer2.0.conv1.weight"]
+    state["conv1.weight"] = torch.rand(4, 3, 3, 3)
+    needed = len([name for name in state if not name.endswith("num_batches_tracked")]) + 1
+    with pytest.raises(
+        ValueError, match=r"missing or of another shape: conv1.weight, layer2.0.conv1.weight; the fil"
+    ) as e:
+        load(model, prefixed("module.encoder_q.", state), tmp_path)
+    assert f"found {needed - 2} of its {needed} entries" in str(e.value)
+    assert "module.encoder_q.bn1.bias" in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+class RunsCode:
+    """Opens a file for writing when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def truncated(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()[:-500]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda path: None, "expected a file of weights, found none that can be read"),
+        (
+            lambda path: path.write_text("\n<!DOCTYPE html><html>404</html>"),
+            "found a web page: the download went wrong",
+        ),
+        (lambda path: path.write_bytes(b""), "a broken file"),
+        (lambda path: path.write_bytes(truncated({"a": torch.rand(99)})), "a broken file"),
+        (lambda path: path.write_text("<p>no weights</p>"), "a broken file"),
+    ],
+    ids=["missing", "web page", "empty", "truncated", "text"],
+)
+def test_a_file_that_is_no_checkpoint_is_one_clear_line(tmp_path, suffix, content, message):
+    file = tmp_path / f"w{suffix}"
+    content(file)
+    with pytest.raises((OSError, ValueError), match=message) as error:
+        load_checkpoint(seeded(resnet, 3), file, frozenset())
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_pickle_with_code_in_it_is_refused_and_runs_nothing(tmp_path, legacy):
+    file = tmp_path / "w.pth"
+    torch.save({"state_dict": {}, "x": RunsCode(tmp_path / "ran")}, file, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match=r"found an object of (_io|io)\.open; nothing in it was run") as error:
+        load_checkpoint(seeded(resnet, 3), file, frozenset())
+    assert not (tmp_path / "ran").exists()
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (torch.zeros(3), "expected a state dict, found no tensors with names"),
+        ({"epoch": 3, "state_dict": {}}, "expected a state dict, found no tensors with names"),
+        ({"features.0.weight": torch.zeros(4, 3, 3, 3)}, r"the whole backbone of ResNet, found 0 of its \d+ entries"),
+    ],
+)
+def test_weights_of_nothing_or_of_another_architecture_are_one_clear_line(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        load(seeded(resnet, 3), content, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize("bad", [torch.complex64, "meta", "sparse"])
+def test_tensors_that_no_parameter_can_take_do_not_count(tmp_path, bad):
+    state = backbone_of(seeded(resnet, 1))
+    weight = state["conv1.weight"]
+    state["conv1.weight"] = (
+        weight.to("meta") if bad == "meta" else weight.to_sparse() if bad == "sparse" else weight.to(bad)
+    )
+    with pytest.raises(ValueError, match=r"another shape: conv1\.weight"):
+        load(seeded(resnet, 3), state, tmp_path)
+
+
+def test_a_model_that_lost_its_head_classifies_no_longer_and_says_what_was_loaded(tmp_path):
+    source = seeded(lambda: timm.create_model("resnet18"), 1)
+    torch.save(moco_v2(backbone_of(source), backbone_of(source)), tmp_path / "moco.pth")
+    loaded = load_model("timm:resnet18", weights=tmp_path / "moco.pth")
+    assert not loaded.classifies
+    assert loaded.name == "timm:resnet18 with moco.pth"
+    for words in (
+        "moco.pth: 120 entries from state_dict/module.encoder_q.*",
+        "left out",
+        "missing, so random, fc.weight",
+    ):
+        assert words in loaded.description
+    assert len(loaded.description.splitlines()) == 1
+    torch.save(source.state_dict(), tmp_path / "whole.pth")
+    assert load_model("timm:resnet18", weights=tmp_path / "whole.pth").classifies

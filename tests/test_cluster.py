@@ -1,0 +1,92 @@
+"""The same work on a local Ray cluster of two actors: the maps are those of a single process, bit for bit."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from test_explain import MODEL, make_pictures, run
+
+from tucker_cam.cli import app  # noqa: F401 - imported before the cluster starts, so that it is not timed by it
+
+# Ray leaves files and sockets to be closed by the garbage collector, and asks for pandas' future behaviour.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning",
+    "ignore::FutureWarning",
+    "ignore::DeprecationWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)
+
+
+@pytest.fixture(scope="module")
+def _cluster():
+    environment = {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}", "OMP_NUM_THREADS": "1"}
+    ray.init(
+        num_cpus=3,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": environment},
+    )
+    yield
+    ray.shutdown()
+
+
+def maps_in(folder):
+    """Return the maps of all tables by picture and method, and the errors by picture; none may come twice."""
+    maps, errors = {}, {}
+    for path in folder.glob("maps-*.parquet"):
+        for row in pq.read_table(path).to_pylist():
+            if row["error"] is not None:
+                errors[row["picture"]] = row["error"]
+                continue
+            key = row["picture"], row["method"]
+            assert key not in maps
+            maps[key] = np.array(row["saliency"], np.float32).reshape(row["shape"])
+    return maps, errors
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is_gone_on_with(tmp_path):
+    pictures = make_pictures(tmp_path / "pictures", 14)
+    (pictures / "p005.png").write_bytes(b"no picture")
+    encoded = [{"image": path.read_bytes(), "name": f"row-{path.stem}"} for path in sorted(pictures.glob("p00*.png"))]
+    pq.write_table(pa.Table.from_pylist(encoded), tmp_path / "table.parquet", row_group_size=3)
+    inputs = (pictures, tmp_path / "table.parquet", *MODEL, "--method", "tsm", "--method", "mtsm", "--batch-size", 4)
+
+    single = run(*inputs, "--format", "npy", "--out", tmp_path / "single")
+    assert "24 pictures: 22 explained, 0 there already, 2 failed" in single.output
+    out = tmp_path / "cluster"
+    clustered = run(*inputs, "--engine", "ray", "--workers", 2, "--out", out)
+    assert "24 pictures: 22 explained, 0 there already, 2 failed" in clustered.output, clustered.output
+    assert clustered.exit_code == 1
+    assert clustered.stderr.count("expected a picture") == 2
+
+    names = json.loads((tmp_path / "single" / "manifest.json").read_text())["pictures"]
+    maps, errors = maps_in(out)
+    assert len(maps) == 44
+    assert len(errors) == 2
+    for (picture, method), saliency in maps.items():
+        np.testing.assert_array_equal(saliency, np.load(tmp_path / "single" / f"{names[picture]}_{method}.npy"))
+
+    # What a killed run leaves: one table missing, one half-written.
+    first, second, *_ = sorted(out.glob("maps-*.parquet"))
+    lost = len(pq.read_table(first)) + len(pq.read_table(second))
+    assert lost > 0
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-20])
+    make_pictures(tmp_path / "pictures" / "new", 1, seed=5)
+    again = run(*inputs, "--engine", "ray", "--workers", 2, "--out", out)
+    assert "25 pictures: " in again.output
+    assert again.output.count(" 2 failed") == 1
+    remade, _ = maps_in(out)
+    assert len(remade) == 46
+    assert all(np.array_equal(remade[key], saliency) for key, saliency in maps.items())
+
+    other = run(*inputs, "--layer", "1", "--engine", "ray", "--out", out)
+    assert other.exit_code == 2
+    assert "holds the maps of another run (layers: ['3'], now ['1'])" in other.stderr

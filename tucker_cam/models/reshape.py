@@ -1,0 +1,151 @@
+"""What a transformer or a feature pyramid puts out in, feature maps out: the reshape transforms the host asks for.
+
+Each is a callable that compares equal to one made from the same shapes, and can be pickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from tucker_cam.activations import ReshapeTransform
+
+_MOST_PREFIX_TOKENS = 16
+"""A class token, a distillation token and the registers; DINOv2 has 1 or 5."""
+
+
+@dataclass(frozen=True)
+class TokensToMaps:
+    """Lay a transformer's patch tokens out as the picture they came from.
+
+    Attributes:
+        prefix: tokens before the patches (class, distillation, registers); they are left out.
+        aspect: the picture's height over its width.
+
+    Example:
+        >>> TokensToMaps(prefix=1, aspect=1.0)(torch.zeros(2, 197, 768)).shape
+        torch.Size([2, 768, 14, 14])
+    """
+
+    prefix: int
+    aspect: float
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Turn batch x tokens x channels into batch x channels x height x width.
+
+        Raises:
+            ValueError: so many tokens are no picture of these proportions.
+        """
+        patches = tokens.shape[1] - self.prefix
+        height = round((patches * self.aspect) ** 0.5)
+        if height < 1 or patches % height:
+            raise ValueError(
+                f"expected {self.prefix} tokens and a grid of patches {self.aspect:g} times as high as wide, got "
+                f"{tuple(tokens.shape)}: load the model for pictures of this size, or pass your own reshape_transform"
+            )
+        maps: Tensor = tokens[:, self.prefix :].mT.unflatten(2, (height, patches // height))
+        return maps
+
+
+def channels_last_to_maps(output: Tensor) -> Tensor:
+    """Turn batch x spatial x channels, as Swin has it, into batch x channels x spatial."""
+    return output.movedim(-1, 1)
+
+
+def only_map(output: Any) -> Tensor:
+    """Take the one feature map out of a list or a tuple."""
+    (maps,) = _maps_in(output)
+    return maps
+
+
+def pyramid_to_maps(output: Any) -> Tensor:
+    """Put the levels of a feature pyramid on top of each other, resized to the middle one; one of 1x1 is left out.
+
+    Args:
+        output: a mapping, a list or a tuple of batch x channels x height x width, the sizes differing.
+
+    Returns:
+        batch x all channels x height x width.
+    """
+    levels = sorted(_maps_in(output), key=lambda level: level.shape[-1], reverse=True)
+    size = levels[(len(levels) - 1) // 2].shape[-2:]
+    resized = [interpolate(level.float(), size=size, mode="bilinear", antialias=True) for level in levels]
+    return torch.cat(resized, dim=1)
+
+
+def spatial_output(output: object, picture: Tensor) -> tuple[tuple[int, ...], ReshapeTransform | None] | None:
+    """Return the shape of a layer's output and the transform that makes it maps; None if it shows no positions.
+
+    Args:
+        output: what the layer returned.
+        picture: the model's input, batch x channels x height x width or batch x channels x time x height x width.
+    """
+    if isinstance(output, Tensor):
+        if not is_map(output, picture):
+            return None
+        if output.dim() == 3:
+            return tuple(output.shape), _tokens_to_maps(output, picture)
+        return tuple(output.shape), channels_last_to_maps if _is_channels_last(output, picture) else None
+    levels = _maps_in(output)
+    if not all(is_map(level, picture) and not _is_channels_last(level, picture) for level in levels):
+        return None
+    if len(levels) == 1 and not isinstance(output, Mapping):
+        return tuple(levels[0].shape), only_map
+    if picture.dim() == 4 and len({level.shape[-2:] for level in levels}) > 1:
+        return tuple(pyramid_to_maps(output).shape), pyramid_to_maps
+    return None
+
+
+def holds_maps(output: object, picture: Tensor) -> bool:
+    """Tell whether a mapping, a list or a tuple holds a feature map of the picture."""
+    return any(is_map(each, picture) for each in _maps_in(output))
+
+
+def is_map(value: object, picture: Tensor) -> bool:
+    """Tell whether this shows where in the picture something is, and is not the picture itself, normalised or not."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim() or len(value) != len(picture):
+        return False
+    if value.shape == picture.shape:
+        return False
+    if value.dim() == 3:
+        return picture.dim() == 4 and value.shape[2] > 1 and _tokens_to_maps(value, picture) is not None
+    if value.dim() != picture.dim():
+        return False
+    spatial = value.shape[1:-1] if _is_channels_last(value, picture) else value.shape[2:]
+    return spatial[-2:].numel() > 1
+
+
+def _tokens_to_maps(tokens: Tensor, picture: Tensor) -> TokensToMaps | None:
+    """Return how batch x tokens x channels becomes maps of the picture; None if the tokens lie on no grid.
+
+    The patches are as many as fit the picture's proportions, each a whole number of pixels high and wide, with as
+    few tokens left over before them as possible, and not more than half as many.
+    """
+    height, width = picture.shape[-2:]
+    for prefix in range(min(_MOST_PREFIX_TOKENS, tokens.shape[1] // 3) + 1):
+        patches = tokens.shape[1] - prefix
+        rows = isqrt(patches * height // width)
+        if rows and rows * rows * width == patches * height and not height % rows and not width % (patches // rows):
+            return TokensToMaps(prefix, height / width)
+    return None
+
+
+def _is_channels_last(output: Tensor, picture: Tensor) -> bool:
+    """Tell whether the picture's proportions are those of the axes before the last, as in Swin, and not of the last."""
+    height, width = picture.shape[-2:]
+    first, second, third = output.shape[-3:]
+    return first * width == second * height and second * width != third * height
+
+
+def _maps_in(output: object) -> list[Tensor]:
+    if not isinstance(output, (Mapping, list, tuple)):
+        return []
+    values = output.values() if isinstance(output, Mapping) else output
+    tensors = [value for value in values if isinstance(value, Tensor) and value.dim() in (4, 5)]
+    return [tensor for tensor in tensors if tensor.shape[2:].numel() > 1]
