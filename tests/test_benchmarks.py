@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import skimage.data
 from PIL import Image
 from test_datasets import write_boxes
@@ -69,6 +70,15 @@ def test_the_self_supervised_benchmark_runs_and_its_network_is_explained_by_the_
     assert len(list((tmp_path / "maps").glob("*.png"))) == len(scenes) == 4
 
 
+def test_the_folder_benchmark_runs_and_loses_nothing_when_it_is_killed(tmp_path):
+    run_quickly("folders", tmp_path)
+    results = json.loads((tmp_path / "folders.json").read_text())
+    assert len(results["speed_of_a_plain_loop"]["rounds"]) == 3
+    killed = results["killed"]
+    assert (killed["missing"], killed["unexpected"], killed["half_written"], killed["litter"]) == (0, 0, 0, [])
+    assert "pictures a second" in (tmp_path / "folders.md").read_text()
+
+
 def test_the_readmes_results_are_quoted_from_what_the_benchmarks_wrote():
     readme = (ROOT / "README.md").read_text()
     section = readme.partition("## What came out\n")[2].partition("\n## ")[0]
@@ -81,7 +91,8 @@ def test_the_readmes_results_are_quoted_from_what_the_benchmarks_wrote():
         assert part in written
 
 
-def test_the_readme_quotes_the_speed_tables_as_they_were_written():
-    written = (ROOT / "benchmarks" / "results" / "speed.md").read_text()
+@pytest.mark.parametrize("name", ["speed", "folders"])
+def test_the_readme_quotes_all_tables_as_they_were_written(name):
+    written = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
     for part in written.strip().split("\n\n"):
         assert part in (ROOT / "README.md").read_text()

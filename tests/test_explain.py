@@ -108,6 +108,16 @@ def test_files_globs_and_folders_name_each_picture_once(pictures, tmp_path, monk
         find_sources(["empty"])
 
 
+def test_a_run_does_not_explain_what_an_earlier_one_wrote(pictures, monkeypatch):
+    monkeypatch.chdir(pictures)
+    for _ in range(2):
+        assert run(".", "**/*.png", *MODEL, "--out", "out").exit_code == 0
+    assert len(list((pictures / "out").rglob("*.png"))) == 11
+    same = run(".", *MODEL, "--out", pictures)
+    assert same.exit_code == 2
+    assert "expected another folder for the results" in same.stderr
+
+
 def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
     make_pictures(tmp_path, 1)
     odd = (tmp_path / "p000.png").rename(tmp_path / "a[1]*.png")

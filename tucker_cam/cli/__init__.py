@@ -84,6 +84,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps ... (default: c
 _USER_ERROR = 2
 _SOME_FAILED = 1
 _INTERRUPTED = 130
+_EXTRAS = {"pyarrow": "ray", "ray": "ray", "zarr": "zarr"}
 
 
 @app.callback()
@@ -137,8 +138,7 @@ def explain(
     ] = None,
 ) -> None:
     """Write an overlay, or the map, for each picture and method."""
-    extra = "tucker-cam[ray]" if engine is Engine.RAY else "tucker-cam[zarr]"
-    with _user_errors(extra, goes_on=True) as problems:
+    with _user_errors("models", goes_on=True) as problems:
         load = partial(_load, model, layer or [], weights, not no_pretrained, device)
         if engine is Engine.RAY:
             if formats or gallery:
@@ -211,7 +211,7 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Score the methods and controls on a folder of pictures, with boxes, with masks or without."""
-    with _user_errors("tucker-cam[evaluation]", goes_on=True) as problems:
+    with _user_errors("evaluation", goes_on=True) as problems:
         from tucker_cam.cli.evaluate import evaluate_folder
 
         problems += evaluate_folder(
@@ -240,7 +240,7 @@ def spectrum(
     device: Device = None,
 ) -> None:
     """Plot how much the first singular values hold of the sum of all, with and without centring."""
-    with _user_errors("tucker-cam[evaluation]") as problems:
+    with _user_errors("evaluation") as problems:
         from tucker_cam.cli.spectrum import write_spectrum
 
         problems += write_spectrum(
@@ -258,7 +258,7 @@ def _load(model: str, layers: list[str], weights: Path | None, pretrained: bool,
 
 
 @contextmanager
-def _user_errors(extra: str = "tucker-cam[demo]", *, goes_on: bool = False) -> Iterator[list[str]]:
+def _user_errors(extra: str = "demo", *, goes_on: bool = False) -> Iterator[list[str]]:
     """Give a list of problems, printed at the end, with exit code 1: of pictures, while the others were done.
 
     An error that a user can mend is one line too, with exit code 2.
@@ -269,7 +269,9 @@ def _user_errors(extra: str = "tucker-cam[demo]", *, goes_on: bool = False) -> I
         yield problems
     except ModuleNotFoundError as error:
         ours = " " in str(error.msg) and "pip install" in str(error)
-        problems.append(str(error) if ours else f"this needs the package {error.name}: pip install '{extra}'")
+        extra = _EXTRAS.get((error.name or "").partition(".")[0], extra)
+        missing = f"this needs the package {error.name}: pip install 'tucker-cam[{extra}]'"
+        problems.append(str(error) if ours else missing)
         code = _USER_ERROR
     except (OSError, TypeError, ValueError) as error:
         problems.append(str(error))

@@ -18,7 +18,6 @@ import ray
 import typer
 from fsspec.core import url_to_fs
 from ray.data.datasource import FilenameProvider
-from torch import Tensor
 
 from tucker_cam.cli.explain import CPU_BATCH, read_input
 from tucker_cam.cli.explainer import Explainer
@@ -135,14 +134,10 @@ class _Actor:
         ]
         loaded = self.explainer.loaded
         inputs = [read_input(source, loaded.preprocess, loaded.frames) for source in sources]
-        readable = [each for each in inputs if isinstance(each, Tensor)]
-        explanations = iter(self.explainer.explain(readable))
-        for source, each, missing in zip(sources, inputs, item["missing"], strict=True):
-            found = next(explanations) if isinstance(each, Tensor) else each
-            if isinstance(found, str):
-                error = found if isinstance(each, str) else f"{source}: {found}"
-                yield {"picture": source.key, "name": source.name, "error": error}
-            else:
+        for source, found, missing in zip(sources, self.explainer.explain(inputs), item["missing"], strict=True):
+            if missing and isinstance(found, str):
+                yield {"picture": source.key, "name": source.name, "error": f"{source}: {found}"}
+            elif not isinstance(found, str):
                 for method in missing:
                     saliency = found.maps[method]
                     yield {

@@ -59,6 +59,7 @@ def evaluate_folder(
     samples, kind = find_samples(data, annotations=annotations, limit=limit)
     loaded = load()
     subject = subject_of(loaded)
+    check_readable(samples, loaded)
     if subject.classifies:
         chosen |= LABEL_DEPENDENT
     columns = measures(
@@ -88,8 +89,6 @@ def evaluate_folder(
             skipped, remarks = compare_on_folder(
                 samples, kind, loaded, subject, chosen, columns, results, advance=advance
             )
-    if not results.rows:
-        raise ValueError(f"none of the {len(samples)} pictures could be read, {samples[0].picture} among them")
     order = {name: index for index, name in enumerate([*METHODS, *LABEL_DEPENDENT, *CONTROLS])}
     rows = sorted(results.rows.values(), key=lambda row: order.get(row["method"], len(order)))
     summaries = summarise(rows, columns)
@@ -129,6 +128,17 @@ def subject_of(loaded: LoadedModel) -> Subject:
         layer.reshape_transform,
         loaded.last_layer.reshape_transform,
     )
+
+
+def check_readable(samples: Sequence[Sample], loaded: LoadedModel) -> None:
+    """Raise ValueError unless one picture at least can be read."""
+    for sample in samples:
+        try:
+            see(sample, "none", loaded)
+        except (OSError, ValueError):
+            continue
+        return
+    raise ValueError(f"none of the {len(samples)} pictures could be read, {samples[0].picture} among them")
 
 
 def check_outputs(data: Path, outputs: Sequence[Path]) -> None:

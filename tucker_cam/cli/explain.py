@@ -75,7 +75,7 @@ def explain_pictures(
         OSError: weights could not be had, `out` could not be written, or a reading process was killed.
     """
     classes = {name: method_named(name) for name in dict.fromkeys(methods)}
-    sources = find_sources(images)
+    sources = find_sources(images, out=out)
     loaded = load()
     typer.echo(printable(loaded.description))
     out.mkdir(parents=True, exist_ok=True)
@@ -139,12 +139,12 @@ def read_input(source: Source, preprocess: Callable[[object], Tensor], frames: i
     try:
         picture = source.read(frames)
     except (OSError, ValueError) as error:
-        return str(error)
+        return str(error).removeprefix(f"{source}: ")
     try:
         return preprocess(picture)
     except Exception as error:
         # Whatever a preprocessing of one's own raises on one picture, the others are still done.
-        return f"{source}: its preprocessing failed ({type(error).__name__}: {error})"
+        return f"its preprocessing failed ({type(error).__name__}: {error})"
 
 
 def _run(
@@ -159,7 +159,8 @@ def _run(
     ends = accumulate(map(len, batches))
     indices = [list(range(end - len(batch), end)) for end, batch in zip(ends, batches, strict=True)]
     if workers is None:
-        workers = 0 if len(batches) < 2 else min(max(len(os.sched_getaffinity(0)) - 1, 1), _MOST_WORKERS)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 0 if len(batches) < 2 else min(max(cores - 1, 1), _MOST_WORKERS)
     loader = DataLoader(
         _Pictures(sources, explainer.loaded), batch_sampler=indices, collate_fn=list, num_workers=workers
     )
@@ -167,15 +168,14 @@ def _run(
     writing: deque[tuple[Source, Future[None]]] = deque()
     with ThreadPoolExecutor(_WRITERS) as writers, progress("explaining", total) as advance:
         for batch, inputs in zip(batches, _batches(loader), strict=True):
-            problems += [each for each in inputs if isinstance(each, str)]
-            readable = [(source, each) for source, each in zip(batch, inputs, strict=True) if isinstance(each, Tensor)]
-            found = explainer.explain([each for _, each in readable])
-            for (source, each), explanation in zip(readable, found, strict=True):
-                if isinstance(explanation, str):
-                    problems.append(f"{source}: {explanation}")
+            for source, each, found in zip(batch, inputs, explainer.explain(inputs), strict=True):
+                if not missing[source]:
+                    continue
+                if isinstance(found, str) or isinstance(each, str):
+                    problems.append(f"{source}: {found}")
                 else:
                     view = partial(explainer.loaded.picture, each)
-                    writing.append((source, writers.submit(_write, missing[source], names[source], view, explanation)))
+                    writing.append((source, writers.submit(_write, missing[source], names[source], view, found)))
             # So many wait at most, and what they hold is not let grow.
             while len(writing) > 2 * len(batch):
                 problems += _settle(*writing.popleft())

@@ -48,21 +48,22 @@ class Explainer:
     aug_smooth: bool = False
     components: bool = False
 
-    def explain(self, inputs: Sequence[Tensor]) -> list[Explanation | str]:
+    def explain(self, inputs: Sequence[Tensor | str]) -> list[Explanation | str]:
         """Explain pictures; those of one size go through the network together.
 
         Args:
-            inputs: as `loaded.preprocess` returns them.
+            inputs: as `loaded.preprocess` returns them, or a line that says why there is none.
 
         Returns:
-            For each picture what was found, or a line that says why it failed.
+            For each picture what was found, or a line that says why nothing was.
         """
-        results: list[Explanation | str] = [""] * len(inputs)
-        by_size: dict[torch.Size, list[int]] = {}
-        for index, network_input in enumerate(inputs):
-            by_size.setdefault(network_input.shape, []).append(index)
-        for indices in by_size.values():
-            for index, result in zip(indices, self._together([inputs[index] for index in indices]), strict=True):
+        results: list[Explanation | str] = [each if isinstance(each, str) else "" for each in inputs]
+        by_size: dict[torch.Size, dict[int, Tensor]] = {}
+        for index, each in enumerate(inputs):
+            if isinstance(each, Tensor):
+                by_size.setdefault(each.shape, {})[index] = each
+        for of_one_size in by_size.values():
+            for index, result in zip(of_one_size, self._together(list(of_one_size.values())), strict=True):
                 results[index] = result
         return results
 

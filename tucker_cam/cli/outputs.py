@@ -46,8 +46,10 @@ class Output(Protocol):
         """
 
 
-class Overlays:
-    """``NAME_METHOD.png``: the map over what the network saw; of a clip an animated one."""
+class MethodFiles:
+    """A file for each method: ``NAME_METHOD`` and a suffix."""
+
+    suffix: str
 
     def __init__(self, out: Path, methods: Sequence[str]) -> None:
         self.out, self.methods = out, methods
@@ -57,33 +59,38 @@ class Overlays:
 
     def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
         for method, saliency in explanation.maps.items():
-            seen = picture()
-            pairs = [(seen, saliency)] if saliency.ndim == 2 else list(zip(seen, saliency, strict=True))
-            first, *others = [Image.fromarray(show_cam_on_image(view, each, use_rgb=True)) for view, each in pairs]
-            animation: dict[str, Any] = {"save_all": True, "append_images": others} if others else {}
             with _new_file(self._path(name, method)) as unfinished:
-                first.save(unfinished, format="PNG", **animation)
+                self.save(unfinished, picture, saliency)
+
+    def save(self, path: Path, picture: Picture, saliency: NDArray[np.float32]) -> None:
+        """Write the file of one method."""
+        raise NotImplementedError
 
     def _path(self, name: str, method: str) -> Path:
-        return self.out / f"{name}_{method}.png"
+        return self.out / f"{name}_{method}{self.suffix}"
 
 
-class ArrayFiles:
-    """``NAME_METHOD.npy``: the map, float32 in [0, 1]."""
+class Overlays(MethodFiles):
+    """The map over what the network saw; of a clip an animated one."""
 
-    def __init__(self, out: Path, methods: Sequence[str]) -> None:
-        self.out, self.methods = out, methods
+    suffix = ".png"
 
-    def has(self, name: str, since: float) -> bool:
-        return all(_is_current(self._path(name, method), since) for method in self.methods)
+    def save(self, path: Path, picture: Picture, saliency: NDArray[np.float32]) -> None:
+        seen = picture()
+        pairs = [(seen, saliency)] if saliency.ndim == 2 else list(zip(seen, saliency, strict=True))
+        first, *others = [Image.fromarray(show_cam_on_image(view, each, use_rgb=True)) for view, each in pairs]
+        animation: dict[str, Any] = {"save_all": True, "append_images": others} if others else {}
+        first.save(path, format="PNG", **animation)
 
-    def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
-        for method, saliency in explanation.maps.items():
-            with _new_file(self._path(name, method)) as unfinished, unfinished.open("wb") as file:
-                np.save(file, saliency)
 
-    def _path(self, name: str, method: str) -> Path:
-        return self.out / f"{name}_{method}.npy"
+class ArrayFiles(MethodFiles):
+    """The map, float32 in [0, 1]."""
+
+    suffix = ".npy"
+
+    def save(self, path: Path, picture: Picture, saliency: NDArray[np.float32]) -> None:
+        with path.open("wb") as file:
+            np.save(file, saliency)
 
 
 class ZarrStore:

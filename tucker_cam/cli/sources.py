@@ -16,6 +16,7 @@ from PIL import Image
 from tucker_cam.files import decode_frames, decode_picture
 
 _MAGIC = "*?["
+_PICTURES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 _CACHED_ROW_GROUPS = 2
 
 
@@ -73,26 +74,31 @@ class Source:
         return path.open("rb")
 
 
-def find_sources(arguments: Sequence[str]) -> list[Source]:
+def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> list[Source]:
     """Find the pictures: each file that is named, and those in folders (at any depth), globs and Parquet files.
 
     A Parquet file has a column ``image`` (encoded pictures, or Hugging Face's struct of bytes and path) and may have a
     column ``name``. Hidden files in folders are left out. A file that is not there stays in the list: reading it says
     so.
 
+    Args:
+        arguments: as they were typed.
+        out: a folder for results; what is found in it is an earlier run's, and left out.
+
     Returns:
         In the order of the arguments, and of the names in each; none twice.
 
     Raises:
-        ValueError: a folder or glob without pictures, or a Parquet file without a column ``image``.
+        ValueError: a folder or glob without pictures, a folder that is `out`, or a Parquet file without a column
+            ``image``.
         ModuleNotFoundError: Parquet needs pyarrow.
     """
-    found = [source for argument in arguments for source in _sources_of(argument)]
+    found = [source for argument in arguments for source in _sources_of(argument, out)]
     return list({(source.path, source.row): source for source in found}.values())
 
 
-def _sources_of(argument: str) -> Iterator[Source]:
-    root, paths = _expanded(argument)
+def _sources_of(argument: str, out: Path | None) -> Iterator[Source]:
+    root, paths = _expanded(argument, out)
     for path in paths:
         if path.endswith(".parquet"):
             yield from _rows(path)
@@ -100,12 +106,14 @@ def _sources_of(argument: str) -> Iterator[Source]:
             yield Source(_name(path, root), path)
 
 
-def _expanded(argument: str) -> tuple[str, list[str]]:
+def _expanded(argument: str, out: Path | None) -> tuple[str, list[str]]:
     """Return the folder that names are relative to, and the files."""
     if _is_url(argument):
         return _expanded_url(argument)
     path = Path(argument)
     if path.is_dir():
+        if out is not None and out.resolve() == path.resolve():
+            raise ValueError(f"{argument}: expected another folder for the results, got this one as --out")
         found = [file for file in path.rglob("*") if _is_wanted(file.relative_to(path).as_posix()) and file.is_file()]
         root = path
     elif not path.exists() and any(character in argument for character in _MAGIC):
@@ -116,6 +124,9 @@ def _expanded(argument: str) -> tuple[str, list[str]]:
         root = Path(*fixed[:magic])
     else:
         return str(path.parent), [str(path)]
+    if out is not None:
+        results = out.resolve()
+        found = [file for file in found if not file.resolve().is_relative_to(results)]
     if not found:
         raise ValueError(f"{argument}: expected pictures or Parquet files, found none")
     return str(root), sorted(str(file) for file in found)
@@ -139,8 +150,7 @@ def _expanded_url(argument: str) -> tuple[str, list[str]]:
 
 def _is_wanted(relative: str) -> bool:
     suffix = PurePosixPath(relative).suffix.lower()
-    known = suffix == ".parquet" or suffix in Image.registered_extensions()
-    return known and not any(part.startswith(".") for part in relative.split("/"))
+    return suffix in (".parquet", *_PICTURES) and not any(part.startswith(".") for part in relative.split("/"))
 
 
 def _name(path: str, root: str) -> str:

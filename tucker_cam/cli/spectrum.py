@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from tucker_cam.cli.evaluate import check_outputs, subject_of
+from tucker_cam.cli.evaluate import check_outputs, check_readable, subject_of
 from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.spectrum import DECOMPOSITIONS, draw_spectrum, rows_of_spectrum, spectrum
 from tucker_cam.files import complete_or_absent
@@ -45,6 +45,7 @@ def write_spectrum(
     samples, _ = find_samples(data, limit=limit)
     loaded = load()
     subject = subject_of(loaded)
+    check_readable(samples, loaded)
     device = loaded.example().device
     layer_name = loaded.layer_names[0]
     skipped, pictures, parts = [], [], []
@@ -56,8 +57,6 @@ def write_spectrum(
             continue
         parts.append(spectrum(loaded.model, subject.layer, image, _VALUES, subject.reshape_transform))
         pictures.append(sample.name)
-    if not parts:
-        raise ValueError(f"none of the {len(samples)} pictures could be read, {samples[0].picture} among them")
     shares = {name: np.concatenate([part[name] for part in parts]) for name in DECOMPOSITIONS}
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_spectrum(out, f"{loaded.name}, {layer_name}, {len(pictures)} pictures", shares)
