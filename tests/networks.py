@@ -84,6 +84,26 @@ def uncropped_model():
     return replace(tiny_loaded_model(), preprocess=transforms.Compose(steps))
 
 
+class Dense(nn.Module):
+    """A backbone that returns its map by name, and a head that makes a map of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.named, self.head = nn.Conv2d(3, 4, 3), Named(), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.named(self.backbone(x))["out"])
+
+
+class Named(nn.Module):
+    def forward(self, x):
+        return {"out": x}
+
+
+def dense_model():
+    return Dense()
+
+
 def tiny_video_network():
     """Return a network that takes four frames."""
     convert = transforms.Compose([transforms.Resize(16), transforms.ToTensor()])
@@ -103,6 +123,10 @@ def picky_preprocessing():
         return network.preprocess(picture)
 
     return replace(network, preprocess=preprocess)
+
+
+def text_model():
+    return nn.Embedding(10, 4)
 
 
 def bare_model():

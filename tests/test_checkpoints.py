@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import re
 
 import numpy as np
 import pytest
@@ -150,10 +151,15 @@ LAYOUTS = [
 ]
 
 
+def upstream(model):
+    run = dry_run(model, IMAGE)
+    return run.upstream[run.target.name]
+
+
 def load(model, content, tmp_path, name="checkpoint.pth"):
     file = tmp_path / name
     torch.save(content, file)
-    return load_checkpoint(model, file, dry_run(model, IMAGE).upstream)
+    return load_checkpoint(model, file, upstream(model))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
@@ -166,6 +172,8 @@ def test_the_whole_backbone_is_loaded_and_the_head_left_out(layout, tmp_path):
     assert set(report.loaded) == set(backbone_of(source))
     assert report.missing == ["fc.weight", "fc.bias"]
     assert not set(report.left_out) & {report.place + name for name in report.loaded}
+    others = [name for name in report.left_out if name.startswith(report.place)]
+    assert all(re.search("fc|head|proj|prototypes|queue|bn.running_mean", name) for name in others)
 
 
 @pytest.mark.parametrize("build", [resnet, torchvision_resnet])
@@ -183,6 +191,8 @@ def test_lightlys_numbered_children_are_named(build, tmp_path):
     assert "backbone.4.0.conv1.weight" in state
     report = load(model, {"state_dict": state, "epoch": 3}, tmp_path, "epoch=3.ckpt")
     assert report.place == "state_dict/backbone."
+    left_out = [name for name in report.left_out if not name.startswith("state_dict/backbone_momentum.")]
+    assert left_out == ["state_dict/projection_head.weight", "state_dict/projection_head.bias"]
     assert torch.equal(model.layer4[0].conv2.weight, source.layer4[0].conv2.weight)
     assert torch.equal(model.bn1.running_var, source.bn1.running_var)
     assert report.missing == ["fc.weight", "fc.bias"]
@@ -223,12 +233,13 @@ def test_vicregls_convnext_is_renamed_and_its_missing_layer_scale_is_one(tmp_pat
         assert torch.equal(model.forward_features(IMAGE), source.forward_features(IMAGE))
         assert torch.equal(model.head.norm.weight, source.head.norm.weight)
         assert report.missing == ["head.fc.weight", "head.fc.bias"]
+        assert report.left_out == ["model/module.maps_projector.0.weight"]
 
 
 def test_safetensors_are_read_and_a_whole_classifier_keeps_its_head(tmp_path):
     source, model = seeded(resnet, 1), seeded(resnet, 3)
     save_file(prefixed("backbone.", source.state_dict()), tmp_path / "w.safetensors")
-    report = load_checkpoint(model, tmp_path / "w.safetensors", dry_run(model, IMAGE).upstream)
+    report = load_checkpoint(model, tmp_path / "w.safetensors", upstream(model))
     assert torch.equal(model(IMAGE), source(IMAGE))
     assert (report.left_out, report.missing) == ([], [])
 
@@ -357,3 +368,93 @@ def test_a_model_that_lost_its_head_classifies_no_longer_and_says_what_was_loade
     assert len(loaded.description.splitlines()) == 1
     torch.save(source.state_dict(), tmp_path / "whole.pth")
     assert load_model("timm:resnet18", weights=tmp_path / "whole.pth").classifies
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        # As DINOv2 and Lightly have it: both in one dictionary, the student first.
+        (
+            lambda a, b: {"model": prefixed("student.backbone.", b) | prefixed("teacher.backbone.", a)},
+            "teacher.backbone.",
+        ),
+        (
+            lambda a, b: {"state_dict": prefixed("student_backbone.", b) | prefixed("teacher_backbone.", a)},
+            "teacher_bac",
+        ),
+        (
+            lambda a, b: {"state_dict": prefixed("backbone_momentum.", b) | prefixed("backbone.", a)},
+            "state_dict/backbone.",
+        ),
+        (lambda a, b: {"target_network": b, "online_network": a}, "online_network/"),
+        (lambda a, b: {"state_dict": b, "state_dict_ema": a}, "state_dict_ema/"),
+        (lambda a, b: {"opt": {"exp_avg": b}, "net": a, "grads": b}, "net/"),
+        (lambda a, b: {"model": prefixed("_orig_mod.module.model.student.backbone.", a)}, "model/_orig_mod.module."),
+        (lambda a, b: {"0": a, "1": a}, "0/"),
+    ],
+)
+def test_of_several_branches_the_published_one_is_loaded(content, place, tmp_path):
+    source, other, model = seeded(resnet, 1), seeded(resnet, 2), seeded(resnet, 3)
+    report = load(model, content(backbone_of(source), backbone_of(other)), tmp_path)
+    assert torch.equal(model.forward_features(IMAGE), source.forward_features(IMAGE))
+    assert place in report.place
+
+
+def test_the_query_encoder_is_loaded_where_safetensors_put_the_momentum_encoder_first(tmp_path):
+    source, other, model = seeded(resnet, 1), seeded(resnet, 2), seeded(resnet, 3)
+    both = prefixed("encoder_q.", backbone_of(source)) | prefixed("encoder_k.", backbone_of(other))
+    save_file(both, tmp_path / "moco.safetensors")
+    assert load_checkpoint(model, tmp_path / "moco.safetensors", upstream(model)).place == "encoder_q."
+    assert torch.equal(model.forward_features(IMAGE), source.forward_features(IMAGE))
+
+
+@pytest.mark.parametrize("names", [("initial_state", "final_state"), ("teacher", "model")])
+def test_of_several_backbones_that_no_convention_tells_apart_none_is_loaded(names, tmp_path):
+    model = seeded(resnet, 3)
+    content = {name: backbone_of(seeded(resnet, seed)) for seed, name in enumerate(names)}
+    with pytest.raises(
+        ValueError, match=rf"expected one backbone, found several, in {names[0]}/\*, {names[1]}/\*: save"
+    ):
+        load(model, content, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_of_lower_precision_are_converted(dtype, tmp_path):
+    source, model = seeded(resnet, 1), seeded(resnet, 3)
+    state = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in backbone_of(source).items()
+    }
+    load(model, state, tmp_path)
+    torch.testing.assert_close(model.conv1.weight, source.conv1.weight, rtol=0.1, atol=0.01)
+    assert model.conv1.weight.dtype == torch.float32
+
+
+def test_integers_for_weights_and_numbers_that_are_none_are_refused(tmp_path):
+    state = backbone_of(seeded(resnet, 1))
+    with pytest.raises(ValueError, match=r"another shape: conv1\.weight;"):
+        load(seeded(resnet, 3), state | {"conv1.weight": state["conv1.weight"].to(torch.int64)}, tmp_path)
+    with pytest.raises(ValueError, match=r"expected finite weights, found NaN or Inf in bn1\.bias$"):
+        load(seeded(resnet, 3), state | {"bn1.bias": state["bn1.bias"] / 0}, tmp_path)
+
+
+def test_a_vits_weights_of_another_patch_size_are_not_resized_silently(tmp_path):
+    def vit(patch_size):
+        return timm.models.VisionTransformer(img_size=64, patch_size=patch_size, embed_dim=8, depth=1, num_heads=2)
+
+    with pytest.raises(ValueError, match=r"another shape: patch_embed\.proj\.weight, pos_embed;"):
+        load(vit(16), vit(32).state_dict(), tmp_path)
+
+
+def test_a_layer_scale_under_a_name_that_is_not_known_is_not_taken_for_one(tmp_path):
+    source, model = seeded(convnext, 1), seeded(convnext, 3)
+    state = {name.replace("gamma", "scale_of_layer"): value for name, value in source.state_dict().items()}
+    with pytest.raises(ValueError, match=r"stages\.0\.blocks\.0\.gamma"):
+        load(model, state, tmp_path)
+
+
+def test_a_layer_behind_the_default_one_needs_its_weights_too(tmp_path):
+    source = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 1)
+    torch.save({"backbone.weight": source[0].weight, "backbone.bias": source[0].bias}, tmp_path / "w.pth")
+    assert load_model("networks:dense_model", weights=tmp_path / "w.pth").layer_names == ["backbone"]
+    with pytest.raises(ValueError, match=r"found 2 of its 4 entries; .*: head\.bias, head\.weight"):
+        load_model("networks:dense_model", weights=tmp_path / "w.pth", layers=["head"])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from test_explain import MODEL, make_pictures, run
+from test_readme import blocks
 
 from tucker_cam.cli import app  # noqa: F401 - imported before the cluster starts, so that it is not timed by it
 
@@ -90,3 +92,15 @@ def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is
     other = run(*inputs, "--layer", "1", "--engine", "ray", "--out", out)
     assert other.exit_code == 2
     assert "holds the maps of another run (layers: ['3'], now ['1'])" in other.stderr
+
+
+@pytest.mark.usefixtures("_cluster")
+def test_the_readmes_command_runs(tmp_path, monkeypatch):
+    (block,) = blocks("sh", "### You have a cluster", "## Check it on your own pictures")
+    monkeypatch.chdir(tmp_path)
+    encoded = [{"image": path.read_bytes()} for path in make_pictures(tmp_path / "pictures", 2).iterdir()]
+    pq.write_table(pa.Table.from_pylist(encoded), "pictures.parquet")
+    result = run(*shlex.split(block)[2:])
+    assert "2 pictures: 2 explained, 0 there already, 0 failed; in maps-on-ray" in result.output, result.output
+    maps, _ = maps_in(tmp_path / "maps-on-ray")
+    assert {saliency.shape for saliency in maps.values()} == {(224, 224)}

@@ -18,6 +18,7 @@ from tucker_cam.models.reshape import (
     channels_last_to_maps,
     only_map,
     pyramid_to_maps,
+    spatial_output,
 )
 
 
@@ -204,6 +205,35 @@ def test_a_module_that_is_called_twice_counts_where_it_is_recorded_at_its_first_
     assert find_target_layer(model, torch.rand(1, 3, 12, 12)).name == "2"
 
 
+def test_a_detectors_queries_are_no_patches_though_they_are_a_square_number():
+    """100 queries of a picture of 640 would be patches of 64; of 800 they would be larger than any network's."""
+    assert spatial_output(torch.rand(1, 100, 8), torch.rand(1, 3, 800, 800)) is None
+    assert spatial_output(torch.rand(1, 100, 8), torch.rand(1, 3, 160, 160)) is not None
+    assert spatial_output(torch.rand(1, 1, 8), torch.rand(1, 3, 32, 32)) is None
+
+
+def test_a_part_that_returns_its_tokens_in_an_output_object_is_no_head():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(8, 8)
+
+        def forward(self, tokens):
+            return {"last_hidden_state": self.mix(tokens)}
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.wide = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 400)
+            self.encoder = Wrapped()
+
+        def forward(self, x):
+            tokens = self.patches(x).flatten(2).mT
+            return self.wide(self.encoder(tokens)["last_hidden_state"].mean(1))
+
+    assert find_target_layer(Model(), torch.rand(1, 3, 32, 32)).name == "encoder.mix"
+
+
 def test_a_video_networks_last_volume_is_found():
     layer = find_target_layer(SmallVolumeCNN(), torch.rand(1, 1, 4, 6, 6))
     assert (layer.name, layer.shape) == ("conv", (1, 6, 4, 6, 6))
@@ -245,7 +275,7 @@ def test_what_the_target_depends_on_is_upstream_and_the_head_is_not():
             return self.attention(tokens, tokens, tokens)[0].mT.unflatten(2, x.shape[2:])
 
     model = nn.Sequential(nn.Conv2d(3, 8, 3), Attention(), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
-    upstream = dry_run(model, torch.rand(1, 3, 8, 8)).upstream
+    upstream = dry_run(model, torch.rand(1, 3, 8, 8)).upstream["2"]
     assert upstream >= {"", "0", "1", "1.attention", "1.attention.out_proj", "2"}
     assert not upstream & {"3", "4"}
 

@@ -12,6 +12,7 @@ from transformers import (
     ConvNextImageProcessorPil,
     Dinov2Config,
     ResNetConfig,
+    ViTMAEConfig,
 )
 from typer.testing import CliRunner
 
@@ -224,6 +225,19 @@ def test_a_hub_that_does_not_give_a_model_is_one_clear_line(name, error, message
     with pytest.raises(error, match=message) as raised:
         load_model(name)
     assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_masked_autoencoder_is_refused_since_it_sees_a_random_part_of_the_picture(tmp_path):
+    config = ViTMAEConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config.save_pretrained(tmp_path / "mae")
+    BitImageProcessorPil().save_pretrained(tmp_path / "mae")
+    with pytest.raises(ValueError, match="a random part of each picture"):
+        load_model(f"hf:{tmp_path / 'mae'}", pretrained=False)
+
+
+def test_a_model_that_takes_no_picture_is_one_clear_line():
+    with pytest.raises(ValueError, match=r"takes one picture, and it failed on one \(RuntimeError: "):
+        load_model("networks:text_model")
 
 
 @pytest.mark.usefixtures("folders")

@@ -8,6 +8,7 @@ looked for: it is where the names and shapes of the model's own state dict are f
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
-_DEEPEST_PREFIX = 4
+_DEEPEST_PREFIX = 6
 _SHOWN = 8
 # What checkpoints hold beside tensors and is inert: the command line's arguments, NumPy's numbers.
 _INERT: list[Any] = [
@@ -31,6 +32,11 @@ _INERT: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
 ]
+
+# Of several whole backbones, the averaged one is what is published, where the method publishes it, as timm and DINO do;
+# a copy that another one trains against is not.
+_AVERAGED = frozenset(["ema", "swa"])
+_COPIES = frozenset(["student", "momentum", "target", "k"])
 
 State = Mapping[str, Tensor]
 
@@ -66,7 +72,7 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
         model: changed in place, and only if the whole backbone is found.
         file: of ``torch.save`` or, named ``.safetensors``, of safetensors. Only tensors, numbers and text are read
             from it; no code in it is run.
-        backbone: names of the modules whose weights must be there; see `DryRun.upstream`.
+        backbone: names of the modules whose weights must be there, see `DryRun.upstream`.
 
     Raises:
         OSError: the file cannot be read.
@@ -74,19 +80,18 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
     """
     own = model.state_dict()
     needed = {name for name in own if name.rpartition(".")[0] in backbone and not _is_counter(name)}
-    best: tuple[int, str, dict[str, Tensor]] = (-1, "", {})
     states = list(_states(_read(file)))
-    for place, state in states:
-        for prefix, renamed in _candidates(model, state):
-            fitting = {name: value for name, value in renamed.items() if name in own and _fits(value, own[name])}
-            score = len(needed & fitting.keys())
-            # Of equals the first stays: a teacher before its student, a query encoder before its momentum copy.
-            if score > best[0]:
-                best = (score, place + prefix, fitting)
     if not states:
         raise ValueError(f"{file}: expected a state dict, found no tensors with names in it")
-    _, place, fitting = best
-    _without_layer_scale(own, needed, fitting)
+    found: dict[str, dict[str, Tensor]] = {}
+    for container, state in states:
+        for prefix, renamed in _candidates(model, state, at_least=len(needed) // 2):
+            fitting = {name: value for name, value in renamed.items() if name in own and _fits(value, own[name])}
+            _without_layer_scale(own, needed, fitting, renamed)
+            place = container + prefix
+            if len(needed & fitting.keys()) > len(needed & found.get(place, {}).keys()):
+                found[place] = fitting
+    place, fitting = _best(file, found, needed)
     missing = sorted(needed - fitting.keys())
     if missing:
         raise ValueError(
@@ -94,14 +99,51 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
             f"{len(needed) - len(missing)} of its {len(needed)} entries; missing or of another shape: "
             f"{_some(missing, _SHOWN)}; the file has {_some(sorted(states[0][1]), _SHOWN)}"
         )
+    broken = sorted(name for name in needed if not fitting[name].float().isfinite().all())
+    if broken:
+        raise ValueError(f"{file}: expected finite weights, found NaN or Inf in {_some(broken, _SHOWN)}")
     model.load_state_dict(fitting, strict=False)
-    names = [f"{container}{name}" for container, state in states for name in state]
+    taken = {_memory(value) for value in fitting.values()}
     return Report(
         place,
         loaded=list(fitting),
-        left_out=[name for name in names if not name.startswith(place) or name.removeprefix(place) not in fitting],
+        left_out=[
+            f"{container}{name}"
+            for container, state in states
+            for name, value in state.items()
+            if _memory(value) not in taken and not _is_counter(name)
+        ],
         missing=[name for name in own if name not in fitting and not _is_counter(name)],
     )
+
+
+def _best(file: Path, found: Mapping[str, dict[str, Tensor]], needed: Collection[str]) -> tuple[str, dict[str, Tensor]]:
+    """Return the fullest of what was found; of several whole backbones the one that is published.
+
+    Raises:
+        ValueError: there are several, and no convention says which.
+    """
+    most = max((len(needed & fitting.keys()) for fitting in found.values()), default=0)
+    fullest = {place: fitting for place, fitting in found.items() if len(needed & fitting.keys()) == most}
+    if not most or len(fullest) == 1:
+        return next(iter(fullest.items()), ("", {}))
+    words = {place: set(re.split(r"[^a-z0-9]+", place.lower())) for place in fullest}
+    students = any("student" in each for each in words.values())
+
+    def rank(place: str) -> int:
+        if words[place] & _AVERAGED or (students and "teacher" in words[place]):
+            return 0
+        return 2 if words[place] & _COPIES else 1
+
+    first = min(map(rank, fullest))
+    chosen = [place for place in fullest if rank(place) == first]
+    tensors = {place: {_memory(fullest[place][name]) for name in needed} for place in chosen}
+    if any(tensors[place] != tensors[chosen[0]] for place in chosen):
+        raise ValueError(
+            f"{file}: expected one backbone, found several, in {', '.join(f'{place}*' for place in chosen)}: save the "
+            "one that is meant by itself"
+        )
+    return chosen[0], fullest[chosen[0]]
 
 
 def _read(file: Path) -> object:
@@ -141,21 +183,24 @@ def _read_safetensors(file: Path) -> object:
 
 
 def _states(content: object, place: str = "") -> Iterator[tuple[str, State]]:
-    """Yield every dictionary of named tensors in a checkpoint and where it is, a teacher's before the others."""
+    """Yield every dictionary of named tensors in a checkpoint, and where it is."""
     if not isinstance(content, Mapping):
         return
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if tensors:
         yield place, tensors
     inner = [(str(name), value) for name, value in content.items() if isinstance(value, Mapping)]
-    for name, value in sorted(inner, key=lambda item: "teacher" not in item[0]):
-        # An optimiser's state repeats the parameters' shapes.
-        if "optim" not in name:
+    for name, value in inner:
+        # These repeat the parameters' names and shapes.
+        if not re.search("optim|^opt$|adam|exp_avg|grad", name.lower()):
             yield from _states(value, f"{place}{name}/")
 
 
-def _candidates(model: nn.Module, state: State) -> Iterator[tuple[str, State]]:
-    """Yield what lies under each prefix, as it is, in the names timm gives it, and with numbered children named."""
+def _candidates(model: nn.Module, state: State, *, at_least: int) -> Iterator[tuple[str, State]]:
+    """Yield what lies under each prefix, as it is, in the names timm gives it, and with numbered children named.
+
+    Where there are fewer than `at_least` entries there is no backbone.
+    """
     prefixes = {"": None}
     for name in state:
         parts = name.split(".")
@@ -166,14 +211,19 @@ def _candidates(model: nn.Module, state: State) -> Iterator[tuple[str, State]]:
     remap = getattr(module, "checkpoint_filter_fn", None) if module.__name__.startswith("timm.") else None
     for prefix in prefixes:
         inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if len(inside) < at_least:
+            continue
         yield prefix, inside
         # nn.Sequential(*backbone.children()) has numbers where the backbone had names.
         yield prefix, {_named(name, children): value for name, value in inside.items()}
         if remap is not None:
             try:
-                yield prefix, remap(dict(inside), model)
+                renamed = remap(dict(inside), model)
             except (KeyError, RuntimeError, AttributeError, IndexError, ValueError):
                 continue
+            # New names are taken, new numbers are not: it would also resize the weights of another patch size.
+            same = {_memory(value) for value in inside.values()}
+            yield prefix, {name: value for name, value in renamed.items() if _memory(value) in same}
 
 
 def _named(name: str, children: list[str]) -> str:
@@ -183,11 +233,17 @@ def _named(name: str, children: list[str]) -> str:
     return name
 
 
-def _without_layer_scale(own: State, needed: Collection[str], fitting: dict[str, Tensor]) -> None:
+def _without_layer_scale(own: State, needed: Collection[str], fitting: dict[str, Tensor], state: State) -> None:
     """Put ones where a ConvNeXt's layer scale is and the file has none at all: VICRegL trains without it."""
-    scales = [name for name in needed if name.rpartition(".")[2] in ("gamma", "layer_scale", "layer_scale_parameter")]
-    if needed - fitting.keys() == set(scales):
+    scales = {name for name in needed if name.rpartition(".")[2] in ("gamma", "layer_scale", "layer_scale_parameter")}
+    # A file that has anything else may have it under another name.
+    if needed - fitting.keys() == scales and state.keys() <= fitting.keys():
         fitting.update({name: torch.ones_like(own[name]) for name in scales})
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return what tells a tensor from others, whatever name or shape it was given."""
+    return tensor.data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else id(tensor)
 
 
 def _fits(value: object, own: Tensor) -> bool:
@@ -195,8 +251,10 @@ def _fits(value: object, own: Tensor) -> bool:
         isinstance(value, Tensor)
         and value.shape == own.shape
         and value.layout == own.layout
+        and value.is_floating_point() == own.is_floating_point()
         and value.is_complex() == own.is_complex()
         and not value.is_meta
+        and not value.is_quantized
     )
 
 

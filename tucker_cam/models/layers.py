@@ -36,12 +36,12 @@ class DryRun(NamedTuple):
     Attributes:
         layers: all that have a spatial map, in the order in which they were done.
         target: the last of them before the head; None if there is none.
-        upstream: the names of all modules that had begun when the target was done: what its maps can depend on.
+        upstream: by layer, the names of all modules that had begun when it was done: what its maps can depend on.
     """
 
     layers: list[SpatialLayer]
     target: SpatialLayer | None
-    upstream: frozenset[str]
+    upstream: dict[str, frozenset[str]]
 
 
 def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
@@ -92,6 +92,9 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
     pooling: dict[str, nn.Module] = {}
     backbone_end: int | None = None
 
+    def shows(value: object) -> bool:
+        return is_map(value, example) or holds_maps(value, example)
+
     def begin(name: str) -> None:
         if name not in begun:
             begun.append(name)
@@ -107,9 +110,9 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
         if found is not None:
             path.append((name, SpatialLayer(name, module, *found)))
         # A transformers model's parts return dataclasses, which are mappings too; only a plain one ends a backbone.
-        if isinstance(output, Mapping) and not is_dataclass(output) and holds_maps(output, example):
+        if isinstance(output, Mapping) and not is_dataclass(output) and shows(output):
             backbone_end = len(path)
-        elif found is None and inputs and (is_map(inputs[0], example) or holds_maps(inputs[0], example)):
+        elif found is None and not shows(output) and inputs and shows(inputs[0]):
             pooling[name] = module
         elif found is None and isinstance(output, Tensor) and output.dim() == 3 and min(output.shape[1:]) > 1:
             path.append((name, None))
@@ -131,13 +134,14 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
     # What turns maps into numbers is a head, unless it is most of the network: then it is a body with its head.
     heads = tuple(f"{name}." for name, module in pooling.items() if _size(module) < _size(model) / 2)
     body = [layer for name, layer in path[:backbone_end] if not f"{name}.".startswith(heads)]
-    target = body[-1] if body else None
-    upstream = set(begun if target is None else begun[: begun_when_done[target.name]])
+    layers = [layer for _, layer in path if layer is not None]
     # A part that is never called, whose parent uses its weights itself, as attention does with its projection.
-    for name, module in model.named_modules():
-        if name not in begun and name.rpartition(".")[0] in upstream and not any(module.children()):
-            upstream.add(name)
-    return DryRun([layer for _, layer in path if layer is not None], target, frozenset(upstream))
+    silent = [name for name, module in model.named_modules() if name not in begun and not any(module.children())]
+    upstream = {}
+    for layer in layers:
+        reached = set(begun[: begun_when_done[layer.name]])
+        upstream[layer.name] = frozenset(reached | {name for name in silent if name.rpartition(".")[0] in reached})
+    return DryRun(layers, body[-1] if body else None, upstream)
 
 
 def _size(module: nn.Module) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 from tucker_cam.activations import ReshapeTransform
 from tucker_cam.models.checkpoints import load_checkpoint
 from tucker_cam.models.families import Network, build_network
-from tucker_cam.models.layers import SpatialLayer, choose_layers, common_transform, dry_run, target_of
+from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common_transform, dry_run, target_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,18 +97,19 @@ def load_model(
     device = _device(device)
     network = build_network(spec, pretrained=pretrained and weights is None)
     model = network.model.eval()
-    run = dry_run(model, network.example())
+    run = _dry_run(spec, network)
+    chosen = choose_layers(model, run, layers) if layers else [target_of(model, run)]
+    common_transform(chosen)
     name, report, classifies = spec, "", network.classifies
     if weights is not None:
         file = Path(weights)
-        loaded = load_checkpoint(model, file, run.upstream)
+        explained = {layer.name for layer in (*chosen, run.target) if layer is not None}
+        loaded = load_checkpoint(model, file, frozenset().union(*(run.upstream[name] for name in explained)))
         name, report = f"{spec} with {file.name}", f"; {file.name}: {loaded}"
         # A head that the file has not is random.
         classifies = classifies and not loaded.missing
     elif not pretrained and spec.partition(":")[0] in ("timm", "torchvision", "hf", "hub"):
         name = f"{spec} with random weights"
-    chosen = choose_layers(model, run, layers) if layers else [target_of(model, run)]
-    common_transform(chosen)
     model.to(device)
     shown = ", ".join(f"{layer.name} {'x'.join(map(str, layer.shape[1:]))}" for layer in chosen)
     return LoadedModel(
@@ -123,6 +124,17 @@ def load_model(
         layers=chosen,
         last_layer=run.target or chosen[-1],
     )
+
+
+def _dry_run(spec: str, network: Network) -> DryRun:
+    try:
+        return dry_run(network.model, network.example())
+    except Exception as error:
+        # Whatever a model raises that takes something else than a picture: text, several pictures, another size.
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise ValueError(
+            f"{spec}: expected a network that takes one picture, and it failed on one ({reason})"
+        ) from error
 
 
 def _device(device: str | torch.device | None) -> torch.device:

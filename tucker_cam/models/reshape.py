@@ -18,6 +18,7 @@ from tucker_cam.activations import ReshapeTransform
 
 _MOST_PREFIX_TOKENS = 16
 """A class token, a distillation token and the registers; DINOv2 has 1 or 5."""
+_LARGEST_PATCH = 64
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,8 @@ def spatial_output(output: object, picture: Tensor) -> tuple[tuple[int, ...], Re
 
 
 def holds_maps(output: object, picture: Tensor) -> bool:
-    """Tell whether a mapping, a list or a tuple holds a feature map of the picture."""
-    return any(is_map(each, picture) for each in _maps_in(output))
+    """Tell whether a mapping, a list or a tuple holds a map or tokens of the picture."""
+    return any(is_map(each, picture) for each in _values(output))
 
 
 def is_map(value: object, picture: Tensor) -> bool:
@@ -124,14 +125,17 @@ def is_map(value: object, picture: Tensor) -> bool:
 def _tokens_to_maps(tokens: Tensor, picture: Tensor) -> TokensToMaps | None:
     """Return how batch x tokens x channels becomes maps of the picture; None if the tokens lie on no grid.
 
-    The patches are as many as fit the picture's proportions, each a whole number of pixels high and wide, with as
-    few tokens left over before them as possible, and not more than half as many.
+    The patches are as many as fit the picture's proportions, each a whole number of pixels high and wide but not
+    larger than any network's (the queries of a detector may be a square number too). Of the tokens before them there
+    are as few as possible, and not more than half as many.
     """
     height, width = picture.shape[-2:]
     for prefix in range(min(_MOST_PREFIX_TOKENS, tokens.shape[1] // 3) + 1):
         patches = tokens.shape[1] - prefix
         rows = isqrt(patches * height // width)
-        if rows and rows * rows * width == patches * height and not height % rows and not width % (patches // rows):
+        if patches < 2 or not rows or rows * rows * width != patches * height:
+            continue
+        if not height % rows and not width % (patches // rows) and height // rows <= _LARGEST_PATCH:
             return TokensToMaps(prefix, height / width)
     return None
 
@@ -144,8 +148,11 @@ def _is_channels_last(output: Tensor, picture: Tensor) -> bool:
 
 
 def _maps_in(output: object) -> list[Tensor]:
-    if not isinstance(output, (Mapping, list, tuple)):
-        return []
-    values = output.values() if isinstance(output, Mapping) else output
-    tensors = [value for value in values if isinstance(value, Tensor) and value.dim() in (4, 5)]
+    tensors = [value for value in _values(output) if isinstance(value, Tensor) and value.dim() in (4, 5)]
     return [tensor for tensor in tensors if tensor.shape[2:].numel() > 1]
+
+
+def _values(output: object) -> list[object]:
+    if isinstance(output, Mapping):
+        return list(output.values())
+    return list(output) if isinstance(output, (list, tuple)) else []
