@@ -129,6 +129,14 @@ def text_model():
     return nn.Embedding(10, 4)
 
 
+def raises():
+    raise RuntimeError("no weights today")
+
+
+def exits_with_a_key():
+    raise KeyError("conv1")
+
+
 def bare_model():
     return small_cnn()
 

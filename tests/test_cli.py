@@ -107,12 +107,25 @@ def test_bad_pictures_are_named_and_the_others_done(photograph, tmp_path):
 
 
 def test_a_map_that_cannot_be_written_is_named_and_the_others_done(photograph, tmp_path):
-    long = tmp_path / f"{'n' * 240}.png"
-    long.write_bytes(photograph.read_bytes())
-    result = run("explain", long, photograph, "--out", tmp_path / "out")
+    other = tmp_path / "other.png"
+    other.write_bytes(photograph.read_bytes())
+    out = tmp_path / "out"
+    assert run("explain", other, photograph, "--out", out).exit_code == 0
+    (out / "other_tsm.png").unlink()
+    (out / "other_tsm.png").mkdir()
+    result = run("explain", other, photograph, "--out", out)
     assert result.exit_code == 1
-    assert f"{long}: could not be written" in result.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["coffee_tsm.png", "manifest.json"]
+    assert f"{other}: could not be written" in result.stderr
+    assert "2 pictures: 0 explained, 1 there already, 1 failed" in result.output
+
+
+def test_a_name_that_is_too_long_for_a_file_is_shortened(photograph, tmp_path):
+    for ending in "ab":
+        (tmp_path / f"{'n' * 240}{ending}.png").write_bytes(photograph.read_bytes())
+    pictures = sorted(tmp_path.glob("n*.png"))
+    assert run("explain", *pictures, "--format", "npy", "--out", tmp_path / "out").exit_code == 0
+    first, second = (tmp_path / "out").glob("*.npy")
+    assert first.name[:170] == second.name[:170] == "n" * 170
 
 
 def test_pictures_of_the_same_name_do_not_overwrite_each_other(photograph, tmp_path):

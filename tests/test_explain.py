@@ -78,8 +78,9 @@ def test_a_folder_is_explained_at_any_depth_and_the_manifest_says_what_is_what(p
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["model"] == "networks:tiny_loaded_model"
     assert manifest["layers"] == ["3"]
-    assert manifest["pictures"][str(pictures / "deeper" / "p001.png")] == "deeper/p001"
-    assert manifest["versions"]["torch"] == torch.__version__.partition("+")[0] or manifest["versions"]["torch"]
+    path = pictures / "deeper" / "p001.png"
+    assert manifest["pictures"][str(path)] == {"name": "deeper/p001", "modified": path.stat().st_mtime_ns}
+    assert {"tucker-cam", "torch", "grad-cam", "numpy"} <= manifest["versions"].keys()
     assert not list(out.rglob("*.unfinished"))
     assert not list(out.rglob("*.lock"))
 
@@ -113,9 +114,12 @@ def test_a_run_does_not_explain_what_an_earlier_one_wrote(pictures, monkeypatch)
     for _ in range(2):
         assert run(".", "**/*.png", *MODEL, "--out", "out").exit_code == 0
     assert len(list((pictures / "out").rglob("*.png"))) == 11
+    # Nor does one that writes elsewhere.
+    assert "11 pictures: 11 explained" in run(".", *MODEL, "--out", "other").output
     same = run(".", *MODEL, "--out", pictures)
     assert same.exit_code == 2
     assert "expected another folder for the results" in same.stderr
+    assert "found none but results of earlier runs" in run("out", *MODEL, "--out", "third").stderr
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
@@ -164,12 +168,16 @@ def test_hugging_faces_image_column_is_read_and_other_tables_are_refused(picture
     assert first.read().size == (40, 30)
     with pytest.raises(OSError, match="expected an encoded picture, found NoneType"):
         second.read()
-    pq.write_table(pa.table({"label": [1]}), tmp_path / "none.parquet")
-    with pytest.raises(ValueError, match="expected a column image, found label"):
-        find_sources([str(tmp_path / "none.parquet")])
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no table")
-    with pytest.raises(ValueError, match=r"broken\.parquet: expected a Parquet file"):
-        find_sources([str(tmp_path / "broken.parquet")])
+
+
+def test_a_table_that_is_none_costs_no_picture_of_its_folder_its_map(pictures, tmp_path):
+    pq.write_table(pa.table({"label": [1]}), pictures / "none.parquet")
+    (pictures / "broken.parquet").write_bytes(b"PAR1 no table")
+    result = run(pictures, *MODEL, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "none.parquet, row 0 of group 0: expected a column image, found label" in result.stderr
+    assert "broken.parquet, row 0 of group 0: expected a Parquet file" in result.stderr
+    assert "13 pictures: 11 explained, 0 there already, 2 failed" in result.output
 
 
 def test_a_zarr_store_has_the_maps_in_the_order_of_the_manifest(pictures, tmp_path):
@@ -180,7 +188,7 @@ def test_a_zarr_store_has_the_maps_in_the_order_of_the_manifest(pictures, tmp_pa
     assert result.exit_code == 1
     group = zarr.open_group(out / "maps.zarr", mode="r")
     manifest = json.loads((out / "manifest.json").read_text())
-    assert group.attrs["pictures"] == list(manifest["pictures"].values())
+    assert group.attrs["pictures"] == [each["name"] for each in manifest["pictures"].values()]
     assert group.attrs["model"] == "networks:tiny_loaded_model"
     assert group["tsm"].shape == group["mtsm"].shape == (11, 24, 24)
     for index, name in enumerate(group.attrs["pictures"]):
@@ -229,8 +237,8 @@ def test_a_picture_that_changed_is_explained_again(pictures, tmp_path):
     assert run(pictures, *MODEL, "--format", "npy", "--out", out).exit_code == 0
     before = np.load(out / "p002_tsm.npy")
     Image.fromarray(np.random.default_rng(9).integers(0, 255, (30, 40, 3), np.uint8)).save(pictures / "p002.png")
-    later = time.time() + 2
-    os.utime(pictures / "p002.png", (later, later))
+    # Older than the map, as a file that was moved or unpacked may be.
+    os.utime(pictures / "p002.png", (1e9, 1e9))
     assert "11 pictures: 1 explained, 10 there already" in run(pictures, *MODEL, "--format", "npy", "--out", out).output
     assert np.abs(np.load(out / "p002_tsm.npy") - before).max() > 0.01
 
@@ -252,8 +260,54 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(pictures, tmp_path
         assert message in result.stderr
         assert "give another --out" in result.stderr
     assert contents(out) == before
+    whole = json.loads((out / "manifest.json").read_text())
+    for pictures_entry in ([], None, {"a": 1}, {"a": {"name": "x"}}):
+        (out / "manifest.json").write_text(json.dumps(whole | {"pictures": pictures_entry}))
+        assert "expected manifest.json of an earlier run" in run(pictures, *MODEL, "--out", out).stderr
     (out / "manifest.json").write_text("[]")
     assert "expected manifest.json of an earlier run" in run(pictures, *MODEL, "--out", out).stderr
+
+
+def test_what_no_manifest_lists_is_neither_taken_for_a_map_nor_overwritten(pictures, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("p003_tsm.png", "notes.txt"):
+        (out / name).write_text("mine")
+    result = run(pictures, *MODEL, "--out", out)
+    assert result.exit_code == 1
+    assert "p003_tsm.png is there already, and not of a run in this folder" in result.stderr
+    assert "11 pictures: 10 explained, 0 there already, 1 failed" in result.output
+    assert (out / "p003_tsm.png").read_text() == (out / "notes.txt").read_text() == "mine"
+    for name in ("gallery.html", "maps.zarr"):
+        other = tmp_path / name.partition(".")[0]
+        other.mkdir()
+        (other / name).write_text("mine")
+        result = run(pictures, *MODEL, "--format", "zarr", "--gallery", "--out", other)
+        assert result.exit_code == 2
+        assert f"{name}: is there already" in result.stderr
+        assert (other / name).read_text() == "mine"
+    (tmp_path / "file").write_text("mine")
+    assert (
+        "expected a folder for what is written, found a file"
+        in run(pictures, *MODEL, "--out", tmp_path / "file").stderr
+    )
+
+
+def test_a_broken_store_or_part_names_its_file_and_what_to_do(pictures, tmp_path):
+    out = tmp_path / "out"
+    arguments = (pictures, *MODEL, "--format", "zarr", "--gallery", "--out", out)
+    assert run(*arguments).exit_code == 0
+    part = out / ".gallery" / "tsm" / "p001.json"
+    whole = part.read_text()
+    part.write_text(whole[:100])
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "p001.json: expected a part of the gallery, found a broken one: delete it" in result.stderr
+    part.unlink()
+    assert run(*arguments).exit_code == 0
+    assert part.read_text() == whole
+    (out / "maps.zarr" / "zarr.json").write_text("")
+    assert "maps.zarr: expected a Zarr store of an earlier run" in run(*arguments).stderr
 
 
 def test_a_second_run_on_the_same_folder_is_refused(pictures, tmp_path):

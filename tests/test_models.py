@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import (
     AutoModel,
     BitImageProcessorPil,
+    CLIPConfig,
     ConvNextImageProcessorPil,
     Dinov2Config,
     ResNetConfig,
@@ -231,8 +232,32 @@ def test_a_masked_autoencoder_is_refused_since_it_sees_a_random_part_of_the_pict
     config = ViTMAEConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     config.save_pretrained(tmp_path / "mae")
     BitImageProcessorPil().save_pretrained(tmp_path / "mae")
-    with pytest.raises(ValueError, match="a random part of each picture"):
+    with pytest.raises(ValueError, match="hides or shuffles the patches of a picture"):
         load_model(f"hf:{tmp_path / 'mae'}", pretrained=False)
+
+
+@pytest.mark.parametrize("name", ["raises", "exits_with_a_key"])
+def test_ones_own_function_that_fails_is_one_clear_line(name):
+    with pytest.raises(ValueError, match=rf"networks:{name} failed \((RuntimeError|KeyError): .*\)"):
+        load_model(f"networks:{name}")
+
+
+def test_ones_own_module_that_cannot_be_imported_is_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_module.py").write_text("def f(:")
+    with pytest.raises(ValueError, match="broken_module could not be imported \\(SyntaxError"):
+        load_model("broken_module:f")
+
+
+def test_of_clip_the_part_that_sees_the_picture_is_explained(tmp_path):
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    CLIPConfig(vision_config=vision, text_config=text).save_pretrained(tmp_path / "clip")
+    crop = {"height": 32, "width": 32}
+    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop).save_pretrained(tmp_path / "clip")
+    loaded = load_model(f"hf:{tmp_path / 'clip'}", pretrained=False)
+    assert loaded.layers[0].shape == (1, 17, 16)
+    assert loaded.reshape_transform is not None
 
 
 def test_a_model_that_takes_no_picture_is_one_clear_line():

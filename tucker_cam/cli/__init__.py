@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -91,6 +92,8 @@ _EXTRAS = {"pyarrow": "ray", "ray": "ray", "zarr": "zarr"}
 def _quiet_libraries() -> None:
     # Its retries without a network would bury the one line that says what to do.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # One line, without a path in a package and a line of its source.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
 @app.command()
@@ -273,7 +276,7 @@ def _user_errors(extra: str = "demo", *, goes_on: bool = False) -> Iterator[list
         missing = f"this needs the package {error.name}: pip install 'tucker-cam[{extra}]'"
         problems.append(str(error) if ours else missing)
         code = _USER_ERROR
-    except (OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         problems.append(str(error))
         code = _USER_ERROR
     except KeyboardInterrupt:

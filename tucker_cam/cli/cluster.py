@@ -19,11 +19,11 @@ import typer
 from fsspec.core import url_to_fs
 from ray.data.datasource import FilenameProvider
 
-from tucker_cam.cli.explain import CPU_BATCH, read_input
+from tucker_cam.cli.explain import CPU_BATCH, counted, read_input
 from tucker_cam.cli.explainer import Explainer
 from tucker_cam.cli.methods import method_named
-from tucker_cam.cli.outputs import MANIFEST, check_run, identity, versions
-from tucker_cam.cli.sources import Source, find_sources
+from tucker_cam.cli.outputs import check_run, identity, versions
+from tucker_cam.cli.sources import MANIFEST, Source, find_sources
 from tucker_cam.files import printable
 from tucker_cam.models import LoadedModel
 
@@ -111,7 +111,7 @@ def explain_on_ray(
     already = sum(all((source.key, name) in before for name in classes) for source in sources)
     failed = [source for source in sources if not all((source.key, name) in after for name in classes)]
     typer.echo(
-        f"{len(sources)} pictures: {len(sources) - already - len(failed)} explained, {already} there already, "
+        f"{counted(len(sources))}: {len(sources) - already - len(failed)} explained, {already} there already, "
         f"{len(failed)} failed; in {out}"
     )
     return [errors.get(source.key, f"{source}: it is in no table; the same command tries again") for source in failed]

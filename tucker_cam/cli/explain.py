@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from tucker_cam.cli.explainer import Explainer, Explanation
 from tucker_cam.cli.methods import method_named
 from tucker_cam.cli.outputs import (
-    MANIFEST,
     ArrayFiles,
     GalleryParts,
     Manifest,
@@ -29,7 +28,7 @@ from tucker_cam.cli.outputs import (
     versions,
 )
 from tucker_cam.cli.progress import progress
-from tucker_cam.cli.sources import Source, find_sources
+from tucker_cam.cli.sources import MANIFEST, Source, find_sources
 from tucker_cam.files import only_run, printable
 from tucker_cam.models import LoadedModel
 
@@ -75,36 +74,62 @@ def explain_pictures(
         OSError: weights could not be had, `out` could not be written, or a reading process was killed.
     """
     classes = {name: method_named(name) for name in dict.fromkeys(methods)}
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: expected a folder for what is written, found a file")
     sources = find_sources(images, out=out)
     loaded = load()
     typer.echo(printable(loaded.description))
     out.mkdir(parents=True, exist_ok=True)
     with only_run(out / MANIFEST):
         manifest = Manifest(out, loaded, aug_smooth=aug_smooth)
-        names = manifest.name(sources)
-        manifest.write()
-        outputs = _outputs(out, formats, list(classes), manifest)
+        names, earlier = manifest.add(sources), dict(manifest.modified)
+        manifest.modified |= {source.key: source.modified for source in sources}
         page = GalleryParts(out, list(classes)) if gallery else None
-        if page is not None:
-            outputs.append(page)
-        missing = {
-            source: [output for output in outputs if not output.has(names[source], source.modified)]
-            for source in sources
-        }
+        outputs = _outputs(out, formats, list(classes), manifest)
+        outputs += [] if page is None else [page]
+        missing, problems = _plan(sources, names, outputs, earlier)
+        manifest.write()
         explainer = Explainer(loaded, classes, aug_smooth=aug_smooth, components=gallery)
         size = batch_size or batch_size_for(explainer)
         batches = [sources[start : start + size] for start in range(0, len(sources), size)]
-        batches = [batch for batch in batches if any(missing[source] for source in batch)]
-        problems = _run(explainer, batches, names, missing, workers)
+        batches = [batch for batch in batches if any(missing.get(source) for source in batch)]
+        if batches:
+            problems += _run(explainer, batches, names, missing, workers)
         if page is not None:
             page.finish((names[source] for source in sources), f"{loaded.name}, {', '.join(loaded.layer_names)}")
-    done = sum(bool(outputs) for outputs in missing.values()) - len(problems)
-    there = len(sources) - done - len(problems)
+    there = sum(not outputs for outputs in missing.values())
     typer.echo(
-        f"{len(sources)} pictures: {done} explained, {there} there already, {len(problems)} failed; in {out}"
-        + (f"; gallery: {page.page}" if page is not None else "")
+        f"{counted(len(sources))}: {len(sources) - there - len(problems)} explained, {there} there already, "
+        f"{len(problems)} failed; in {out}" + (f"; gallery: {page.page}" if page is not None else "")
     )
     return problems
+
+
+def counted(pictures: int) -> str:
+    """Return a number of pictures in words."""
+    return "1 picture" if pictures == 1 else f"{pictures} pictures"
+
+
+def _plan(
+    sources: Sequence[Source], names: dict[Source, str], outputs: Sequence[Output], earlier: dict[str, int]
+) -> tuple[dict[Source, list[Output]], list[str]]:
+    """Return what each picture lacks, and a line for each whose place another file has taken.
+
+    The files of a picture that changed since an earlier run are removed. What no manifest knows is not ours: it is
+    neither taken for a map nor overwritten.
+    """
+    missing: dict[Source, list[Output]] = {}
+    problems = []
+    for source in sources:
+        paths = [path for output in outputs for path in output.paths(names[source]) if path.exists()]
+        if source.key not in earlier and paths:
+            problems.append(f"{source}: {paths[0]} is there already, and not of a run in this folder")
+            continue
+        if source.key in earlier and earlier[source.key] != source.modified:
+            for path in paths:
+                path.unlink()
+        missing[source] = [output for output in outputs if not output.has(names[source])]
+    return missing, problems
 
 
 def batch_size_for(explainer: Explainer) -> int:
@@ -169,7 +194,7 @@ def _run(
     with ThreadPoolExecutor(_WRITERS) as writers, progress("explaining", total) as advance:
         for batch, inputs in zip(batches, _batches(loader), strict=True):
             for source, each, found in zip(batch, inputs, explainer.explain(inputs), strict=True):
-                if not missing[source]:
+                if not missing.get(source):
                     continue
                 if isinstance(found, str) or isinstance(each, str):
                     problems.append(f"{source}: {found}")
@@ -208,11 +233,17 @@ def _settle(source: Source, written: Future[None]) -> list[str]:
 
 
 def _outputs(out: Path, formats: Sequence[str], methods: Sequence[str], manifest: Manifest) -> list[Output]:
+    for taken in (out / "maps.zarr", out / "gallery.html"):
+        if manifest.is_new and taken.exists():
+            raise ValueError(f"{taken}: is there already, and not of a run in this folder: give another --out")
+    # Before anything else, so that whatever a killed run leaves is known to be its own.
+    if manifest.is_new:
+        manifest.write()
     outputs: list[Output] = []
     if "overlay" in formats:
         outputs.append(Overlays(out, methods))
     if "npy" in formats:
         outputs.append(ArrayFiles(out, methods))
     if "zarr" in formats:
-        outputs.append(ZarrStore(out, methods, manifest.names, manifest.run | {"versions": versions()}))
+        outputs.append(ZarrStore(out, methods, list(manifest.names.values()), manifest.run | {"versions": versions()}))
     return outputs

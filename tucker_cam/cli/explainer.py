@@ -70,9 +70,10 @@ class Explainer:
     def _together(self, inputs: list[Tensor]) -> Sequence[Explanation | str]:
         try:
             return self._explain(torch.stack(inputs))
-        except (RuntimeError, ValueError, np.linalg.LinAlgError) as error:
+        except Exception as error:
+            # One picture on which a network fails in its own way, or a batch too large for the memory, costs no
+            # other picture its map.
             if len(inputs) > 1:
-                # One picture that fails, or a batch too large for the memory, costs no other picture its map.
                 return [result for each in inputs for result in self._together([each])]
             return [str(error).strip().partition("\n")[0] or type(error).__name__]
 

@@ -18,11 +18,10 @@ from pytorch_grad_cam.utils.image import show_cam_on_image
 from tucker_cam import __version__
 from tucker_cam.cli.explainer import Explanation
 from tucker_cam.cli.gallery import gallery_entry, write_gallery
-from tucker_cam.cli.sources import Source
-from tucker_cam.files import complete_or_absent
+from tucker_cam.cli.sources import MANIFEST, Source, safe_name
+from tucker_cam.files import complete_or_absent, printable
 from tucker_cam.models import LoadedModel
 
-MANIFEST = "manifest.json"
 Picture = Callable[[], NDArray[np.float32]]
 _PACKAGES = ("torch", "numpy", "grad-cam", "pillow")
 
@@ -30,8 +29,11 @@ _PACKAGES = ("torch", "numpy", "grad-cam", "pillow")
 class Output(Protocol):
     """One kind of file that is made of each explanation. Writing may happen in several threads."""
 
-    def has(self, name: str, since: float) -> bool:
-        """Tell whether all files of this picture are there, and none is older than the picture."""
+    def paths(self, name: str) -> list[Path]:
+        """Return the files of this picture: where they are, or will be."""
+
+    def has(self, name: str) -> bool:
+        """Tell whether all of them are there."""
 
     def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
         """Write the files of a picture.
@@ -54,8 +56,11 @@ class MethodFiles:
     def __init__(self, out: Path, methods: Sequence[str]) -> None:
         self.out, self.methods = out, methods
 
-    def has(self, name: str, since: float) -> bool:
-        return all(_is_current(self._path(name, method), since) for method in self.methods)
+    def paths(self, name: str) -> list[Path]:
+        return [self._path(name, method) for method in self.methods]
+
+    def has(self, name: str) -> bool:
+        return all(path.is_file() for path in self.paths(name))
 
     def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
         for method, saliency in explanation.maps.items():
@@ -104,22 +109,31 @@ class ZarrStore:
 
         self.methods, self.index = methods, {name: index for index, name in enumerate(names)}
         self.path = out / "maps.zarr"
-        self.group: Any = zarr.open_group(self.path, mode="a", attributes=dict(attributes))
-        self.group.attrs.update({"pictures": list(names)})
-        # What a killed run was writing.
-        for unfinished in self.path.rglob("*.partial"):
-            unfinished.unlink()
-        for method, array in self.group.arrays():
-            if method in methods and array.shape[0] < len(names):
-                array.resize((len(names), *array.shape[1:]))
         self.lock = Lock()
+        try:
+            self.group: Any = zarr.open_group(self.path, mode="a", attributes=dict(attributes))
+            self.group.attrs.update({"pictures": [printable(name) for name in names]})
+            # What a killed run was writing.
+            for unfinished in self.path.rglob("*.partial"):
+                unfinished.unlink()
+            for method, array in self.group.arrays():
+                if method in methods and array.shape[0] < len(names):
+                    array.resize((len(names), *array.shape[1:]))
+        except Exception as error:
+            raise ValueError(
+                f"{self.path}: expected a Zarr store of an earlier run, found something else or a broken one "
+                f"({error}): give another --out"
+            ) from error
 
-    def has(self, name: str, since: float) -> bool:
-        return all(self._has_chunk(self.path / method, self.index[name], since) for method in self.methods)
+    def paths(self, name: str) -> list[Path]:
+        return [chunk for method in self.methods for chunk in self._chunks(method, name)]
 
-    def _has_chunk(self, array: Path, index: int, since: float) -> bool:
-        chunks = list((array / "c" / str(index)).rglob("0")) if array.exists() else []
-        return any(chunk.is_file() and _is_current(chunk, since) for chunk in chunks)
+    def has(self, name: str) -> bool:
+        return all(self._chunks(method, name) for method in self.methods)
+
+    def _chunks(self, method: str, name: str) -> list[Path]:
+        folder = self.path / method / "c" / str(self.index[name])
+        return [path for path in folder.rglob("0") if path.is_file()] if folder.exists() else []
 
     def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
         for method, saliency in explanation.maps.items():
@@ -144,8 +158,11 @@ class GalleryParts:
     def __init__(self, out: Path, methods: Sequence[str]) -> None:
         self.parts, self.page = out / ".gallery" / "+".join(methods), out / "gallery.html"
 
-    def has(self, name: str, since: float) -> bool:
-        return _is_current(self._path(name), since)
+    def paths(self, name: str) -> list[Path]:
+        return [self._path(name)]
+
+    def has(self, name: str) -> bool:
+        return self._path(name).is_file()
 
     def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
         seen = picture()
@@ -160,9 +177,17 @@ class GalleryParts:
 
         Raises:
             OSError: it cannot be written.
+            ValueError: a part is broken.
         """
         paths = (self._path(name) for name in names)
-        write_gallery(self.page, title, (json.loads(path.read_text("utf-8")) for path in paths if path.exists()))
+        write_gallery(self.page, title, (self._entry(path) for path in paths if path.exists()))
+
+    def _entry(self, path: Path) -> dict[str, Any]:
+        try:
+            entry: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: expected a part of the gallery, found a broken one: delete it") from error
+        return entry
 
     def _path(self, name: str) -> Path:
         return self.parts / f"{name}.json"
@@ -171,7 +196,13 @@ class GalleryParts:
 class Manifest:
     """``manifest.json``: what the files in a folder are: of which model and layers, made with which versions.
 
-    It also keeps the pictures' names, so that a later run, with more pictures or fewer, gives each the same one again.
+    It also keeps the pictures' names, so that a later run, with more pictures or fewer, gives each the same one again,
+    and when each was written, so that a picture that changed since is explained again.
+
+    Args:
+        out: the folder.
+        loaded: the model.
+        aug_smooth: whether maps are smoothed.
 
     Raises:
         ValueError: the folder holds the maps of another model, of other weights, layers or smoothing; or its
@@ -180,11 +211,31 @@ class Manifest:
 
     def __init__(self, out: Path, loaded: LoadedModel, *, aug_smooth: bool) -> None:
         self.path, self.run = out / MANIFEST, identity(loaded, aug_smooth=aug_smooth)
-        pictures: dict[str, str] = {}
-        if self.path.exists():
+        self.is_new = not self.path.exists()
+        self.names: dict[str, str] = {}
+        self.modified: dict[str, int] = {}
+        if not self.is_new:
             content = check_run(self.path.read_text("utf-8", errors="surrogateescape"), self.run, str(out))
-            pictures = content.get("pictures", {})
-        self.pictures = pictures
+            try:
+                for key, picture in content["pictures"].items():
+                    self.names[key], self.modified[key] = safe_name(picture["name"]), int(picture["modified"])
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise _no_manifest(out) from error
+
+    def add(self, sources: Iterable[Source]) -> dict[Source, str]:
+        """Give each picture a name of its own, relative to the folder; the second ``cat`` becomes ``cat-2``."""
+        taken = set(self.names.values())
+        named = {}
+        for source in sources:
+            if source.key not in self.names:
+                name, number = source.name, 1
+                while name in taken:
+                    number += 1
+                    name = f"{source.name}-{number}"
+                self.names[source.key] = name
+                taken.add(name)
+            named[source] = self.names[source.key]
+        return named
 
     def write(self) -> None:
         """Write the manifest.
@@ -192,29 +243,10 @@ class Manifest:
         Raises:
             OSError: it cannot be written.
         """
-        content = {**self.run, "versions": versions(), "pictures": self.pictures}
+        pictures = {key: {"name": name, "modified": self.modified[key]} for key, name in self.names.items()}
+        content = {**self.run, "versions": versions(), "pictures": pictures}
         with complete_or_absent(self.path) as unfinished:
             unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all pictures that were ever explained here."""
-        return list(self.pictures.values())
-
-    def name(self, sources: Iterable[Source]) -> dict[Source, str]:
-        """Give each picture a name of its own, relative to the folder; the second ``cat`` becomes ``cat-2``."""
-        taken = set(self.pictures.values())
-        named = {}
-        for source in sources:
-            if source.key not in self.pictures:
-                name, number = source.name, 1
-                while name in taken:
-                    number += 1
-                    name = f"{source.name}-{number}"
-                self.pictures[source.key] = name
-                taken.add(name)
-            named[source] = self.pictures[source.key]
-        return named
 
 
 def identity(loaded: LoadedModel, *, aug_smooth: bool) -> dict[str, Any]:
@@ -237,15 +269,17 @@ def check_run(manifest: str, run: Mapping[str, Any], out: str) -> dict[str, Any]
         content: dict[str, Any] = json.loads(manifest)
         found = {key: content[key] for key in run}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{out}: expected {MANIFEST} of an earlier run, found something else: give another --out"
-        ) from error
+        raise _no_manifest(out) from error
     for key, value in run.items():
         if found[key] != value:
             raise ValueError(
                 f"{out}: holds the maps of another run ({key}: {found[key]}, now {value}): give another --out"
             )
     return content
+
+
+def _no_manifest(out: Path | str) -> ValueError:
+    return ValueError(f"{out}: expected {MANIFEST} of an earlier run, found something else: give another --out")
 
 
 def versions() -> dict[str, str]:
@@ -258,7 +292,3 @@ def versions() -> dict[str, str]:
 def _new_file(path: Path) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     return complete_or_absent(path)
-
-
-def _is_current(path: Path, since: float) -> bool:
-    return path.is_file() and path.stat().st_mtime >= since

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -18,6 +19,10 @@ from tucker_cam.files import decode_frames, decode_picture
 _MAGIC = "*?["
 _PICTURES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 _CACHED_ROW_GROUPS = 2
+# A method, a suffix and a mark for what is not finished come after it; file systems take 255 bytes.
+_LONGEST_NAME = 180
+MANIFEST = "manifest.json"
+"""What tells a folder of results; see `outputs`."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,9 @@ class Source:
         return path if self.row is None else f"{path}#{self.row[0]}.{self.row[1]}"
 
     @property
-    def modified(self) -> float:
-        """When a local file was last written, in seconds; 0 where that is not known."""
-        return 0.0 if _is_url(self.path) or not Path(self.path).exists() else Path(self.path).stat().st_mtime
+    def modified(self) -> int:
+        """When a local file was last written, in nanoseconds; 0 where that is not known."""
+        return 0 if _is_url(self.path) or not Path(self.path).exists() else Path(self.path).stat().st_mtime_ns
 
     def read(self, frames: int | None = None) -> Image.Image | list[Image.Image]:
         """Return the picture as RGB, or for a video network that many frames of it.
@@ -78,8 +83,8 @@ def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> list[S
     """Find the pictures: each file that is named, and those in folders (at any depth), globs and Parquet files.
 
     A Parquet file has a column ``image`` (encoded pictures, or Hugging Face's struct of bytes and path) and may have a
-    column ``name``. Hidden files in folders are left out. A file that is not there stays in the list: reading it says
-    so.
+    column ``name``. Hidden files in folders are left out, and so are folders that are links, and folders of results. A
+    file that is not there, or is no table, stays in the list: reading it says so.
 
     Args:
         arguments: as they were typed.
@@ -89,8 +94,7 @@ def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> list[S
         In the order of the arguments, and of the names in each; none twice.
 
     Raises:
-        ValueError: a folder or glob without pictures, a folder that is `out`, or a Parquet file without a column
-            ``image``.
+        ValueError: a folder or glob without pictures, or a folder that is `out`.
         ModuleNotFoundError: Parquet needs pyarrow.
     """
     found = [source for argument in arguments for source in _sources_of(argument, out)]
@@ -101,7 +105,7 @@ def _sources_of(argument: str, out: Path | None) -> Iterator[Source]:
     root, paths = _expanded(argument, out)
     for path in paths:
         if path.endswith(".parquet"):
-            yield from _rows(path)
+            yield from _rows(path, _name(path, root))
         else:
             yield Source(_name(path, root), path)
 
@@ -124,11 +128,14 @@ def _expanded(argument: str, out: Path | None) -> tuple[str, list[str]]:
         root = Path(*fixed[:magic])
     else:
         return str(path.parent), [str(path)]
-    if out is not None:
-        results = out.resolve()
-        found = [file for file in found if not file.resolve().is_relative_to(results)]
-    if not found:
-        raise ValueError(f"{argument}: expected pictures or Parquet files, found none")
+    folders = {folder for file in found for folder in file.parents if folder.is_relative_to(root)}
+    results = {folder.resolve() for folder in folders if _is_manifest(folder / MANIFEST)}
+    results |= set() if out is None else {out.resolve()}
+    others = [file for file in found if results.isdisjoint(file.resolve().parents)]
+    if not others:
+        left_out = " but results of earlier runs" if found else ""
+        raise ValueError(f"{argument}: expected pictures or Parquet files, found none{left_out}")
+    found = others
     return str(root), sorted(str(file) for file in found)
 
 
@@ -155,43 +162,65 @@ def _is_wanted(relative: str) -> bool:
 
 def _name(path: str, root: str) -> str:
     relative = path.removeprefix(root).lstrip("/\\") if root != "." else path
-    return _without_escape(str(PurePosixPath(relative).with_suffix("")))
+    return safe_name(str(PurePosixPath(relative).with_suffix("")))
 
 
-def _without_escape(name: str) -> str:
-    """Drop what would lead out of a folder that the name is joined to: a table's names are anybody's."""
-    parts = [part for part in PurePosixPath(name.replace("\\", "/")).parts if part not in ("/", "..", ".")]
-    return "/".join(parts) or "picture"
+def safe_name(name: str) -> str:
+    """Drop what would lead out of a folder that the name is joined to, and shorten what no file can be called."""
+    parts = PurePosixPath(name.replace("\\", "/").replace("\0", "")).parts
+    return "/".join(_shortened(part) for part in parts if part not in ("/", "..", ".")) or "picture"
 
 
-def _rows(path: str) -> Iterator[Source]:
+def _shortened(part: str) -> str:
+    encoded = os.fsencode(part)
+    if len(encoded) <= _LONGEST_NAME:
+        return part
+    start = encoded[: _LONGEST_NAME - 9].decode(errors="ignore")
+    return f"{start}-{sha256(encoded).hexdigest()[:8]}"
+
+
+def _rows(path: str, name: str) -> Iterator[Source]:
     import pyarrow
     import pyarrow.parquet as pq
 
     try:
         with _open_file(path) as file:
             table = pq.ParquetFile(file)
-            columns = table.schema_arrow.names
-            if "image" not in columns:
-                raise ValueError(f"{path}: expected a column image, found {', '.join(columns)}")
-            stem = PurePosixPath(path).stem
+            has_names = "name" in table.schema_arrow.names
             for group in range(table.num_row_groups):
-                if "name" in columns:
-                    names = table.read_row_group(group, columns=["name"])["name"].to_pylist()
-                else:
-                    names = [f"{stem}-{group}-{row}" for row in range(table.metadata.row_group(group).num_rows)]
-                for row, name in enumerate(names):
-                    yield Source(_without_escape(str(name)), path, (group, row))
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: expected a Parquet file, found something else or a broken one") from error
+                count = table.metadata.row_group(group).num_rows
+                names = (
+                    table.read_row_group(group, columns=["name"])["name"].to_pylist()
+                    if has_names
+                    else [f"{name}-{group}-{row}" for row in range(count)]
+                )
+                for row, each in enumerate(names):
+                    yield Source(safe_name(str(each)), path, (group, row))
+    except (OSError, pyarrow.ArrowException):
+        # Reading its first picture says what is wrong.
+        yield Source(name, path, (0, 0))
 
 
 @lru_cache(maxsize=_CACHED_ROW_GROUPS)
 def _row_group(path: str, group: int) -> Any:
+    import pyarrow
     import pyarrow.parquet as pq
 
-    with _open_file(path) as file:
-        return pq.ParquetFile(file).read_row_group(group, columns=["image"])
+    try:
+        with _open_file(path) as file:
+            table = pq.ParquetFile(file)
+            if "image" not in table.schema_arrow.names:
+                raise OSError(f"expected a column image, found {', '.join(table.schema_arrow.names)}")
+            return table.read_row_group(group, columns=["image"])
+    except pyarrow.ArrowException as error:
+        raise OSError("expected a Parquet file, found something else or a broken one") from error
+
+
+def _is_manifest(file: Path) -> bool:
+    try:
+        return file.is_file() and '"tucker-cam"' in file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def _encoded_picture(value: object, name: str) -> bytes:

@@ -35,8 +35,10 @@ _INERT: list[Any] = [
 
 # Of several whole backbones, the averaged one is what is published, where the method publishes it, as timm and DINO do;
 # a copy that another one trains against is not.
+_FLOATS = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])  # float8 comes with scales
 _AVERAGED = frozenset(["ema", "swa"])
 _COPIES = frozenset(["student", "momentum", "target", "k"])
+_SHADOWS = frozenset(["adam", "buffer", "exp", "grad", "grads", "opt", "optim", "optimizer", "optimizers"])
 
 State = Mapping[str, Tensor]
 
@@ -99,7 +101,7 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
             f"{len(needed) - len(missing)} of its {len(needed)} entries; missing or of another shape: "
             f"{_some(missing, _SHOWN)}; the file has {_some(sorted(states[0][1]), _SHOWN)}"
         )
-    broken = sorted(name for name in needed if not fitting[name].float().isfinite().all())
+    broken = sorted(name for name in needed if not fitting[name].isfinite().all())
     if broken:
         raise ValueError(f"{file}: expected finite weights, found NaN or Inf in {_some(broken, _SHOWN)}")
     model.load_state_dict(fitting, strict=False)
@@ -127,7 +129,7 @@ def _best(file: Path, found: Mapping[str, dict[str, Tensor]], needed: Collection
     fullest = {place: fitting for place, fitting in found.items() if len(needed & fitting.keys()) == most}
     if not most or len(fullest) == 1:
         return next(iter(fullest.items()), ("", {}))
-    words = {place: set(re.split(r"[^a-z0-9]+", place.lower())) for place in fullest}
+    words = {place: _words(place) for place in fullest}
     students = any("student" in each for each in words.values())
 
     def rank(place: str) -> int:
@@ -162,10 +164,13 @@ def _read(file: Path) -> object:
         foreign = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
         what = f"an object of {foreign}" if foreign else "something else, or a broken file"
         raise ValueError(
-            f"{file}: expected tensors, found {what}; nothing in it was run. If you trust the file, save its state "
-            "dict by itself: torch.save(checkpoint['state_dict'], file)"
+            f"{file}: expected tensors, found {what}; nothing in it was run. If you trust the file, save the "
+            "weights by themselves: torch.save(model.state_dict(), file)"
         ) from error
-    except (RuntimeError, EOFError, KeyError, IndexError, AttributeError, TypeError) as error:
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(file)):
+            raise
+        # A broken file makes torch.load fail in many ways.
         raise ValueError(
             f"{file}: expected weights written by torch.save, found something else or a broken file; nothing in it "
             "was run"
@@ -192,7 +197,7 @@ def _states(content: object, place: str = "") -> Iterator[tuple[str, State]]:
     inner = [(str(name), value) for name, value in content.items() if isinstance(value, Mapping)]
     for name, value in inner:
         # These repeat the parameters' names and shapes.
-        if not re.search("optim|^opt$|adam|exp_avg|grad", name.lower()):
+        if not _words(name) & _SHADOWS:
             yield from _states(value, f"{place}{name}/")
 
 
@@ -241,6 +246,10 @@ def _without_layer_scale(own: State, needed: Collection[str], fitting: dict[str,
         fitting.update({name: torch.ones_like(own[name]) for name in scales})
 
 
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z0-9]+", name.lower()))
+
+
 def _memory(tensor: Tensor) -> int:
     """Return what tells a tensor from others, whatever name or shape it was given."""
     return tensor.data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else id(tensor)
@@ -251,10 +260,8 @@ def _fits(value: object, own: Tensor) -> bool:
         isinstance(value, Tensor)
         and value.shape == own.shape
         and value.layout == own.layout
-        and value.is_floating_point() == own.is_floating_point()
-        and value.is_complex() == own.is_complex()
+        and (value.dtype in _FLOATS if own.is_floating_point() else value.dtype == own.dtype)
         and not value.is_meta
-        and not value.is_quantized
     )
 
 

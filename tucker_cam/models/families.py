@@ -180,13 +180,19 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
         ) from error
     if hasattr(config, "mask_ratio"):
         raise ValueError(
-            f"hf:{name} shows its network a random part of each picture, as masked autoencoders do in training: load "
-            "its encoder as a plain ViT, timm's say"
+            f"hf:{name} hides or shuffles the patches of a picture, as masked autoencoders do in training: load its "
+            "encoder as a plain ViT, timm's say"
         )
     try:
         model = AutoModel.from_pretrained(name) if pretrained else AutoModel.from_config(config)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise _no_weights(f"hf:{name}", pretrained, error) from error
+    except Exception as error:
+        # Whatever a configuration that does not fit together leads to.
+        raise ValueError(f"hf:{name} could not be built ({type(error).__name__}: {_first_line(error)})") from error
+    if hasattr(config, "vision_config"):
+        # Of a model of pictures and texts, such as CLIP, the part that sees the picture.
+        model = getattr(model, "vision_model", model)
     normalises = getattr(processor, "do_normalize", False)
     return Network(
         model,
@@ -241,10 +247,15 @@ def _own(module_name: str, function_name: str) -> Network:
         raise ValueError(
             f"expected a model named {SPECIFICATIONS}, and there is no module {error.name!r} here"
         ) from error
+    except Exception as error:
+        raise ValueError(f"{module_name} could not be imported ({type(error).__name__}: {error})") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"{module_name} has no function {function_name!r}")
-    built = function()
+    try:
+        built = function()
+    except Exception as error:
+        raise ValueError(f"{module_name}:{function_name} failed ({type(error).__name__}: {error})") from error
     if isinstance(built, nn.Module):
         return Network(built)
     if not isinstance(built, Network):

@@ -112,7 +112,7 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
         # A transformers model's parts return dataclasses, which are mappings too; only a plain one ends a backbone.
         if isinstance(output, Mapping) and not is_dataclass(output) and shows(output):
             backbone_end = len(path)
-        elif found is None and not shows(output) and inputs and shows(inputs[0]):
+        elif found is None and inputs and (_takes_several(inputs[0], example) or shows(inputs[0]) > shows(output)):
             pooling[name] = module
         elif found is None and isinstance(output, Tensor) and output.dim() == 3 and min(output.shape[1:]) > 1:
             path.append((name, None))
@@ -142,6 +142,11 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
         reached = set(begun[: begun_when_done[layer.name]])
         upstream[layer.name] = frozenset(reached | {name for name in silent if name.rpartition(".")[0] in reached})
     return DryRun(layers, body[-1] if body else None, upstream)
+
+
+def _takes_several(value: object, example: Tensor) -> bool:
+    """Tell whether a module takes several maps: with no map as its output it is a detector's head."""
+    return not isinstance(value, Tensor) and holds_maps(value, example)
 
 
 def _size(module: nn.Module) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tucker_cam.activations import ReshapeTransform
 from tucker_cam.models.checkpoints import load_checkpoint
@@ -52,7 +52,8 @@ class LoadedModel(Network):
     def digest(self) -> str:
         """Return a short hash of the weights, which tells two checkpoints of one name apart."""
         digest = hashlib.sha256()
-        for tensor in self.model.state_dict().values():
+        tensors = [value for value in self.model.state_dict().values() if isinstance(value, Tensor)]
+        for tensor in tensors:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:12]
 

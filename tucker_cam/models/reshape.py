@@ -104,8 +104,8 @@ def spatial_output(output: object, picture: Tensor) -> tuple[tuple[int, ...], Re
 
 
 def holds_maps(output: object, picture: Tensor) -> bool:
-    """Tell whether a mapping, a list or a tuple holds a map or tokens of the picture."""
-    return any(is_map(each, picture) for each in _values(output))
+    """Tell whether a mapping, a list or a tuple holds, at any depth, a map or tokens of the picture."""
+    return any(is_map(each, picture) or holds_maps(each, picture) for each in _values(output))
 
 
 def is_map(value: object, picture: Tensor) -> bool:
