@@ -234,13 +234,28 @@ def test_a_map_of_another_size_does_not_fit_a_zarr_store_and_says_what_does(tmp_
 
 def test_a_picture_that_changed_is_explained_again(pictures, tmp_path):
     out = tmp_path / "out"
+    everything = ("--format", "npy", "--format", "overlay", "--format", "zarr", "--gallery", "--method", "mtsm")
+    assert run(pictures, *MODEL, *everything, "--out", out).exit_code == 0
     assert run(pictures, *MODEL, "--format", "npy", "--out", out).exit_code == 0
     before = np.load(out / "p002_tsm.npy")
+    others = {name: content for name, content in contents(out).items() if "p002" not in name and "zarr" not in name}
     Image.fromarray(np.random.default_rng(9).integers(0, 255, (30, 40, 3), np.uint8)).save(pictures / "p002.png")
     # Older than the map, as a file that was moved or unpacked may be.
     os.utime(pictures / "p002.png", (1e9, 1e9))
     assert "11 pictures: 1 explained, 10 there already" in run(pictures, *MODEL, "--format", "npy", "--out", out).output
     assert np.abs(np.load(out / "p002_tsm.npy") - before).max() > 0.01
+    # What this run was not asked for is not left as it was: it would show another picture.
+    assert "11 pictures: 1 explained, 10 there already" in run(pictures, *MODEL, *everything, "--out", out).output
+    maps = zarr.open_group(out / "maps.zarr", mode="r")["mtsm"][:]
+    index = [each["name"] for each in json.loads((out / "manifest.json").read_text())["pictures"].values()].index(
+        "p002"
+    )
+    np.testing.assert_array_equal(maps[index], np.load(out / "p002_mtsm.npy"))
+    np.testing.assert_allclose(maps[index], expected_map(pictures / "p002.png", MTSM), atol=1e-5)
+    after = contents(out)
+    assert all(
+        after[name] == content for name, content in others.items() if name not in ("manifest.json", "gallery.html")
+    )
 
 
 def test_a_folder_of_another_run_is_refused_and_left_as_it_is(pictures, tmp_path):
@@ -277,7 +292,11 @@ def test_what_no_manifest_lists_is_neither_taken_for_a_map_nor_overwritten(pictu
     assert result.exit_code == 1
     assert "p003_tsm.png is there already, and not of a run in this folder" in result.stderr
     assert "11 pictures: 10 explained, 0 there already, 1 failed" in result.output
+    again = run(pictures, *MODEL, "--out", out)
+    assert "11 pictures: 0 explained, 10 there already, 1 failed" in again.output
     assert (out / "p003_tsm.png").read_text() == (out / "notes.txt").read_text() == "mine"
+    (out / "p003_tsm.png").unlink()
+    assert "11 pictures: 1 explained, 10 there already, 0 failed" in run(pictures, *MODEL, "--out", out).output
     for name in ("gallery.html", "maps.zarr"):
         other = tmp_path / name.partition(".")[0]
         other.mkdir()

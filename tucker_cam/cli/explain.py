@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tucker_cam.cli.explainer import Explainer, Explanation
 from tucker_cam.cli.methods import method_named
 from tucker_cam.cli.outputs import (
+    NOT_OURS,
     ArrayFiles,
     GalleryParts,
     Manifest,
@@ -52,7 +53,8 @@ def explain_pictures(
 ) -> list[str]:
     """Explain the pictures that `out` has not yet, and write what was asked for.
 
-    A map does not depend on where an earlier run was interrupted: batches are cut alike in every run.
+    A map does not depend on where an earlier run was interrupted: batches are cut alike in every run. What no manifest
+    lists is neither taken for a map nor overwritten.
 
     Args:
         images: files, folders, globs and Parquet files.
@@ -87,7 +89,17 @@ def explain_pictures(
         page = GalleryParts(out, list(classes)) if gallery else None
         outputs = _outputs(out, formats, list(classes), manifest)
         outputs += [] if page is None else [page]
-        missing, problems = _plan(sources, names, outputs, earlier)
+        for source in sources:
+            if earlier.get(source.key, NOT_OURS) not in (NOT_OURS, source.modified):
+                manifest.remove_files(source)
+        missing, problems = {}, []
+        for source in sources:
+            taken = [path for output in outputs for path in output.paths(names[source]) if path.exists()]
+            if taken and earlier.get(source.key, NOT_OURS) == NOT_OURS:
+                manifest.modified[source.key] = NOT_OURS
+                problems.append(f"{source}: {taken[0]} is there already, and not of a run in this folder")
+            else:
+                missing[source] = [output for output in outputs if not output.has(names[source])]
         manifest.write()
         explainer = Explainer(loaded, classes, aug_smooth=aug_smooth, components=gallery)
         size = batch_size or batch_size_for(explainer)
@@ -108,28 +120,6 @@ def explain_pictures(
 def counted(pictures: int) -> str:
     """Return a number of pictures in words."""
     return "1 picture" if pictures == 1 else f"{pictures} pictures"
-
-
-def _plan(
-    sources: Sequence[Source], names: dict[Source, str], outputs: Sequence[Output], earlier: dict[str, int]
-) -> tuple[dict[Source, list[Output]], list[str]]:
-    """Return what each picture lacks, and a line for each whose place another file has taken.
-
-    The files of a picture that changed since an earlier run are removed. What no manifest knows is not ours: it is
-    neither taken for a map nor overwritten.
-    """
-    missing: dict[Source, list[Output]] = {}
-    problems = []
-    for source in sources:
-        paths = [path for output in outputs for path in output.paths(names[source]) if path.exists()]
-        if source.key not in earlier and paths:
-            problems.append(f"{source}: {paths[0]} is there already, and not of a run in this folder")
-            continue
-        if source.key in earlier and earlier[source.key] != source.modified:
-            for path in paths:
-                path.unlink()
-        missing[source] = [output for output in outputs if not output.has(names[source])]
-    return missing, problems
 
 
 def batch_size_for(explainer: Explainer) -> int:

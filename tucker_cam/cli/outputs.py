@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from threading import Lock
@@ -18,10 +19,13 @@ from pytorch_grad_cam.utils.image import show_cam_on_image
 from tucker_cam import __version__
 from tucker_cam.cli.explainer import Explanation
 from tucker_cam.cli.gallery import gallery_entry, write_gallery
+from tucker_cam.cli.methods import METHODS
 from tucker_cam.cli.sources import MANIFEST, Source, safe_name
 from tucker_cam.files import complete_or_absent, printable
 from tucker_cam.models import LoadedModel
 
+NOT_OURS = -1
+"""Stands in a manifest for a picture whose files were there before, and are somebody else's."""
 Picture = Callable[[], NDArray[np.float32]]
 _PACKAGES = ("torch", "numpy", "grad-cam", "pillow")
 
@@ -236,6 +240,16 @@ class Manifest:
                 taken.add(name)
             named[source] = self.names[source.key]
         return named
+
+    def remove_files(self, source: Source) -> None:
+        """Remove what earlier runs wrote of a picture, which has changed since."""
+        name, index = self.names[source.key], list(self.names).index(source.key)
+        files = [path for kind in (Overlays, ArrayFiles) for path in kind(self.path.parent, list(METHODS)).paths(name)]
+        files += self.path.parent.glob(f".gallery/*/{escape(name)}.json")
+        files += self.path.parent.glob(f"maps.zarr/*/c/{index}/**/0")
+        for path in files:
+            if path.is_file():
+                path.unlink()
 
     def write(self) -> None:
         """Write the manifest.
