@@ -33,11 +33,13 @@ _INERT: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
 ]
 
-# Of several whole backbones, the averaged one is what is published, where the method publishes it, as timm and DINO do;
-# a copy that another one trains against is not.
-_FLOATS = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])  # float8 comes with scales
+# Not float8, which comes with scales in other entries.
+_FLOATS = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
+# Of several whole backbones the averaged one is published, by timm, and by DINO whose teacher it is; a copy that another
+# one is trained against is not.
 _AVERAGED = frozenset(["ema", "swa"])
 _COPIES = frozenset(["student", "momentum", "target", "k"])
+# Words for what repeats the names and shapes of parameters, and is none.
 _SHADOWS = frozenset(["adam", "buffer", "exp", "grad", "grads", "opt", "optim", "optimizer", "optimizers"])
 
 State = Mapping[str, Tensor]
