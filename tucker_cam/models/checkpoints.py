@@ -35,8 +35,8 @@ _INERT: list[Any] = [
 
 # Not float8, which comes with scales in other entries.
 _FLOATS = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
-# Of several whole backbones the averaged one is published, by timm, and by DINO whose teacher it is; a copy that another
-# one is trained against is not.
+# Of several whole backbones the averaged one is published, by timm, and by DINO whose teacher it is; a copy that
+# another one is trained against is not.
 _AVERAGED = frozenset(["ema", "swa"])
 _COPIES = frozenset(["student", "momentum", "target", "k"])
 # Words for what repeats the names and shapes of parameters, and is none.
