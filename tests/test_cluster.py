@@ -73,7 +73,7 @@ def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is
     assert len(maps) == 44
     assert len(errors) == 2
     for (picture, method), saliency in maps.items():
-        np.testing.assert_array_equal(saliency, np.load(tmp_path / "single" / f"{names[picture]}_{method}.npy"))
+        np.testing.assert_array_equal(saliency, np.load(tmp_path / "single" / f"{names[picture]['name']}_{method}.npy"))
 
     # What a killed run leaves: one table missing, one half-written.
     first, second, *_ = sorted(out.glob("maps-*.parquet"))
