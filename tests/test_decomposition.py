@@ -116,6 +116,16 @@ def test_the_sign_rule_looks_at_the_largest_entry_and_at_the_first_of_two():
     assert_close(signs(torch.tensor(columns).T[None]), torch.tensor([[-1.0, 1.0, -1.0, 1.0, 1.0, -1.0]]))
 
 
+@pytest.mark.parametrize("rank", [None, (4, 2, 2)])
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+def test_values_and_maps_grow_with_the_features_however_large_or_small(scale, rank):
+    batch = features(2, *TALL)
+    expected, actual = channel_modes(batch, rank=rank), channel_modes(batch * scale, rank=rank)
+    assert_close(actual.vectors, expected.vectors)
+    for ordinary, extreme in zip(expected[1:], actual[1:], strict=True):
+        assert_close(extreme / scale, ordinary)
+
+
 def test_half_precision_features_are_decomposed_in_single_precision_or_better():
     batch = features(2, *TALL)
     for half in (torch.float16, torch.bfloat16):

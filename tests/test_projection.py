@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import references
@@ -84,13 +86,23 @@ def test_a_near_tie_of_the_leading_values_is_resolved_in_float64():
     assert_close(leading_map(batch), exact, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 5e37])
 @pytest.mark.parametrize("shape", [(20, 3, 4), (8, 5, 5)])
-def test_features_beyond_the_range_of_float32_squares_keep_their_map(scale, shape):
-    batch = features(shape)
-    for project in (leading_map, combined_map, lambda f: combined_map(f, combine="energy")):
-        expected, actual = project(batch), project(batch * scale)
-        assert_close(actual / actual.amax(), expected / expected.amax(), rtol=1e-5, atol=1e-5)
+def test_features_whose_squares_no_float_can_hold_keep_their_map(scale, shape, dtype):
+    scale = scale**8 if dtype == torch.float64 else scale
+    batch = (features(shape, torch.float64) * scale).to(dtype)
+    exact = batch.double() / scale
+    for project in (
+        leading_map,
+        combined_map,
+        partial(combined_map, combine="energy"),
+        partial(combined_map, center=True),
+        partial(leading_map, rank=(3, 2, 2)),
+        partial(combined_map, rank=(3, 2, 2)),
+    ):
+        expected, actual = (saliency / saliency.amax((1, 2), keepdim=True) for saliency in map(project, (exact, batch)))
+        assert_close(actual, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", [(20, 3, 4), (5, 4, 6)])

@@ -7,17 +7,17 @@ higher-order SVD (De Lathauwer et al., 2000), a truncated one is found by higher
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
+import numpy as np
 import tensorly as tl
 import torch
 from tensorly.decomposition import tucker
 from torch import Tensor
 
-from tucker_cam.gram import is_tall, unfold
+from tucker_cam.gram import is_tall, moderate, unfold
 from tucker_cam.hooi import truncated_components
-from tucker_cam.rank import Rank, feasible_rank
+from tucker_cam.rank import Rank, feasible_rank, full_rank
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -82,7 +82,9 @@ def channel_modes(
     check_engine(engine)
     spatial = features.shape[2:]
     ranks = feasible_rank(rank, tuple(features.shape[1:]))
-    unfolding = unfold(features).double()
+    moderated, divisors = moderate(features)
+    unfolding = unfold(moderated).double()
+    divisors = divisors.to(unfolding)
     if center:
         unfolding = unfolding - unfolding.mean(-1, keepdim=True)
     if engine == "tensorly":
@@ -95,7 +97,8 @@ def channel_modes(
         # Orthonormal but for rounding; where the features lack rank, QR puts in what is missing.
         vectors = torch.linalg.qr(unfolding @ directions if is_tall(unfolding) else directions).Q
     vectors = vectors * signs(vectors)[:, None, :]
-    maps = (vectors.mT @ unfolding).reshape(*values.shape, *spatial)
+    values = values * divisors[:, None]
+    maps = (vectors.mT @ unfolding * divisors[:, None, None]).reshape(*values.shape, *spatial)
     dtype = torch.promote_types(features.dtype, torch.float32)
     return ChannelModes(*(part.to(features.device, dtype) for part in (vectors, values, maps)))
 
@@ -143,15 +146,13 @@ def _tensorly_factor(
     features: Float[Tensor, "batch channels *spatial"], rank: tuple[int, ...] | None
 ) -> tuple[Float[Tensor, "batch channels rank"], Float[Tensor, "batch rank"]]:
     """Run TensorLy's `tucker` on each image, and order what it found by the values."""
-    most = min(features.shape[1], features[0, 0].numel())
     factors, norms = [], []
-    with tl.backend_context("numpy", local_threadsafe=True), warnings.catch_warnings():
-        # At full rank there may be more channels than singular vectors: it says that it pads the factor.
-        warnings.filterwarnings("ignore", "Trying to compute SVD with n_eigenvecs", UserWarning)
+    # Its relative error of an image of zeros is 0 / 0; it stops after the fewest sweeps then.
+    with tl.backend_context("numpy", local_threadsafe=True), np.errstate(invalid="ignore"):
         for image in features.cpu().numpy():
-            core, (factor, *_) = tucker(image, rank=image.shape if rank is None else rank)
-            factors.append(torch.from_numpy(factor[:, :most]))
-            norms.append(torch.from_numpy(core[:most]).flatten(1).norm(dim=1))
+            core, (factor, *_) = tucker(image, rank=full_rank(image.shape) if rank is None else rank)
+            factors.append(torch.from_numpy(factor))
+            norms.append(torch.from_numpy(core).flatten(1).norm(dim=1))
     values, order = torch.stack(norms).sort(descending=True, stable=True)
     vectors = torch.stack(factors)
     return vectors.gather(2, order[:, None, :].expand_as(vectors)).to(features.device), values.to(features.device)

@@ -23,8 +23,9 @@ _SINGLE_NOISE = 1e-7
 # What an eigenvector may be off, in the 2-norm: the noise over the relative gap to the next eigenvalue (Davis and
 # Kahan, 1970). So float32 is given up below a gap of 0.01.
 _VECTOR_TOLERANCE = 1e-5
-# Beyond these the sums of squares leave float32's range, or lose digits to its denormal numbers.
-_SMALLEST_TRACE, _LARGEST_TRACE = 1e-30, 1e30
+# An image's features outside of these are scaled first: sums of their squares could leave float32's range, or lose
+# digits to its denormal numbers.
+_SMALLEST_PEAK, _LARGEST_PEAK = 1e-12, 1e12
 # Rows that are turned into float64 at a time: the copy stays in the processor's cache.
 _ROWS_AT_A_TIME = 256
 # From this size on a Krylov subspace is faster than a full eigendecomposition, for one vector of it.
@@ -35,14 +36,27 @@ _KRYLOV_STEPS_AT_A_TIME, _KRYLOV_STEPS = 8, 32
 _RESIDUAL_TOLERANCE = 1e-6
 
 
+def moderate(
+    features: Float[Tensor, "batch channels *spatial"],
+) -> tuple[Float[Tensor, "batch channels *spatial"], Float[Tensor, " batch"]]:
+    """Return the features, at least float32, with squares that a float can hold, and what each image was divided by.
+
+    That is 1, but for an image whose largest magnitude is above 1e12 or below 1e-12: there it is that magnitude.
+    """
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    axes = tuple(range(1, features.dim()))
+    peaks = torch.maximum(features.amax(axes), -features.amin(axes))
+    extreme = (peaks > _LARGEST_PEAK) | ((peaks < _SMALLEST_PEAK) & (peaks > 0))
+    divisors = torch.where(extreme, peaks, 1)
+    return (features / divisors.reshape(-1, *(1 for _ in axes)) if extreme.any() else features), divisors
+
+
 def unfold(features: Float[Tensor, "batch channels *spatial"]) -> Float[Tensor, "batch channels positions"]:
-    """Return the mode-1 unfolding, at least float32, on a device that can decompose it.
+    """Return the mode-1 unfolding, on a device that can decompose it.
 
     A view where the layout in memory allows one, as NCHW and channels_last do.
     """
-    if not _can_decompose(features.device.type):
-        features = features.cpu()
-    return features.flatten(2).to(torch.promote_types(features.dtype, torch.float32))
+    return (features if _can_decompose(features.device.type) else features.cpu()).flatten(2)
 
 
 def is_tall(unfolding: Tensor) -> bool:
@@ -88,17 +102,10 @@ def quickly_or_carefully(
         solve_again: the same, for the images whose first solution cannot.
     """
     tall = _as_tall(unfolding)
-    matrix = tall.mT @ tall
-    trace = matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    in_range = (trace > _SMALLEST_TRACE) & (trace < _LARGEST_TRACE)
     noise = 0.0 if unfolding.dtype == torch.float64 else _SINGLE_NOISE
-    matrix = matrix.double()
-    if not in_range.all():
-        matrix[~in_range] = 0
-    solution, trusted = solve(matrix, noise)
-    doubtful = ~(in_range & trusted)
-    if doubtful.any():
-        solution[doubtful], _ = solve_again(gram(unfolding[doubtful]), 0.0)
+    solution, trusted = solve((tall.mT @ tall).double(), noise)
+    if not trusted.all():
+        solution[~trusted], _ = solve_again(gram(unfolding[~trusted]), 0.0)
     return solution
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tucker_cam.decomposition import Engine, channel_modes, signs
-from tucker_cam.gram import eigenpairs, gram, is_tall, leading_eigenvector, rows_in_float64, unfold
+from tucker_cam.gram import eigenpairs, gram, is_tall, leading_eigenvector, moderate, rows_in_float64, unfold
 from tucker_cam.hooi import truncated_leading_map
 from tucker_cam.rank import Rank, feasible_rank
 
@@ -36,12 +36,13 @@ def leading_map(
         engine: see `channel_modes`.
 
     Returns:
-        Not negative, not normalised.
+        Not negative, not normalised. An image's features above 1e12 or below 1e-12 are scaled to 1 first.
 
     Example:
         >>> leading_map(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]]))
         tensor([[0., 0., 4.]], dtype=torch.float64)
     """
+    features, _ = moderate(features)
     spatial = features.shape[2:]
     ranks = feasible_rank(rank, tuple(features.shape[1:]))
     if engine == "tensorly":
@@ -80,12 +81,13 @@ def combined_map(
         engine: see `channel_modes`.
 
     Returns:
-        Not negative, not normalised.
+        Not negative, not normalised. An image's features above 1e12 or below 1e-12 are scaled to 1 first.
 
     Example:
         >>> combined_map(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]]))
         tensor([[ 9.,  0., 16.]], dtype=torch.float64)
     """
+    features, _ = moderate(features)
     if engine == "tensorly" or feasible_rank(rank, tuple(features.shape[1:])) is not None:
         modes = channel_modes(features, rank=rank, center=center, engine=engine)
         weighted = modes.maps.double().flatten(2) * modes.values.double()[..., None]

@@ -67,7 +67,17 @@ def feasible_rank(rank: Rank, shape: tuple[int, ...]) -> tuple[int, ...] | None:
             f"expected a rank of {len(shape)} parts for feature maps of shape {shape}, channels first, got {rank!r}"
         )
     clipped = _clip(parts, shape)
-    return None if clipped == _clip(shape, shape) else clipped
+    return None if clipped == full_rank(shape) else clipped
+
+
+def full_rank(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the highest multilinear rank that a tensor of this shape can have.
+
+    Example:
+        >>> full_rank((1280, 7, 7))
+        (49, 7, 7)
+    """
+    return _clip(shape, shape)
 
 
 def _clip(rank: Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
