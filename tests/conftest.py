@@ -2,6 +2,7 @@
 
 import os
 import typing
+from importlib.metadata import version
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
 
@@ -28,6 +29,10 @@ def _seeded():
     torch.manual_seed(0)
     # Two threads are slower than one wherever the other core is busy.
     torch.set_num_threads(1)
+
+
+def pytest_report_header():
+    return "with " + ", ".join(f"{name} {version(name)}" for name in ("grad-cam", "tensorly", "torch", "numpy"))
 
 
 def pytest_runtest_setup(item):

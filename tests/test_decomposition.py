@@ -140,23 +140,3 @@ def test_features_are_not_written_to():
     for rank in (None, (4, 2, 2)):
         channel_modes(batch, rank=rank, center=True)
     assert_close(batch, before, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"features": np.zeros((1, 2, 3, 4))}, TypeError, "expected features as a torch.Tensor, got ndarray"),
-        ({"features": torch.zeros(1, 2, 3, 4, dtype=torch.int64)}, TypeError, "floating point.*int64"),
-        ({"features": torch.zeros(2, 3)}, ValueError, r"batch x channels x spatial, got \(2, 3\)"),
-        ({"features": torch.zeros(0, 2, 3, 4)}, ValueError, r"empty axis, got \(0, 2, 3, 4\)"),
-        ({"features": torch.full((1, 2, 3, 4), torch.nan)}, ValueError, "finite"),
-        ({"rank": "all"}, TypeError, "'all'"),
-        ({"rank": (2.0, 2, 2)}, TypeError, "tuple of ints"),
-        ({"engine": "jax"}, ValueError, "'torch', 'tensorly', got 'jax'"),
-        ({"rank": (2, 2)}, ValueError, r"3 parts for feature maps of shape \(2, 3, 4\)"),
-        ({"rank": (2, 0, 2)}, ValueError, r"\(2, 0, 2\)"),
-    ],
-)
-def test_bad_arguments_are_named(arguments, error, message):
-    with pytest.raises(error, match=message):
-        channel_modes(**({"features": torch.ones(1, 2, 3, 4)} | arguments))

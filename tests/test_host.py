@@ -1,16 +1,24 @@
-"""Every way pytorch-grad-cam itself uses a CAM class, with ours put in."""
+"""Every way pytorch-grad-cam itself uses a CAM class, with ours put in.
 
+This module also runs with the oldest versions of grad-cam and tensorly that are supported.
+"""
+
+import gc
+import weakref
 from importlib.metadata import version
 
+import networks
 import numpy as np
 import pytest
 import torch
 import torchvision
+import ttach
+from numpy.testing import assert_allclose
 from packaging.version import Version
-from pytorch_grad_cam import EigenCAM
+from pytorch_grad_cam import EigenCAM, FinerCAM
 from pytorch_grad_cam.metrics.cam_mult_image import CamMultImageConfidenceChange
 from pytorch_grad_cam.metrics.road import ROADCombined
-from pytorch_grad_cam.utils.image import scale_cam_image
+from pytorch_grad_cam.utils.image import scale_cam_image, show_cam_on_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget, ClassifierOutputTarget
 from pytorch_grad_cam.utils.reshape_transforms import (
     fasterrcnn_reshape_transform,
@@ -28,10 +36,14 @@ since_1_5_7 = pytest.mark.skipif(Version(version("grad-cam")) < Version("1.5.7")
 
 
 @pytest.fixture(scope="module")
-def networks():
+def backbones():
     torch.manual_seed(0)
     resnet, vgg = torchvision.models.resnet18(weights=None), torchvision.models.vgg11(weights=None)
     return {"resnet18": (resnet, [resnet.layer4[-1], resnet.layer4[-2]]), "vgg11": (vgg, [vgg.features[-1]])}
+
+
+def images(batch=2, size=32):
+    return torch.randn(batch, 3, size, size)
 
 
 def assert_is_a_map(saliency, batch):
@@ -43,15 +55,15 @@ def assert_is_a_map(saliency, batch):
 
 
 @pytest.mark.parametrize("network", ["resnet18", "vgg11"])
-@pytest.mark.parametrize(("batch_size", "width", "height"), [(2, 32, 32), (1, 32, 40), (2, 64, 96)])
+@pytest.mark.parametrize(("batch_size", "width", "height"), [(2, 32, 32), (1, 32, 40)])
 @pytest.mark.parametrize("target_category", [None, 100])
 @pytest.mark.parametrize("aug_smooth", [False, True])
 @pytest.mark.parametrize("eigen_smooth", [True, False])
 @every_method
 def test_all_cam_models_can_run(
-    networks, network, batch_size, width, height, target_category, aug_smooth, eigen_smooth, method
+    backbones, network, batch_size, width, height, target_category, aug_smooth, eigen_smooth, method
 ):
-    model, target_layers = networks[network]
+    model, target_layers = backbones[network]
     batch = torch.rand(batch_size, 3, height, width)
     cam = method(model=model, target_layers=target_layers)
     cam.batch_size = 4
@@ -66,16 +78,16 @@ def test_all_cam_models_can_run(
 
 @since_1_5_7
 @every_method
-def test_refine_cam_and_arcc_accept_it(networks, method):
+def test_refine_cam_and_arcc_accept_it(backbones, method):
     from pytorch_grad_cam.metrics.arcc import ARCC
     from pytorch_grad_cam.refine_cam import RefineCAM
 
-    model, target_layers = networks["resnet18"]
+    model, target_layers = backbones["resnet18"]
     batch, targets = torch.rand(2, 3, 96, 96), [ClassifierOutputTarget(243)] * 2
     refined = RefineCAM(model=model, target_layers=target_layers, base_method=method)
     maps = refined(input_tensor=batch, targets=targets)
     single = [method(model, [layer])(batch) for layer in target_layers]
-    np.testing.assert_allclose(maps, scale_cam_image(np.prod(single, axis=0)), atol=1e-5)
+    assert_allclose(maps, scale_cam_image(np.prod(single, axis=0)), atol=1e-5)
     for base in (refined, method(model, target_layers)):
         scores = ARCC(base_method=base)(batch, maps, targets, model)
         assert scores.shape == (2,)
@@ -84,10 +96,10 @@ def test_refine_cam_and_arcc_accept_it(networks, method):
 
 @since_1_5_7
 @every_method
-def test_sess_accepts_it(networks, method):
+def test_sess_accepts_it(backbones, method):
     from pytorch_grad_cam import SESS
 
-    model, target_layers = networks["resnet18"]
+    model, target_layers = backbones["resnet18"]
     batch = torch.rand(2, 3, 64, 64)
     for arguments in ({}, {"tta_transforms": None}):
         with SESS(model, target_layers[:1], base_method=method, num_scales=2, **arguments) as cam:
@@ -97,8 +109,8 @@ def test_sess_accepts_it(networks, method):
 
 
 @every_method
-def test_the_hosts_metrics_accept_its_maps(networks, method):
-    model, target_layers = networks["resnet18"]
+def test_the_hosts_metrics_accept_its_maps(backbones, method):
+    model, target_layers = backbones["resnet18"]
     batch = torch.rand(2, 3, 64, 64)
     maps = method(model, target_layers)(batch)
     targets = [ClassifierOutputSoftmaxTarget(3)] * 2
@@ -160,13 +172,179 @@ def test_a_model_that_returns_none(method):
 
 
 @every_method
-def test_a_subclass_with_its_own_get_cam_image(networks, method):
+def test_a_subclass_with_its_own_get_cam_image(backbones, method):
     class Inverted(method):
         def get_cam_image(self, *arguments):
             return 1 - super().get_cam_image(*arguments)
 
-    model, target_layers = networks["resnet18"]
+    model, target_layers = backbones["resnet18"]
     batch = torch.rand(1, 3, 64, 64)
-    np.testing.assert_allclose(
-        Inverted(model, target_layers[:1])(batch), 1 - method(model, target_layers[:1])(batch), atol=1e-5
-    )
+    assert_allclose(Inverted(model, target_layers[:1])(batch), 1 - method(model, target_layers[:1])(batch), atol=1e-5)
+
+
+@every_method
+def test_a_call_takes_what_eigencam_takes(method):
+    model, batch = networks.small_cnn(), images()
+    for build in (method, EigenCAM):
+        by_position = build(model, [model[2]])
+        by_name = build(model=model, target_layers=[model[2]], reshape_transform=None)
+        one = by_position(batch, None, False, False)
+        other = by_name(
+            input_tensor=batch, targets=[ClassifierOutputTarget(1)] * 2, aug_smooth=False, eigen_smooth=True
+        )
+        assert_allclose(one, other)
+
+
+@every_method
+def test_the_map_can_be_drawn_by_the_host(method):
+    model = networks.small_cnn()
+    saliency = method(model, [model[2]])(images(1))[0]
+    overlay = show_cam_on_image(np.full((32, 32, 3), 0.5, dtype=np.float32), saliency, use_rgb=True)
+    assert overlay.shape == (32, 32, 3)
+    assert overlay.std() > 10
+
+
+@every_method
+def test_several_layers_are_averaged(method):
+    model, batch = networks.small_cnn(), images()
+    both = method(model, [model[0], model[2]])
+    actual = both(batch)
+    maps = [both.get_cam_image(batch, None, None, f, None) for f in both.activations_and_grads.activations]
+    mean = np.mean([scale_cam_image(saliency, (32, 32)) for saliency in maps], axis=0)
+    assert_allclose(actual, scale_cam_image(mean), atol=1e-5)
+
+
+@pytest.mark.parametrize("transforms", [None, ttach.Compose([ttach.VerticalFlip()])], ids=["the host's", "given"])
+@every_method
+def test_augmentation_smoothing_averages_over_the_transforms(method, transforms):
+    model, batch = networks.small_cnn(), images()
+    cam = method(model, [model[2]], tta_transforms=transforms)
+    if transforms is None:
+        expected = np.mean(
+            [f(cam(f(batch) * factor)) for f in (lambda x: x, mirrored) for factor in (0.9, 1, 1.1)], axis=0
+        )
+    else:
+        expected = (cam(batch) + cam(batch.flip(-2))[:, ::-1]) / 2
+    assert_allclose(cam(batch, aug_smooth=True), expected, atol=1e-5)
+
+
+def mirrored(x):
+    return x.flip(-1) if isinstance(x, torch.Tensor) else x[..., ::-1]
+
+
+@every_method
+def test_a_volume_gives_a_volume(method):
+    model, batch = networks.SmallVolumeCNN(), torch.randn(2, 1, 6, 8, 10)
+    saliency = method(model, [model.conv])(batch)
+    assert saliency.shape == (2, 6, 8, 10)
+    assert saliency.min() == 0
+    assert saliency.max() == pytest.approx(1, abs=1e-6)
+
+
+@every_method
+def test_get_cam_image_takes_six_positional_arguments_and_numpy(method):
+    model = networks.small_cnn()
+    activations = torch.randn(2, 6, 3, 4)
+    cam = method(model, [model[2]])
+    from_numpy = cam.get_cam_image(images(), model[2], None, activations.numpy(), None, False)
+    assert from_numpy.shape == (2, 3, 4)
+    assert_allclose(from_numpy, cam.get_cam_image(images(), model[2], None, activations, None, True))
+
+
+@every_method
+def test_hooks_are_gone_after_the_block_and_after_the_object(method):
+    model = networks.small_cnn()
+    model[2].register_forward_hook(lambda *_: None)
+    with method(model, [model[2]]):
+        assert hook_count(model) > 1
+    assert hook_count(model) == 1
+    cam = method(model, [model[2]])
+    gone = weakref.ref(cam)
+    del cam
+    gc.collect()
+    assert gone() is None
+    assert hook_count(model) == 1
+
+
+@pytest.mark.parametrize("error", [IndexError, ValueError, KeyboardInterrupt])
+@every_method
+def test_an_error_in_the_block_comes_out_of_it(method, error):
+    model = networks.small_cnn()
+    with pytest.raises(error, match="mine"), method(model, [model[2]]):
+        raise error("mine")
+    assert hook_count(model) == 0
+
+
+def hook_count(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+@every_method
+def test_a_cycle_that_holds_the_object_is_collected_with_its_hooks(method):
+    model = networks.small_cnn()
+    cam = method(model, [model[2]])
+    cam.myself = cam
+    gone = weakref.ref(cam)
+    del cam
+    gc.collect()
+    assert gone() is None
+    assert hook_count(model) == 0
+
+
+@every_method
+def test_two_objects_on_one_model_do_not_disturb_each_other(method):
+    model, batch = networks.small_cnn(), images()
+    first_alone, second_alone = (method(model, [layer])(batch) for layer in (model[0], model[2]))
+    first, host, second = method(model, [model[0]]), EigenCAM(model, [model[2]]), method(model, [model[2]])
+    host_alone = host(batch, None)
+    assert_allclose(first(batch), first_alone, rtol=0, atol=0)
+    assert_allclose(second(batch), second_alone, rtol=0, atol=0)
+    assert_allclose(host(batch, None), host_alone, rtol=0, atol=0)
+    first.activations_and_grads.release()
+    assert_allclose(second(batch), second_alone, rtol=0, atol=0)
+
+
+@every_method
+def test_one_object_is_used_again_on_other_sizes_and_batches(method):
+    model = networks.small_cnn()
+    used_again = method(model, [model[2]])
+    for batch in (images(2, 32), images(1, 48), torch.randn(3, 3, 24, 40), images(2, 32)):
+        assert_allclose(used_again(batch), method(model, [model[2]])(batch), rtol=0, atol=0)
+
+
+@every_method
+def test_a_subclass_with_its_own_saliency_and_constructor(method):
+    class Squared(method):
+        def __init__(self, *arguments, power=2, **options):
+            super().__init__(*arguments, **options)
+            self.power = power
+
+        def saliency(self, features):
+            return super().saliency(features) ** self.power
+
+    model, batch = networks.small_cnn(), images()
+    cam = Squared(model, [model[2]], power=3)
+    features = model[:3](batch).detach()
+    maps = method(model, [model[2]]).saliency(features).numpy() ** 3
+    peaks = maps.max(axis=(1, 2), keepdims=True)
+    expected = scale_cam_image(scale_cam_image(maps / peaks, (32, 32)))
+    assert_allclose(cam(batch), expected, atol=1e-4)
+
+
+@every_method
+def test_finer_cam_accepts_it(method):
+    model, batch = networks.small_cnn(), images()
+    expected = method(model, [model[2]])(batch)
+    cam = FinerCAM(model, [model[2]], base_method=method)
+    assert_allclose(cam(batch), expected, rtol=0, atol=0)
+    assert_allclose(cam(batch, [ClassifierOutputTarget(1)] * 2), expected, rtol=0, atol=0)
+    del cam
+    assert hook_count(model) == 0
+
+
+@every_method
+def test_a_video_or_volume_is_smoothed_by_augmentation(method):
+    model, batch = networks.SmallVolumeCNN(), torch.randn(2, 1, 6, 8, 10)
+    cam = method(model, [model.conv], tta_transforms=ttach.Compose([ttach.Multiply([0.9, 1, 1.1])]))
+    expected = np.mean([cam(batch * factor) for factor in (0.9, 1, 1.1)], axis=0)
+    assert_allclose(cam(batch, aug_smooth=True), expected, atol=1e-6)

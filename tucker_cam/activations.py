@@ -47,6 +47,9 @@ class FeatureRecorder:
         self._recorded = recorded
         try:
             outputs = self.model(images)
+        except RuntimeError as error:
+            _explain(error, self.model, images)
+            raise
         finally:
             self._recorded = None
         for layer in self.target_layers:
@@ -81,6 +84,22 @@ class FeatureRecorder:
         # The hooks also fire when somebody else runs the model, as SESS does; that is not ours to record.
         if self._recorded is not None and layer not in self._recorded:
             self._recorded[layer] = feature_maps(output, self.reshape_transform, self._names[layer])
+
+
+def _explain(error: RuntimeError, model: nn.Module, images: Tensor) -> None:
+    """Raise an error that names the images, where they are what the model's own error is probably about."""
+    shape = tuple(images.shape)
+    if shape[-1] <= 4 < shape[1]:
+        raise ValueError(
+            f"expected images with their channels second, got {shape}, on which the model failed: "
+            "if their channels are last, pass images.movedim(-1, 1)"
+        ) from error
+    parameter = next(model.parameters(), images)
+    if images.dtype != parameter.dtype:
+        raise TypeError(
+            f"expected images of the model's {parameter.dtype}, got {images.dtype}, on which the model failed: "
+            f"pass images.to({parameter.dtype}), scaled as in training"
+        ) from error
 
 
 def record(

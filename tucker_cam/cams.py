@@ -7,8 +7,8 @@ target layers and smooths by test-time augmentation. This is the only module tha
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Never, get_args
 
 import numpy as np
 import torch
@@ -25,12 +25,15 @@ from tucker_cam.rank import Rank, check_rank
 class LabelFreeCAM(BaseCAM):
     """A saliency method that reads feature maps only: no label, no gradient, no model output.
 
-    Subclasses say how feature maps become one map in `saliency`.
+    Subclasses say how feature maps become one map in `saliency`. The object keeps nothing but the features and
+    the output of its last call: it may be used again on images of another size or number, and beside others on the
+    same model.
 
     A call returns float32 NumPy, batch x height x width (or batch x depth x height x width for volumes), in [0, 1].
     `targets` are accepted and play no part, and neither does `eigen_smooth`: the map is a principal projection
     already. `aug_smooth` works as the host's. The model's output is kept in `outputs`, never read, and may be
-    anything.
+    anything. A call raises TypeError or ValueError for images and feature maps that have no map; what the model itself
+    raises comes through as it is.
     """
 
     rank: Rank = None
@@ -44,7 +47,9 @@ class LabelFreeCAM(BaseCAM):
         reshape_transform: ReshapeTransform | None = None,
         *,
         tta_transforms: Any = None,
+        **unknown: Never,
     ) -> None:
+        _refuse(unknown, type(self).__name__)
         _check_construction(model, target_layers, reshape_transform)
         # detach=False: the host hands the recorded tensors on as they are, without moving them to the CPU.
         super().__init__(
@@ -143,9 +148,10 @@ class TSM(LabelFreeCAM):
         tta_transforms: a `ttach.Compose` for `aug_smooth=True`; None for the host's own.
 
     Raises:
-        TypeError: `target_layers` is a single layer, or something in it is no layer; `rank` is of another kind.
+        TypeError: `target_layers` is a single layer, or something in it is no layer; `rank` is of another kind; an
+            argument that there is not, such as `use_cuda`.
         ValueError: `target_layers` is empty, or holds a layer that is not part of the model; the model has no
-            parameters; `rank` or `engine` is none that exists.
+            parameters, or is spread over several GPUs; `rank` or `engine` is none that exists.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -163,10 +169,11 @@ class TSM(LabelFreeCAM):
         rank: Rank = None,
         engine: Engine = "torch",
         tta_transforms: Any = None,
+        **unknown: Never,
     ) -> None:
         check_rank(rank)
         check_engine(engine)
-        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
+        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms, **unknown)
         self.rank = rank
         self.engine = engine
 
@@ -201,11 +208,12 @@ class MTSM(LabelFreeCAM):
         combine: Combine = "signed",
         engine: Engine = "torch",
         tta_transforms: Any = None,
+        **unknown: Never,
     ) -> None:
         check_rank(rank)
         check_engine(engine)
         _check_combine(combine)
-        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
+        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms, **unknown)
         self.rank = rank
         self.engine = engine
         self.combine = combine
@@ -238,13 +246,23 @@ class MultivecEigenCAM(LabelFreeCAM):
         *,
         combine: Combine = "signed",
         tta_transforms: Any = None,
+        **unknown: Never,
     ) -> None:
         _check_combine(combine)
-        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
+        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms, **unknown)
         self.combine = combine
 
     def saliency(self, features: Tensor) -> Tensor:
         return combined_map(features, combine=self.combine, center=True)
+
+
+def _refuse(unknown: Mapping[str, object], method: str) -> None:
+    if unknown:
+        name, value = next(iter(unknown.items()))
+        raise TypeError(
+            f"expected only the arguments of {method}, got {name}={value!r}: "
+            + ("move the model itself, model.cuda()" if name == "use_cuda" else f"help({method}) lists them")
+        )
 
 
 def _check_construction(model: nn.Module, target_layers: Sequence[nn.Module], reshape_transform: object) -> None:
@@ -253,6 +271,11 @@ def _check_construction(model: nn.Module, target_layers: Sequence[nn.Module], re
     if next(model.parameters(), None) is None:
         raise ValueError(
             f"expected a model with parameters, which say what device it is on, got {type(model).__name__}"
+        )
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
+        raise ValueError(
+            f"expected a model on one device, got DataParallel on {len(model.device_ids)}, whose copies run layers of "
+            "their own: pass the model inside it, model.module"
         )
     if isinstance(target_layers, nn.Module):
         raise TypeError(

@@ -70,7 +70,7 @@ def feasible_rank(rank: Rank, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     return None if clipped == full_rank(shape) else clipped
 
 
-def full_rank(shape: Sequence[int]) -> tuple[int, ...]:
+def full_rank(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the highest multilinear rank that a tensor of this shape can have.
 
     Example:
