@@ -69,7 +69,7 @@ def assert_same_maps(actual, expected, tolerance=ROUNDING, scale=None):
 
 
 def stands_out(drawn, center=False, share=1e-3):
-    """Tell whether each image has a map at all, of values that lie apart: else no vector is better than its neighbour."""
+    """Tell whether each image has a map at all, of values that lie apart: in a tie no vector is better than another."""
     modes = channel_modes(drawn, center=center)
     values = torch.cat([modes.values, torch.zeros_like(modes.values[:, :1])], dim=1)
     left = modes.values > 1e-9 * modes.values[:, :1]
