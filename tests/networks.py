@@ -47,6 +47,18 @@ class Returning(nn.Module):
         return self.make_output(self.conv(x))
 
 
+class PassingOn(nn.Module):
+    """Its images are the feature maps of its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Identity()
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.layer(x)
+
+
 class SmallVolumeCNN(nn.Module):
     def __init__(self):
         super().__init__()

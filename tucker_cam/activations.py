@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -37,21 +38,21 @@ class FeatureRecorder:
         self.reshape_transform = reshape_transform
         self.activations: list[Tensor] = []
         self.gradients: list[Tensor] = []
-        self._recorded: dict[nn.Module, Tensor] | None = None
+        self._recorded: dict[int, dict[nn.Module, Tensor]] = {}
         self._names = {layer: name for name, layer in model.named_modules() if layer in self.target_layers}
         self.handles: list[RemovableHandle] = [layer.register_forward_hook(self._record) for layer in self._names]
 
     def __call__(self, images: Tensor) -> Any:
         self.clear()
         recorded: dict[nn.Module, Tensor] = {}
-        self._recorded = recorded
+        self._recorded[get_ident()] = recorded
         try:
             outputs = self.model(images)
         except RuntimeError as error:
             _explain(error, self.model, images)
             raise
         finally:
-            self._recorded = None
+            del self._recorded[get_ident()]
         for layer in self.target_layers:
             if layer not in recorded:
                 raise ValueError(
@@ -81,9 +82,10 @@ class FeatureRecorder:
             self.handles.pop().remove()
 
     def _record(self, layer: nn.Module, inputs: object, output: object) -> None:
-        # The hooks also fire when somebody else runs the model, as SESS does; that is not ours to record.
-        if self._recorded is not None and layer not in self._recorded:
-            self._recorded[layer] = feature_maps(output, self.reshape_transform, self._names[layer])
+        # The hooks also fire when somebody else runs the model, as SESS or another thread does: not ours to record.
+        recorded = self._recorded.get(get_ident())
+        if recorded is not None and layer not in recorded:
+            recorded[layer] = feature_maps(output, self.reshape_transform, self._names[layer])
 
 
 def _explain(error: RuntimeError, model: nn.Module, images: Tensor) -> None:

@@ -21,6 +21,9 @@ from tucker_cam.decomposition import ChannelModes, Engine, channel_modes, check_
 from tucker_cam.projection import Combine, combined_map, leading_map
 from tucker_cam.rank import Rank, check_rank
 
+# What a map may be off, as a share of its largest value: less than this is no contrast.
+_MAP_TOLERANCE = 1e-5
+
 
 class LabelFreeCAM(BaseCAM):
     """A saliency method that reads feature maps only: no label, no gradient, no model output.
@@ -107,13 +110,17 @@ class LabelFreeCAM(BaseCAM):
         grads: object,
         eigen_smooth: bool = False,
     ) -> NDArray[np.float32]:
-        features = torch.as_tensor(activations)
+        features = activations if isinstance(activations, Tensor) else torch.from_numpy(activations)
         # Autocast, if the caller has it on, is for the network: here it would round the products to half precision.
         with torch.autocast(features.device.type, enabled=False):
             maps = self.saliency(features)
-        # scale_cam_image divides by the maximum plus 1e-7, which would flatten the maps of weak features.
-        peaks = maps.flatten(1).amax(1).reshape(-1, *(1 for _ in maps.shape[1:]))
-        scaled: NDArray[np.float32] = torch.where(peaks > 0, maps / peaks, 0).float().cpu().numpy()
+        # scale_cam_image divides by the range plus 1e-7: that would flatten the maps of weak features, and spread
+        # the rounding errors of a flat one over [0, 1].
+        axes = tuple(range(1, maps.dim()))
+        peaks, lows = maps.amax(axes, keepdim=True), maps.amin(axes, keepdim=True)
+        scaled: NDArray[np.float32] = (
+            torch.where(peaks - lows > _MAP_TOLERANCE * peaks, maps / peaks, 0).float().cpu().numpy()
+        )
         return scaled
 
     def __call__(

@@ -132,8 +132,8 @@ def _krylov(
 ) -> tuple[Float[Tensor, "batch n"], Bool[Tensor, " batch"]]:
     """Find the leading eigenvector by Rayleigh-Ritz on a Krylov subspace (Lanczos with full reorthogonalisation)."""
     # A fixed random start: whatever is regular, ones for example, can be orthogonal to a regular eigenvector.
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(matrix.shape[-1], generator=generator, dtype=matrix.dtype).to(matrix.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(matrix.shape[-1], generator=generator, dtype=matrix.dtype, device="cpu").to(matrix.device)
     basis = (start / start.norm()).expand(len(matrix), 1, -1)
     images = basis @ matrix
     while True:
