@@ -114,6 +114,12 @@ CASES = [
         model=two_gpus(),
     ),
     Case(
+        "a model on the meta device",
+        ValueError,
+        "expected a model with weights, got Conv2d on the meta device: load them first",
+        model=nn.Conv2d(3, 3, 1, device="meta"),
+    ),
+    Case(
         "a name as transform",
         TypeError,
         "expected reshape_transform as a callable or None, got str",
@@ -262,6 +268,12 @@ CASES = [
         "expected images of the model's torch.float32, got torch.uint8, on which the model failed: pass "
         "images.to(torch.float32), scaled as in training",
         images=IMAGES.byte(),
+    ),
+    Case(
+        "images on the meta device",
+        ValueError,
+        "expected images with numbers in them, got a tensor on the meta device",
+        images=IMAGES.to("meta"),
     ),
     Case(
         "an empty batch",

@@ -421,7 +421,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_every_picture_once_and_w
     arguments = ["explain", "pictures", *MODEL, "--format", "npy", "--format", "zarr", "--format", "overlay", "--out"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, "-m", "tucker_cam", *arguments]
-    chance = random.Random(0)  # noqa: S311
+    chance = random.Random(0)
     for _ in range(3):
         started = subprocess.Popen(
             [*command, "killed"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -158,7 +158,7 @@ class TSM(LabelFreeCAM):
         TypeError: `target_layers` is a single layer, or something in it is no layer; `rank` is of another kind; an
             argument that there is not, such as `use_cuda`.
         ValueError: `target_layers` is empty, or holds a layer that is not part of the model; the model has no
-            parameters, or is spread over several GPUs; `rank` or `engine` is none that exists.
+            parameters or no weights yet, or is spread over several GPUs; `rank` or `engine` is none that exists.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -275,9 +275,14 @@ def _refuse(unknown: Mapping[str, object], method: str) -> None:
 def _check_construction(model: nn.Module, target_layers: Sequence[nn.Module], reshape_transform: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model as a torch.nn.Module, got {type(model).__name__}")
-    if next(model.parameters(), None) is None:
+    parameter = next(model.parameters(), None)
+    if parameter is None:
         raise ValueError(
             f"expected a model with parameters, which say what device it is on, got {type(model).__name__}"
+        )
+    if parameter.is_meta:
+        raise ValueError(
+            f"expected a model with weights, got {type(model).__name__} on the meta device: load them first"
         )
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
         raise ValueError(
@@ -322,3 +327,5 @@ def _check_images(images: Tensor) -> None:
         )
     if 0 in images.shape:
         raise ValueError(f"expected images without an empty axis, got {tuple(images.shape)}")
+    if images.is_meta:
+        raise ValueError("expected images with numbers in them, got a tensor on the meta device")
