@@ -1,0 +1,172 @@
+"""Files from strangers: nothing in them is run, leads out of the folder of results, or eats the memory."""
+
+import ast
+import io
+import json
+import socket
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from tucker_cam.cli import app
+
+ROOT = Path(__file__).parents[1]
+MODEL = ("--model", "networks:tiny_loaded_model")
+SOURCES = sorted(path for folder in ("tucker_cam", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def encoded_picture():
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def calls(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_code_is_made_from_text_and_no_pickle_is_read(path):
+    for name, call in calls(path):
+        assert name not in ("eval", "exec", "compile", "os.system", "yaml.load", "yaml.unsafe_load")
+        assert not name.startswith(("pickle.", "marshal.", "dill.", "joblib.", "shelve."))
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        if name == "torch.load":
+            assert options.get("weights_only") == "True"
+        assert options.get("allow_pickle", "False") == "False"
+        assert options.get("shell", "False") == "False"
+        assert options.get("trust_remote_code", "False") == "False"
+
+
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_weights_with_code_in_them_are_refused_by_the_command_line_and_run_nothing(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "p.png").write_bytes(encoded_picture())
+    torch.save({"state_dict": RunsCode(tmp_path / "ran")}, tmp_path / "w.pth")
+    for command, *out in (("explain", "--out", "out"), ("evaluate", "--out", "rows.csv"), ("spectrum",)):
+        out = [*out[:1], *(tmp_path / name for name in out[1:])]
+        result = run(command, tmp_path / "in", *MODEL, "--weights", tmp_path / "w.pth", *out)
+        assert result.exit_code == 2, result.output
+        assert "nothing in it was run" in " ".join(result.output.split())
+    assert not (tmp_path / "ran").exists()
+
+
+HOSTILE = [
+    "../../evil",
+    "/evil",
+    "a/../../../evil",
+    "..\\..\\evil",
+    "..",
+    "",
+    "\0evil",
+    "~/evil",
+    "x" * 400,
+    "%2e%2e/evil",
+]
+
+
+@pytest.mark.parametrize("form", ["overlay", "npy", "zarr"])
+def test_no_name_leads_out_of_the_folder_of_results(tmp_path, form, monkeypatch):
+    inside = tmp_path / "a" / "b" / "c"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    picture = encoded_picture()
+    pq.write_table(pa.table({"image": [picture] * len(HOSTILE), "name": HOSTILE}), tmp_path / "names.parquet")
+    before = set(tmp_path.rglob("*"))
+    result = run("explain", tmp_path / "names.parquet", *MODEL, "--format", form, "--gallery", "--out", "out")
+    assert result.exit_code == 0, result.output
+    new = set(tmp_path.rglob("*")) - before
+    assert new
+    assert all(path.is_relative_to(inside / "out") for path in new)
+    assert not list(Path("/").glob("evil*"))
+
+
+def test_no_name_in_a_manifest_leads_out_of_the_folder_of_results(tmp_path):
+    out, picture = tmp_path / "out", tmp_path / "p.png"
+    picture.write_bytes(encoded_picture())
+    victim = tmp_path / "victim_tsm.npy"
+    victim.write_text("mine")
+    assert run("explain", picture, *MODEL, "--format", "npy", "--out", out).exit_code == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["pictures"][str(picture)] = {"name": "../victim", "modified": 0}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    # The picture changed since, says the manifest: what an earlier run wrote of it is removed.
+    assert run("explain", picture, *MODEL, "--format", "npy", "--out", out).exit_code == 0
+    assert victim.read_text() == "mine"
+    assert (out / "victim_tsm.npy").is_file()
+
+
+def test_names_and_models_are_text_in_the_gallery(tmp_path):
+    name = "<img src=x onerror=alert(1)><script>alert(2)"
+    (tmp_path / f"{name}.png").write_bytes(encoded_picture())
+    assert run("explain", tmp_path / f"{name}.png", *MODEL, "--gallery", "--out", tmp_path / "out").exit_code == 0
+    page = (tmp_path / "out" / "gallery.html").read_text()
+    assert "<img src=x" not in page
+    assert "<script>alert" not in page
+    assert "onerror=alert(1)" in page
+
+
+def huge_png():
+    """Return a file of a few hundred bytes that says it is 60,000 x 60,000 pixels: 10 GiB as RGB."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["file", "Parquet"])
+def test_a_huge_picture_is_refused_with_one_line_and_the_others_are_done(tmp_path, packed):
+    pictures = {"huge": huge_png(), "plain": encoded_picture()}
+    (tmp_path / "in").mkdir()
+    if packed:
+        table = pa.table({"image": list(pictures.values()), "name": list(pictures)})
+        pq.write_table(table, tmp_path / "in" / "both.parquet")
+    else:
+        for name, picture in pictures.items():
+            (tmp_path / "in" / f"{name}.png").write_bytes(picture)
+    result = run("explain", tmp_path / "in", *MODEL, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "expected a picture of sane size, found a huge one" in " ".join(result.output.split())
+    assert (tmp_path / "out" / "plain_tsm.png").is_file()
+
+
+@pytest.mark.parametrize("model", ["networks:tiny_loaded_model", "demo", "timm:resnet18", "torchvision:resnet18"])
+def test_nothing_is_fetched_unless_published_weights_are_asked_for(model, tmp_path, monkeypatch):
+    def refused(*arguments, **options):
+        raise AssertionError(f"a connection was tried: {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "p.png").write_bytes(encoded_picture())
+    weights = ["--no-pretrained"] if model.startswith(("timm", "torchvision")) else []
+    for command, *options in (("explain", "--out", tmp_path / "out"), ("layers",), ("spectrum",)):
+        source = model if command == "layers" else tmp_path / "in"
+        chosen = [] if command == "layers" else ["--model", model]
+        result = run(command, source, *chosen, *weights, *options)
+        assert result.exit_code == 0, result.output
