@@ -3,6 +3,7 @@
 import gc
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 
 import networks
 import numpy as np
@@ -301,7 +302,7 @@ def test_a_bad_argument_is_answered_with_one_clear_error(case, method, monkeypat
             method(case.model, case.layers, **case.options)
     else:
         cam = method(case.model, case.layers, **case.options)
-        for call in (cam, cam.modes):
+        for call in (cam, partial(cam, aug_smooth=True), cam.modes):
             with pytest.raises(case.error) as caught:
                 call(case.images)
             assert str(caught.value) == message

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from threading import get_ident
+from threading import local
 from typing import Any
 
 import torch
@@ -15,6 +15,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 ReshapeTransform = Callable[[Any], Tensor]
+
+
+class _Running(local):
+    """What this thread's forward pass has recorded so far; None while it runs none."""
+
+    recorded: dict[nn.Module, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type[_Running], tuple[()]]:
+        return _Running, ()
 
 
 class FeatureRecorder:
@@ -38,21 +47,21 @@ class FeatureRecorder:
         self.reshape_transform = reshape_transform
         self.activations: list[Tensor] = []
         self.gradients: list[Tensor] = []
-        self._recorded: dict[int, dict[nn.Module, Tensor]] = {}
+        self._running = _Running()
         self._names = {layer: name for name, layer in model.named_modules() if layer in self.target_layers}
         self.handles: list[RemovableHandle] = [layer.register_forward_hook(self._record) for layer in self._names]
 
     def __call__(self, images: Tensor) -> Any:
         self.clear()
         recorded: dict[nn.Module, Tensor] = {}
-        self._recorded[get_ident()] = recorded
+        self._running.recorded = recorded
         try:
             outputs = self.model(images)
         except RuntimeError as error:
             _explain(error, self.model, images)
             raise
         finally:
-            del self._recorded[get_ident()]
+            self._running.recorded = None
         for layer in self.target_layers:
             if layer not in recorded:
                 raise ValueError(
@@ -83,7 +92,7 @@ class FeatureRecorder:
 
     def _record(self, layer: nn.Module, inputs: object, output: object) -> None:
         # The hooks also fire when somebody else runs the model, as SESS or another thread does: not ours to record.
-        recorded = self._recorded.get(get_ident())
+        recorded = self._running.recorded
         if recorded is not None and layer not in recorded:
             recorded[layer] = feature_maps(output, self.reshape_transform, self._names[layer])
 

@@ -130,6 +130,7 @@ class LabelFreeCAM(BaseCAM):
         aug_smooth: bool = False,
         eigen_smooth: bool = False,
     ) -> NDArray[np.float32]:
+        _check_images(input_tensor)  # the host transforms them before it calls forward
         maps: NDArray[np.float32] = super().__call__(input_tensor, targets, aug_smooth, eigen_smooth)
         return maps
 

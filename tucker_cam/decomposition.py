@@ -61,7 +61,7 @@ def channel_modes(
         engine: "torch", or "tensorly" for TensorLy's own `tucker`, one image at a time: slow, and the same.
 
     Returns:
-        The modes, with the dtype (at least float32) and device of `features`. A truncated decomposition is ordered
+        The modes, with the dtype (at least float32) and device of `features`; a number beyond that dtype is Inf. A truncated decomposition is ordered
         by the values too; TensorLy's column order can differ where two values are closer than its stopping rule.
 
     Raises:
