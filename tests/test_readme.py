@@ -116,3 +116,12 @@ def test_the_programs_run(working_directory, monkeypatch):
     for program, size in ((from_loader, 224), (yolo, 640)):
         exec(program, names)  # noqa: S102
         assert names["saliency"].shape == (1, size, size)
+
+
+def test_each_promise_stands_beside_a_test_that_is_there():
+    start = README.index("\n## What you can rely on\n")
+    promises = [line for line in README[start : README.index("\n## ", start + 1)].splitlines() if "`test_" in line]
+    assert len(promises) == 20
+    for line in promises:
+        file, test = re.search(r"`(test_\w+\.py)::(test_\w+)` \|$", line).groups()
+        assert f"def {test}(" in (Path(__file__).parent / file).read_text(encoding="utf-8")

@@ -61,8 +61,9 @@ def channel_modes(
         engine: "torch", or "tensorly" for TensorLy's own `tucker`, one image at a time: slow, and the same.
 
     Returns:
-        The modes, with the dtype (at least float32) and device of `features`; a number beyond that dtype is Inf. A truncated decomposition is ordered
-        by the values too; TensorLy's column order can differ where two values are closer than its stopping rule.
+        The modes, with the dtype (at least float32) and device of `features`; a number beyond that dtype is Inf. A
+        truncated decomposition is ordered by the values too; TensorLy's column order can differ where two values are
+        closer than its stopping rule.
 
     Raises:
         TypeError: `features` is no floating point tensor, or `rank` is of another kind.
