@@ -21,6 +21,7 @@ def run_quickly(name, out, *arguments):
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
 
 
+@pytest.mark.nightly
 def test_the_speed_benchmark_runs_and_reports_every_method(tmp_path):
     run_quickly("speed", tmp_path)
     results = json.loads((tmp_path / "speed.json").read_text())
@@ -35,6 +36,7 @@ def test_the_speed_benchmark_runs_and_reports_every_method(tmp_path):
         assert plot.width > 1000
 
 
+@pytest.mark.nightly
 def test_the_quality_benchmark_runs_and_reports_every_method_and_control(tmp_path):
     for index, name in enumerate(("coffee", "chelsea")):
         picture = Image.fromarray(getattr(skimage.data, name)())
@@ -49,6 +51,7 @@ def test_the_quality_benchmark_runs_and_reports_every_method_and_control(tmp_pat
     assert "| tsm |" in (tmp_path / "out" / "quality.md").read_text()
 
 
+@pytest.mark.nightly
 def test_the_self_supervised_benchmark_runs_and_its_network_is_explained_by_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     run_quickly("selfsupervised", tmp_path / "out", "--save", tmp_path / "saved")
@@ -70,6 +73,7 @@ def test_the_self_supervised_benchmark_runs_and_its_network_is_explained_by_the_
     assert len(list((tmp_path / "maps").glob("*.png"))) == len(scenes) == 4
 
 
+@pytest.mark.nightly
 def test_the_folder_benchmark_runs_and_loses_nothing_when_it_is_killed(tmp_path):
     run_quickly("folders", tmp_path)
     results = json.loads((tmp_path / "folders.json").read_text())

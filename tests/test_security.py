@@ -165,7 +165,7 @@ def test_nothing_is_fetched_unless_published_weights_are_asked_for(model, tmp_pa
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "p.png").write_bytes(encoded_picture())
     weights = ["--no-pretrained"] if model.startswith(("timm", "torchvision")) else []
-    for command, *options in (("explain", "--out", tmp_path / "out"), ("layers",), ("spectrum",)):
+    for command, *options in (("explain", "--out", tmp_path / "out"), ("layers",)):
         source = model if command == "layers" else tmp_path / "in"
         chosen = [] if command == "layers" else ["--model", model]
         result = run(command, source, *chosen, *weights, *options)
