@@ -247,15 +247,16 @@ def test_both_engines_give_the_same_map(method, rank):
             assert_allclose(mine, other, atol=1e-3)
 
 
+@pytest.mark.parametrize(("rank", "expected"), [((3, 2, 2), (3, 2, 2)), (None, (16, 8, 8))])
 @pytest.mark.parametrize("method", [TSM, MTSM])
-def test_the_tensorly_engine_is_tensorly(method, monkeypatch):
+def test_the_tensorly_engine_is_tensorly(method, rank, expected, monkeypatch):
     decomposed = []
     tucker = decomposition.tucker
     monkeypatch.setattr(decomposition, "tucker", lambda x, rank: (decomposed.append(rank), tucker(x, rank))[1])
     model = networks.small_cnn()
-    method(model, [model[2]], rank=(3, 2, 2), engine="tensorly")(images())
-    assert decomposed == [(3, 2, 2)] * 2
-    method(model, [model[2]], rank=(3, 2, 2))(images())
+    method(model, [model[2]], rank=rank, engine="tensorly")(images())
+    assert decomposed == [expected] * 2
+    method(model, [model[2]], rank=rank)(images())
     assert len(decomposed) == 2
 
 

@@ -6,6 +6,7 @@ import references
 import torch
 from torch.testing import assert_close
 
+from tucker_cam import channel_modes
 from tucker_cam.projection import combined_map, leading_map
 
 SHAPES = [
@@ -126,3 +127,22 @@ def test_the_layout_in_memory_does_not_matter(layout):
     assert same.stride() != batch.stride()
     assert_close(leading_map(same), leading_map(batch))
     assert_close(combined_map(same), combined_map(batch))
+
+
+def test_at_full_rank_the_maps_come_without_a_factor(monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("a decomposition was computed")
+
+    monkeypatch.setattr("tucker_cam.projection.channel_modes", never)
+    for shape in ((20, 3, 4), (5, 4, 6)):
+        leading_map(features(shape))
+        for combine in ("signed", "energy"):
+            combined_map(features(shape), combine=combine)
+
+
+def test_options_are_given_by_name():
+    batch = features((20, 3, 4))
+    for function, option in ((leading_map, None), (combined_map, "signed"), (channel_modes, None)):
+        with pytest.raises(TypeError, match="positional argument"):
+            function(batch, option)
+        function(features=batch)
