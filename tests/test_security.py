@@ -87,18 +87,17 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("form", ["overlay", "npy", "zarr"])
-def test_no_name_leads_out_of_the_folder_of_results(tmp_path, form, monkeypatch):
-    inside = tmp_path / "a" / "b" / "c"
-    inside.mkdir(parents=True)
-    monkeypatch.chdir(inside)
+def test_no_name_leads_out_of_the_folder_of_results(tmp_path, form):
+    out = tmp_path / "a" / "b" / "c" / "out"
+    out.parent.mkdir(parents=True)
     picture = encoded_picture()
     pq.write_table(pa.table({"image": [picture] * len(HOSTILE), "name": HOSTILE}), tmp_path / "names.parquet")
     before = set(tmp_path.rglob("*"))
-    result = run("explain", tmp_path / "names.parquet", *MODEL, "--format", form, "--gallery", "--out", "out")
+    result = run("explain", tmp_path / "names.parquet", *MODEL, "--format", form, "--gallery", "--out", out)
     assert result.exit_code == 0, result.output
     new = set(tmp_path.rglob("*")) - before
     assert new
-    assert all(path.is_relative_to(inside / "out") for path in new)
+    assert all(path.is_relative_to(out) for path in new)
     assert not list(Path("/").glob("evil*"))
 
 
