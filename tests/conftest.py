@@ -12,6 +12,7 @@ import shape_checks  # noqa: F401
 import tensorly.decomposition  # noqa: F401
 import torch
 from jaxtyping import install_import_hook
+from threadpoolctl import threadpool_limits
 
 # jaxtyping is imported by the package for type checkers only, so that users need not have it.
 typing.TYPE_CHECKING = True
@@ -24,10 +25,13 @@ finally:
     typing.TYPE_CHECKING = False
 
 
+# Two threads are slower than one wherever the other core is busy: for torch below, and for NumPy's BLAS here.
+threadpool_limits(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-    # Two threads are slower than one wherever the other core is busy.
     torch.set_num_threads(1)
 
 
