@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from tucker_cam import MTSM, TSM, MultivecEigenCAM, channel_modes
+from tucker_cam import MTSM, TSM, MultivecEigenCAM, channel_modes, decomposition
 from tucker_cam.projection import combined_map, leading_map
 
 METHODS = {
@@ -257,3 +257,21 @@ def test_a_pickled_object_gives_the_same_map(method):
     copy = pickle.loads(pickle.dumps(cam))  # noqa: S301
     assert copy.model is not model
     assert np.array_equal(copy(batch), cam(batch))
+
+
+def test_the_tensorly_engine_changes_the_backend_of_its_own_thread_only(monkeypatch):
+    seen, tucker = [], decomposition.tucker
+
+    def spy(image, rank):
+        with ThreadPoolExecutor(1) as pool:
+            seen.append((tl.get_backend(), pool.submit(tl.get_backend).result()))
+        return tucker(image, rank)
+
+    monkeypatch.setattr(decomposition, "tucker", spy)
+    tl.set_backend("pytorch")
+    try:
+        channel_modes(torch.randn(2, 6, 3, 4), rank=2, engine="tensorly")
+        assert tl.get_backend() == "pytorch"
+    finally:
+        tl.set_backend("numpy")
+    assert seen == [("numpy", "pytorch")] * 2
