@@ -29,7 +29,7 @@ import typer
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.reporting import environment, table
+from benchmarks.reporting import environment, memory_mib, table
 from tucker_cam.cli.explain import CPU_BATCH, explain_pictures
 from tucker_cam.files import open_picture
 from tucker_cam.models import LoadedModel, load_model
@@ -88,11 +88,6 @@ def seconds(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def kill_and_go_on(folder: Path, out: Path, times: int, longest: float) -> int:
     """Start the command, kill it at random moments, let it end; return how many kills met it running."""
     command = [sys.executable, "-m", "tucker_cam", "explain", str(folder), "--format", "npy", "--out", str(out)]
@@ -135,7 +130,7 @@ def main(
             }
             for name in sorted(works, reverse=bool(index % 2)):
                 times[name].append(seconds(works[name]) / len(these))
-            memory.append(resident_mib())
+            memory.append(memory_mib("VmRSS"))
         killed = Path(temporary) / "killed"
         met = kill_and_go_on(folder, killed, kills, longest=8 if quick else 12)
         done = {path.name: np.load(path) for path in killed.glob("*.npy")}

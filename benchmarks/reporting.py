@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,12 @@ def environment(seed: int) -> dict[str, object]:
         **{name: version(name) for name in PACKAGES},
         "seed": seed,
     }
+
+
+def memory_mib(key: str) -> float:
+    """Return a figure of this process's memory as Linux names it: VmRSS is resident now, VmHWM was at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(key + ":"))) / 1024
 
 
 def table(head: str, columns: list[str], rows: dict[str, list[str]]) -> str:

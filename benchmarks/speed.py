@@ -37,7 +37,7 @@ from tensorly.decomposition import tucker
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from benchmarks.reporting import environment, table
+from benchmarks.reporting import environment, memory_mib, table
 from tucker_cam import MTSM, TSM
 from tucker_cam.models import load_model
 from tucker_cam.projection import combined_map, leading_map
@@ -201,7 +201,7 @@ def measure_memory(quick: bool) -> dict[str, object]:
     small, resident = torchvision.models.resnet18(weights=None), []
     for _ in range(20 if quick else 1100):
         TSM(small, [small.layer4])(torch.randn(2, 3, 64, 64))
-        resident.append(_status("VmRSS"))
+        resident.append(memory_mib("VmRSS"))
     # The first round and the first hundred calls warm up.
     counted = resident[-1000:]
     return {
@@ -215,14 +215,9 @@ def _peak(work: Callable[[Tensor], object], batch: Tensor) -> float:
     """Return how many MiB the process grew by, at most, while it worked."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = memory_mib("VmRSS")
     work(batch)
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(key + ":"))) / 1024
+    return memory_mib("VmHWM") - before
 
 
 def measure_growth(sizes: dict[str, list[tuple[int, ...]]], rounds: int) -> dict[str, list[dict[str, object]]]:

@@ -19,10 +19,31 @@ def open_picture(path: Path) -> Image.Image:
         OSError: the file is missing, no picture, broken, or too large to be meant (Pillow's limit against
             decompression bombs); the message is one line for a user.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a picture, found {'a folder' if path.is_dir() else 'no such file'}")
-    with path.open("rb") as file:
+    with open_file(str(path)) as file:
         return decode_picture(file, str(path))
+
+
+def is_url(path: str) -> bool:
+    """Tell a URL from a local path."""
+    return "://" in path
+
+
+def open_file(path: str) -> BinaryIO:
+    """Open a file to read, local or at a URL that fsspec knows.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    if is_url(path):
+        import fsspec
+
+        opened: BinaryIO = fsspec.open(path, "rb").open()
+        return opened
+    local = Path(path)
+    if not local.is_file():
+        found = "a folder" if local.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: expected a file to read, found {found}")
+    return local.open("rb")
 
 
 def decode_picture(file: BinaryIO, name: str) -> Image.Image:

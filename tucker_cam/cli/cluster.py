@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import typer
 from fsspec.core import url_to_fs
 from ray.data.datasource import FilenameProvider
 
-from tucker_cam.cli.explain import CPU_BATCH, counted, read_input
+from tucker_cam.cli.explain import CPU_BATCH, counted, in_batches, read_input
 from tucker_cam.cli.explainer import Explainer
 from tucker_cam.cli.methods import method_named
 from tucker_cam.cli.outputs import check_run, identity, versions
@@ -84,8 +83,7 @@ def explain_on_ray(
     _write_manifest(filesystem, f"{folder}/{MANIFEST}", out, identity(loaded, aug_smooth=aug_smooth))
     before, _ = _read_tables(filesystem, folder)
     size = batch_size or CPU_BATCH
-    batches = [sources[start : start + size] for start in range(0, len(sources), size)]
-    items = [_item(batch, classes, before) for batch in batches]
+    items = [_item(batch, classes, before) for batch in in_batches(sources, size)]
     items = [item for item in items if any(item["missing"])]
     if items:
         if not ray.is_initialized():
@@ -98,7 +96,7 @@ def explain_on_ray(
             batch_size=1,
             batch_format="pyarrow",
             concurrency=min(actors, len(items)),
-            num_gpus=int(next(loaded.model.parameters()).is_cuda),
+            num_gpus=int(loaded.device.type == "cuda"),
         )
         explained.write_parquet(
             folder,
@@ -157,7 +155,7 @@ class _Names(FilenameProvider):
 def _item(batch: Sequence[Source], methods: Sequence[str], done: set[tuple[str, str]]) -> dict[str, list[Any]]:
     return {
         "names": [source.name for source in batch],
-        "paths": [source.path if "://" in source.path else os.path.abspath(source.path) for source in batch],
+        "paths": [source.location for source in batch],
         "rows": [source.row if source.row is None else list(source.row) for source in batch],
         "missing": [[name for name in methods if (source.key, name) not in done] for source in batch],
     }

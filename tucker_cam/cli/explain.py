@@ -84,27 +84,27 @@ def explain_pictures(
     out.mkdir(parents=True, exist_ok=True)
     with only_run(out / MANIFEST):
         manifest = Manifest(out, loaded, aug_smooth=aug_smooth)
+        manifest.claim_folder()
         names, earlier = manifest.add(sources), dict(manifest.modified)
         manifest.modified |= {source.key: source.modified for source in sources}
         page = GalleryParts(out, list(classes)) if gallery else None
         outputs = _outputs(out, formats, list(classes), manifest)
         outputs += [] if page is None else [page]
-        for source in sources:
-            if earlier.get(source.key, NOT_OURS) not in (NOT_OURS, source.modified):
-                manifest.remove_files(source)
         missing, problems = {}, []
         for source in sources:
-            taken = [path for output in outputs for path in output.paths(names[source]) if path.exists()]
-            if taken and earlier.get(source.key, NOT_OURS) == NOT_OURS:
+            before = earlier.get(source.key, NOT_OURS)
+            paths = [path for output in outputs for path in output.paths(names[source])] if before == NOT_OURS else []
+            if taken := [path for path in paths if path.exists()]:
                 manifest.modified[source.key] = NOT_OURS
                 problems.append(f"{source}: {taken[0]} is there already, and not of a run in this folder")
-            else:
-                missing[source] = [output for output in outputs if not output.has(names[source])]
+                continue
+            if before not in (NOT_OURS, manifest.modified[source.key]):
+                manifest.remove_files(source)
+            missing[source] = [output for output in outputs if not output.has(names[source])]
         manifest.write()
         explainer = Explainer(loaded, classes, aug_smooth=aug_smooth, components=gallery)
         size = batch_size or batch_size_for(explainer)
-        batches = [sources[start : start + size] for start in range(0, len(sources), size)]
-        batches = [batch for batch in batches if any(missing.get(source) for source in batch)]
+        batches = [batch for batch in in_batches(sources, size) if any(missing.get(source) for source in batch)]
         if batches:
             problems += _run(explainer, batches, names, missing, workers)
         if page is not None:
@@ -120,6 +120,11 @@ def explain_pictures(
 def counted(pictures: int) -> str:
     """Return a number of pictures in words."""
     return "1 picture" if pictures == 1 else f"{pictures} pictures"
+
+
+def in_batches(sources: Sequence[Source], size: int) -> list[Sequence[Source]]:
+    """Cut the pictures into batches: alike in every run, so that a map does not depend on where one was stopped."""
+    return [sources[start : start + size] for start in range(0, len(sources), size)]
 
 
 def batch_size_for(explainer: Explainer) -> int:
@@ -177,7 +182,7 @@ def _run(
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = 0 if len(batches) < 2 else min(max(cores - 1, 1), _MOST_WORKERS)
     loader = DataLoader(
-        _Pictures(sources, explainer.loaded), batch_sampler=indices, collate_fn=list, num_workers=workers
+        _Pictures(sources, explainer.loaded), batch_sampler=indices, collate_fn=_collate, num_workers=workers
     )
     problems: list[str] = []
     writing: deque[tuple[Source, Future[None]]] = deque()
@@ -200,7 +205,16 @@ def _run(
     return problems
 
 
-def _batches(loader: DataLoader[Tensor | str]) -> Iterator[list[Tensor | str]]:
+def _collate(inputs: list[Tensor | str]) -> list[Tensor | str] | Tensor:
+    """Put inputs of one size into one tensor, which a worker hands over at once and not picture by picture."""
+    try:
+        return torch.stack(inputs)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):
+        # A line about a picture that cannot be read; another size.
+        return inputs
+
+
+def _batches(loader: DataLoader[Tensor | str]) -> Iterator[list[Tensor | str] | Tensor]:
     try:
         yield from loader
     except RuntimeError as error:
@@ -223,12 +237,6 @@ def _settle(source: Source, written: Future[None]) -> list[str]:
 
 
 def _outputs(out: Path, formats: Sequence[str], methods: Sequence[str], manifest: Manifest) -> list[Output]:
-    for taken in (out / "maps.zarr", out / "gallery.html"):
-        if manifest.is_new and taken.exists():
-            raise ValueError(f"{taken}: is there already, and not of a run in this folder: give another --out")
-    # Before anything else, so that whatever a killed run leaves is known to be its own.
-    if manifest.is_new:
-        manifest.write()
     outputs: list[Output] = []
     if "overlay" in formats:
         outputs.append(Overlays(out, methods))

@@ -48,11 +48,11 @@ class Explainer:
     aug_smooth: bool = False
     components: bool = False
 
-    def explain(self, inputs: Sequence[Tensor | str]) -> list[Explanation | str]:
+    def explain(self, inputs: Sequence[Tensor | str] | Tensor) -> list[Explanation | str]:
         """Explain pictures; those of one size go through the network together.
 
         Args:
-            inputs: as `loaded.preprocess` returns them, or a line that says why there is none.
+            inputs: as `loaded.preprocess` returns them, or a line that says why there is none; or all in one tensor.
 
         Returns:
             For each picture what was found, or a line that says why nothing was.
@@ -79,8 +79,7 @@ class Explainer:
 
     def _explain(self, images: Tensor) -> list[Explanation]:
         loaded = self.loaded
-        device = next(loaded.model.parameters(), torch.empty(0)).device
-        images = images.to(device)
+        images = images.to(loaded.device)
         # Without targets the host reads the output, which need not be a tensor where the model does not classify.
         targets: list[object] | None = None if loaded.classifies else []
         maps = {}

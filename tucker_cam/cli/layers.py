@@ -6,12 +6,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tucker_cam.models import LoadedModel
-from tucker_cam.models.layers import dry_run
 
 
 def print_layers(loaded: LoadedModel) -> None:
     """Print the layers with a spatial map in the order in which they run, the chosen ones marked."""
-    layers = dry_run(loaded.model, loaded.example()).layers
+    layers = loaded.spatial_layers
     console = Console(soft_wrap=True)
     table = Table(title=loaded.name, title_justify="left")
     table.add_column("")

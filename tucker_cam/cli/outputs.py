@@ -38,6 +38,7 @@ class Output(Protocol):
 
     def has(self, name: str) -> bool:
         """Tell whether all of them are there."""
+        return all(path.is_file() for path in self.paths(name))
 
     def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
         """Write the files of a picture.
@@ -52,7 +53,7 @@ class Output(Protocol):
         """
 
 
-class MethodFiles:
+class MethodFiles(Output):
     """A file for each method: ``NAME_METHOD`` and a suffix."""
 
     suffix: str
@@ -62,9 +63,6 @@ class MethodFiles:
 
     def paths(self, name: str) -> list[Path]:
         return [self._path(name, method) for method in self.methods]
-
-    def has(self, name: str) -> bool:
-        return all(path.is_file() for path in self.paths(name))
 
     def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
         for method, saliency in explanation.maps.items():
@@ -102,17 +100,19 @@ class ArrayFiles(MethodFiles):
             np.save(file, saliency)
 
 
-class ZarrStore:
+class ZarrStore(Output):
     """``maps.zarr``: for each method one array, pictures x height x width, in the order of the manifest.
 
     A picture is a chunk of its own, which the store writes whole or not at all; without one it reads as NaN.
     """
 
+    file_name = "maps.zarr"
+
     def __init__(self, out: Path, methods: Sequence[str], names: Sequence[str], attributes: Mapping[str, Any]) -> None:
         import zarr
 
         self.methods, self.index = methods, {name: index for index, name in enumerate(names)}
-        self.path = out / "maps.zarr"
+        self.path = out / self.file_name
         self.lock = Lock()
         try:
             self.group: Any = zarr.open_group(self.path, mode="a", attributes=dict(attributes))
@@ -156,17 +156,16 @@ class ZarrStore:
             array[self.index[name]] = saliency
 
 
-class GalleryParts:
+class GalleryParts(Output):
     """``gallery.html``, one page, put together of a part for each picture, which a later run takes up again."""
 
+    file_name = "gallery.html"
+
     def __init__(self, out: Path, methods: Sequence[str]) -> None:
-        self.parts, self.page = out / ".gallery" / "+".join(methods), out / "gallery.html"
+        self.parts, self.page = out / ".gallery" / "+".join(methods), out / self.file_name
 
     def paths(self, name: str) -> list[Path]:
         return [self._path(name)]
-
-    def has(self, name: str) -> bool:
-        return self._path(name).is_file()
 
     def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
         seen = picture()
@@ -214,17 +213,30 @@ class Manifest:
     """
 
     def __init__(self, out: Path, loaded: LoadedModel, *, aug_smooth: bool) -> None:
-        self.path, self.run = out / MANIFEST, identity(loaded, aug_smooth=aug_smooth)
-        self.is_new = not self.path.exists()
+        self.out, self.path, self.run = out, out / MANIFEST, identity(loaded, aug_smooth=aug_smooth)
         self.names: dict[str, str] = {}
         self.modified: dict[str, int] = {}
-        if not self.is_new:
+        if self.path.exists():
             content = check_run(self.path.read_text("utf-8", errors="surrogateescape"), self.run, str(out))
             try:
                 for key, picture in content["pictures"].items():
                     self.names[key], self.modified[key] = safe_name(picture["name"]), int(picture["modified"])
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise _no_manifest(out) from error
+
+    def claim_folder(self) -> None:
+        """Write the manifest of a new folder, so that whatever a killed run leaves is known to be of a run.
+
+        Raises:
+            ValueError: a store or a gallery is there, of which no manifest knows.
+            OSError: it cannot be written.
+        """
+        if self.path.exists():
+            return
+        for taken in (self.out / ZarrStore.file_name, self.out / GalleryParts.file_name):
+            if taken.exists():
+                raise ValueError(f"{taken}: is there already, and not of a run in this folder: give another --out")
+        self.write()
 
     def add(self, sources: Iterable[Source]) -> dict[Source, str]:
         """Give each picture a name of its own, relative to the folder; the second ``cat`` becomes ``cat-2``."""
@@ -244,9 +256,9 @@ class Manifest:
     def remove_files(self, source: Source) -> None:
         """Remove what earlier runs wrote of a picture, which has changed since."""
         name, index = self.names[source.key], list(self.names).index(source.key)
-        files = [path for kind in (Overlays, ArrayFiles) for path in kind(self.path.parent, list(METHODS)).paths(name)]
-        files += self.path.parent.glob(f".gallery/*/{escape(name)}.json")
-        files += self.path.parent.glob(f"maps.zarr/*/c/{index}/**/0")
+        files = [path for kind in (Overlays, ArrayFiles) for path in kind(self.out, list(METHODS)).paths(name)]
+        files += self.out.glob(f".gallery/*/{escape(name)}.json")
+        files += self.out.glob(f"{ZarrStore.file_name}/*/c/{index}/**/0")
         for path in files:
             if path.is_file():
                 path.unlink()

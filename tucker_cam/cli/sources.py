@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from tucker_cam.files import decode_frames, decode_picture
+from tucker_cam.files import decode_frames, decode_picture, is_url, open_file
 
 _MAGIC = "*?["
 _PICTURES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
@@ -43,15 +43,19 @@ class Source:
         return self.path if self.row is None else f"{self.path}, row {self.row[1]} of group {self.row[0]}"
 
     @property
+    def location(self) -> str:
+        """Its path, wherever a run is started: absolute, or a URL."""
+        return self.path if is_url(self.path) else os.path.abspath(self.path)
+
+    @property
     def key(self) -> str:
-        """What tells this picture from all others, wherever a run is started."""
-        path = self.path if _is_url(self.path) else os.path.abspath(self.path)
-        return path if self.row is None else f"{path}#{self.row[0]}.{self.row[1]}"
+        """What tells this picture from all others."""
+        return self.location if self.row is None else f"{self.location}#{self.row[0]}.{self.row[1]}"
 
     @property
     def modified(self) -> int:
         """When a local file was last written, in nanoseconds; 0 where that is not known."""
-        return 0 if _is_url(self.path) or not Path(self.path).exists() else Path(self.path).stat().st_mtime_ns
+        return 0 if is_url(self.path) or not Path(self.path).exists() else Path(self.path).stat().st_mtime_ns
 
     def read(self, frames: int | None = None) -> Image.Image | list[Image.Image]:
         """Return the picture as RGB, or for a video network that many frames of it.
@@ -66,17 +70,7 @@ class Source:
         if self.row is not None:
             group, index = self.row
             return io.BytesIO(_encoded_picture(_row_group(self.path, group)["image"][index].as_py(), str(self)))
-        if _is_url(self.path):
-            import fsspec
-
-            opened: BinaryIO = fsspec.open(self.path, "rb").open()
-            return opened
-        path = Path(self.path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path}: expected a picture, found {'a folder' if path.is_dir() else 'no such file'}"
-            )
-        return path.open("rb")
+        return open_file(self.path)
 
 
 def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> list[Source]:
@@ -112,7 +106,7 @@ def _sources_of(argument: str, out: Path | None) -> Iterator[Source]:
 
 def _expanded(argument: str, out: Path | None) -> tuple[str, list[str]]:
     """Return the folder that names are relative to, and the files."""
-    if _is_url(argument):
+    if is_url(argument):
         return _expanded_url(argument)
     path = Path(argument)
     if path.is_dir():
@@ -184,7 +178,7 @@ def _rows(path: str, name: str) -> Iterator[Source]:
     import pyarrow.parquet as pq
 
     try:
-        with _open_file(path) as file:
+        with open_file(path) as file:
             table = pq.ParquetFile(file)
             has_names = "name" in table.schema_arrow.names
             for group in range(table.num_row_groups):
@@ -207,7 +201,7 @@ def _row_group(path: str, group: int) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        with _open_file(path) as file:
+        with open_file(path) as file:
             table = pq.ParquetFile(file)
             if "image" not in table.schema_arrow.names:
                 raise OSError(f"expected a column image, found {', '.join(table.schema_arrow.names)}")
@@ -229,15 +223,3 @@ def _encoded_picture(value: object, name: str) -> bytes:
     if not isinstance(value, bytes):
         raise OSError(f"{name}: expected an encoded picture, found {type(value).__name__}")
     return value
-
-
-def _open_file(path: str) -> Any:
-    if not _is_url(path):
-        return Path(path).open("rb")
-    import fsspec
-
-    return fsspec.open(path, "rb").open()
-
-
-def _is_url(path: str) -> bool:
-    return "://" in path

@@ -46,12 +46,11 @@ def write_spectrum(
     loaded = load()
     subject = subject_of(loaded)
     check_readable(samples, loaded)
-    device = loaded.example().device
     layer_name = loaded.layer_names[0]
     skipped, pictures, parts = [], [], []
     for sample in track(samples, "decomposing", console=Console(stderr=True)):
         try:
-            image = see(sample, "none", loaded).network_input[None].to(device)
+            image = see(sample, "none", loaded).network_input[None].to(loaded.device)
         except (OSError, ValueError) as error:
             skipped.append(str(error))
             continue

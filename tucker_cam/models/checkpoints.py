@@ -154,14 +154,17 @@ def _read(file: Path) -> object:
     try:
         with file.open("rb") as opened:
             start = opened.read(256).lstrip()
-        if start.startswith((b"<!", b"<html", b"<HTML", b"<?xml")):
-            raise ValueError(f"{file}: expected weights, found a web page: the download went wrong")
-        if file.suffix == ".safetensors":
-            return _read_safetensors(file)
-        with safe_globals(_INERT):
-            return torch.load(file, weights_only=True, map_location="cpu")
     except OSError as error:
         raise OSError(f"{file}: expected a file of weights, found none that can be read ({error})") from error
+    if start.startswith((b"<!", b"<html", b"<HTML", b"<?xml")):
+        raise ValueError(f"{file}: expected weights, found a web page: the download went wrong")
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+
+
+def _read_pickle(file: Path) -> object:
+    try:
+        with safe_globals(_INERT):
+            return torch.load(file, weights_only=True, map_location="cpu")
     except UnpicklingError as error:
         foreign = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
         what = f"an object of {foreign}" if foreign else "something else, or a broken file"
@@ -170,8 +173,6 @@ def _read(file: Path) -> object:
             "weights by themselves: torch.save(model.state_dict(), file)"
         ) from error
     except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith(str(file)):
-            raise
         # A broken file makes torch.load fail in many ways.
         raise ValueError(
             f"{file}: expected weights written by torch.save, found something else or a broken file; nothing in it "
@@ -180,12 +181,12 @@ def _read(file: Path) -> object:
 
 
 def _read_safetensors(file: Path) -> object:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(file)
-    except SafetensorError as error:
+    except Exception as error:
+        # SafetensorError, or what an element type that this version does not know makes it raise.
         raise ValueError(f"{file}: expected safetensors, found something else or a broken file ({error})") from error
 
 

@@ -58,6 +58,11 @@ class Network:
     classifies: bool = False
     frames: int | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters(), torch.empty(0)).device
+
     def picture(self, network_input: Tensor) -> NDArray[np.float32]:
         """Return what the network saw, resized and cropped, in [0, 1]: (time x) height x width x 3."""
         shape = (-1, *(1 for _ in network_input.shape[1:]))
@@ -69,8 +74,7 @@ class Network:
     def example(self) -> Tensor:
         """Return the input of a grey picture, as a batch of one where the model is."""
         picture = Image.new("RGB", (256, 256), (127, 127, 127))
-        device = next(self.model.parameters(), torch.empty(0)).device
-        return self.preprocess(picture if self.frames is None else [picture] * self.frames)[None].to(device)
+        return self.preprocess(picture if self.frames is None else [picture] * self.frames)[None].to(self.device)
 
 
 def build_network(spec: str, *, pretrained: bool) -> Network:

@@ -85,7 +85,7 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
 
     A layer that is called more than once counts at its first call, which is the one that is explained.
     """
-    begun: list[str] = []
+    begun: dict[str, None] = {}
     begun_when_done: dict[str, int] = {}
     # None stands for tokens that lie on no grid: a model that ends in them has no map that we could read.
     path: list[tuple[str, SpatialLayer | None]] = []
@@ -94,10 +94,6 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
 
     def shows(value: object) -> bool:
         return is_map(value, example) or holds_maps(value, example)
-
-    def begin(name: str) -> None:
-        if name not in begun:
-            begun.append(name)
 
     def done(name: str, module: nn.Module, inputs: Sequence[Any], output: object) -> None:
         nonlocal backbone_end
@@ -119,7 +115,7 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
 
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda _, __, name=name: begin(name)))
+        handles.append(module.register_forward_pre_hook(lambda _, __, name=name: begun.setdefault(name)))
         handles.append(module.register_forward_hook(lambda m, i, o, name=name: done(name, m, i, o)))
     training = {module: module.training for module in model.modules()}
     try:
@@ -132,14 +128,15 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
         for module, flag in training.items():
             module.training = flag
     # What turns maps into numbers is a head, unless it is most of the network: then it is a body with its head.
-    heads = tuple(f"{name}." for name, module in pooling.items() if _size(module) < _size(model) / 2)
+    most = _size(model) / 2
+    heads = tuple(f"{name}." for name, module in pooling.items() if _size(module) < most)
     body = [layer for name, layer in path[:backbone_end] if not f"{name}.".startswith(heads)]
     layers = [layer for _, layer in path if layer is not None]
     # A part that is never called, whose parent uses its weights itself, as attention does with its projection.
     silent = [name for name, module in model.named_modules() if name not in begun and not any(module.children())]
-    upstream = {}
+    order, upstream = list(begun), {}
     for layer in layers:
-        reached = set(begun[: begun_when_done[layer.name]])
+        reached = set(order[: begun_when_done[layer.name]])
         upstream[layer.name] = frozenset(reached | {name for name in silent if name.rpartition(".")[0] in reached})
     return DryRun(layers, body[-1] if body else None, upstream)
 

@@ -26,12 +26,14 @@ class LoadedModel(Network):
         name: the model and its weights, in short.
         description: one line that says also which layers were chosen and what became of a checkpoint.
         layers: the target layers.
-        last_layer: the last one with a spatial map before the head, whatever layers were asked for.
+        spatial_layers: all that have a spatial map, in the order in which they run.
+        last_layer: the last of them before the head, whatever layers were asked for.
     """
 
     name: str
     description: str
     layers: list[SpatialLayer]
+    spatial_layers: list[SpatialLayer]
     last_layer: SpatialLayer
 
     @property
@@ -123,6 +125,7 @@ def load_model(
         name=name,
         description=f"model: {name}; layer: {shown}{report}",
         layers=chosen,
+        spatial_layers=run.layers,
         last_layer=run.target or chosen[-1],
     )
 
