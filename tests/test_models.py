@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    AutoModel,
-    BitImageProcessorPil,
-    CLIPConfig,
-    ConvNextImageProcessorPil,
-    Dinov2Config,
-    ResNetConfig,
-    ViTMAEConfig,
-)
+from repositories import make_repositories
+from transformers import AutoModel, BitImageProcessorPil, CLIPConfig, ViTMAEConfig
 from typer.testing import CliRunner
 
 from tucker_cam.cli import app
@@ -29,26 +22,9 @@ def picture(tmp_path):
 
 
 @pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """Make repositories as the hubs have them, in the working directory."""
+def repositories(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
-    AutoModel.from_config(resnet).save_pretrained("microsoft/resnet")
-    ConvNextImageProcessorPil(size={"shortest_edge": 64}).save_pretrained("microsoft/resnet")
-    dinov2 = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
-    AutoModel.from_config(dinov2).save_pretrained("facebook/dinov2")
-    crop = {"height": 28, "width": 28}
-    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop).save_pretrained("facebook/dinov2")
-    hub = tmp_path / "facebookresearch" / "vicreg"
-    hub.mkdir(parents=True)
-    (hub / "hubconf.py").write_text(
-        "from torchvision.models import resnet18\n"
-        "def resnet50(pretrained=True, **kwargs):\n"
-        "    if pretrained:\n        raise OSError('no route to host')\n"
-        "    return resnet18(weights=None)\n"
-        "def bare():\n    return resnet18(weights=None)\n"
-        "def none():\n    return None\n"
-    )
+    make_repositories()
 
 
 FAMILIES = [
@@ -63,13 +39,13 @@ FAMILIES = [
     # 256 levels of the pyramid's three, put together at the middle one.
     ("torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", "backbone 768x10x10"),
     ("torchvision:r3d_18", "layer4 512x2x7x7"),
-    ("hf:microsoft/resnet", "encoder.stages.1 12x8x8"),
-    ("hf:facebook/dinov2", "layernorm 5x16"),
+    ("hf:microsoft/resnet-50", "encoder.stages.1 12x8x8"),
+    ("hf:facebook/dinov2-small", "layernorm 5x16"),
     ("hub:facebookresearch/vicreg:resnet50", "layer4 512x7x7"),
 ]
 
 
-@pytest.mark.usefixtures("folders")
+@pytest.mark.usefixtures("repositories")
 @pytest.mark.parametrize(("name", "layer"), FAMILIES, ids=[name for name, _ in FAMILIES])
 def test_each_family_loads_and_explains_with_one_command(name, layer, picture, tmp_path):
     arguments = ["explain", str(picture), "--model", name, "--no-pretrained", "--out", "out", "--format", "npy"]
@@ -82,18 +58,18 @@ def test_each_family_loads_and_explains_with_one_command(name, layer, picture, t
     assert saliency.max() == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.usefixtures("folders")
+@pytest.mark.usefixtures("repositories")
 def test_weights_in_a_local_folder_are_loaded_without_a_network(tmp_path):
-    loaded = load_model("hf:microsoft/resnet")
-    expected = AutoModel.from_pretrained("microsoft/resnet").state_dict()
+    loaded = load_model("hf:microsoft/resnet-50")
+    expected = AutoModel.from_pretrained("microsoft/resnet-50").state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in loaded.model.state_dict().items())
-    assert loaded.name == "hf:microsoft/resnet"
+    assert loaded.name == "hf:microsoft/resnet-50"
 
 
 @pytest.mark.parametrize(
-    "name", ["timm:resnet18", "torchvision:resnet18", "torchvision:fcos_resnet50_fpn", "hf:microsoft/resnet"]
+    "name", ["timm:resnet18", "torchvision:resnet18", "torchvision:fcos_resnet50_fpn", "hf:microsoft/resnet-50"]
 )
-@pytest.mark.usefixtures("folders")
+@pytest.mark.usefixtures("repositories")
 def test_what_the_network_saw_can_be_shown_again(name):
     loaded = load_model(name, pretrained=False)
     assert not any(module.training for module in loaded.model.modules())
@@ -208,11 +184,11 @@ def test_weights_replace_the_models_own(tmp_path):
         assert torch.equal(value, trained.state_dict()[key])
 
 
-@pytest.mark.usefixtures("folders")
+@pytest.mark.usefixtures("repositories")
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("hub:facebookresearch/vicreg:resnet50", OSError, r"could not be had \(no route to host\): --no-pretrained"),
+        ("hub:facebookresearch/vicreg:unreachable", OSError, r"could not be had \(no route to host\): --no-pretrained"),
         ("hub:facebookresearch/vicreg:resnet51", ValueError, "could not be built: .*resnet51"),
         ("hub:facebookresearch/vicreg:none", TypeError, "expected a torch.nn.Module from hub:.*, got NoneType"),
         (
@@ -265,6 +241,6 @@ def test_a_model_that_takes_no_picture_is_one_clear_line():
         load_model("networks:text_model")
 
 
-@pytest.mark.usefixtures("folders")
+@pytest.mark.usefixtures("repositories")
 def test_an_entry_of_a_hub_without_a_choice_of_weights_is_called_as_it_is():
     assert load_model("hub:facebookresearch/vicreg:bare").layer_names == ["layer4"]

@@ -11,9 +11,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from repositories import make_repositories
 from test_checkpoints import dino, moco_v2, vicregl
 from torch import nn
-from transformers import AutoModel, BitImageProcessorPil, ConvNextImageProcessorPil, Dinov2Config, ResNetConfig
 from typer.testing import CliRunner
 
 from tucker_cam.cli import app
@@ -47,17 +47,7 @@ def working_directory(tmp_path, monkeypatch):
 
 @pytest.fixture
 def repositories(working_directory):
-    dinov2 = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
-    AutoModel.from_config(dinov2).save_pretrained("facebook/dinov2-small")
-    crop = {"height": 28, "width": 28}
-    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop).save_pretrained("facebook/dinov2-small")
-    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
-    AutoModel.from_config(resnet).save_pretrained("microsoft/resnet-50")
-    ConvNextImageProcessorPil(size={"shortest_edge": 64}).save_pretrained("microsoft/resnet-50")
-    Path("facebookresearch/vicreg").mkdir(parents=True)
-    Path("facebookresearch/vicreg/hubconf.py").write_text(
-        "from torchvision.models import resnet18\ndef resnet50(pretrained=True):\n    return resnet18()\n"
-    )
+    make_repositories()
 
 
 def make_checkpoint(command):
