@@ -30,16 +30,22 @@ def mtsm(image, rank=None, combine="signed"):
 
 
 def multivec_eigencam(image, combine="signed"):
+    return _combined(svd_components(image, center=True), combine)
+
+
+def svd_components(image, *, center=False):
+    """Return the maps of the unfolding's left singular vectors, each times its value: of the full-rank Tucker, too."""
     image = np.asarray(image, dtype=np.float64)
     unfolding = image.reshape(len(image), -1)
-    unfolding = unfolding - unfolding.mean(axis=1, keepdims=True)
+    if center:
+        unfolding = unfolding - unfolding.mean(axis=1, keepdims=True)
     vectors, values, _ = np.linalg.svd(unfolding, full_matrices=False)
     components = []
     for u, s in zip(vectors.T, values, strict=True):
         if u[np.argmax(np.abs(u))] < 0:
             u = -u
         components.append((s * u @ unfolding).reshape(image.shape[1:]))
-    return _combined(components, combine)
+    return components
 
 
 def _combined(components, combine):

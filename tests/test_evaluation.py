@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import sys
 from collections import Counter
 
 import numpy as np
@@ -11,11 +12,11 @@ from filelock import FileLock
 from networks import tiny_loaded_model
 from PIL import Image
 from test_datasets import write_boxes, write_picture
+from test_security import huge_png
 from typer.testing import CliRunner
 
 from tucker_cam import TSM
 from tucker_cam.cli import app
-from tucker_cam.cli import evaluate as command
 from tucker_cam.evaluation import comparison, folder, metrics
 from tucker_cam.evaluation.comparison import MEASURES, measures
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
@@ -100,16 +101,30 @@ def test_the_rows_hold_what_the_metrics_say(data, tmp_path):
         matched = metrics.area_matched(maps)
         grey = metrics.mean_colour(images)
         expected = {
-            "best_cut_iou": metrics.best_cut_iou(maps, masks),
+            "energy_in_mask": metrics.energy_in_mask(maps, masks),
             "pointing_game": metrics.pointing_game(maps, masks),
+            "best_threshold_iou": metrics.best_threshold_iou(maps, masks),
+            "best_cut_iou": metrics.best_cut_iou(maps, masks),
+            "otsu_iou": metrics.otsu_iou(maps, masks),
+            "mean_saliency": metrics.mean_saliency(maps),
+            "energy_in_top": metrics.energy_in_top(maps),
             "probability_drop": metrics.confidence_change(images, maps, probability).drop,
+            "probability_increase": metrics.confidence_change(images, maps, probability).increase,
+            "probability_gain": metrics.confidence_change(images, maps, probability).gain,
+            "probability_drop_area_matched": metrics.confidence_change(images, matched, probability).drop,
+            "probability_increase_area_matched": metrics.confidence_change(images, matched, probability).increase,
             "probability_gain_area_matched": metrics.confidence_change(images, matched, probability).gain,
             "similarity_drop": metrics.confidence_change(images, maps, similarity).drop,
             "similarity_drop_area_matched": metrics.confidence_change(images, matched, similarity).drop,
+            "probability_insertion": metrics.insertion_auc(images, maps, probability, baseline=metrics.blurred(images)),
+            "similarity_deletion": metrics.deletion_auc(images, maps, similarity, baseline=grey),
             "probability_deletion": metrics.deletion_auc(images, maps, probability, baseline=grey),
             "similarity_insertion": metrics.insertion_auc(images, maps, similarity, baseline=metrics.blurred(images)),
         }
         (row,) = (r for r in read(tmp_path / "results.csv") if (r["picture"], r["method"]) == (sample.name, "tsm"))
+        assert expected.keys() == {
+            measure.column for measure in measures(["localisation", "drop", "curves"], ["probability", "similarity"])
+        }
         for column, value in expected.items():
             assert float(row[column]) == pytest.approx(value.item(), rel=1e-3, abs=1e-5)
 
@@ -503,8 +518,21 @@ def test_the_spectrum_is_plotted_and_written(data, tmp_path):
 
 
 def test_without_the_extra_the_command_that_installs_it_is_named(data, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "tucker_cam.cli.evaluate", None)
+    monkeypatch.setitem(sys.modules, "tucker_cam.cli.evaluate", None)
     result = run("evaluate", data)
     assert result.exit_code == 2
     assert "pip install 'tucker-cam[evaluation]'" in result.stderr
-    assert command is not None
+
+
+def test_a_picture_on_which_the_preprocessing_fails_and_a_huge_mask_are_named_and_the_others_scored(tmp_path):
+    folder = tmp_path / "pictures"
+    for name in ("whole", "masked"):
+        write_picture(folder / f"{name}.png")
+    Image.new("RGB", (1, 1)).save(folder / "tiny.png")
+    (folder / "masks").mkdir()
+    (folder / "masks" / "masked.png").write_bytes(huge_png())
+    result = run("evaluate", folder, "--out", tmp_path / "r.csv", model="networks:picky_preprocessing")
+    assert result.exit_code == 1
+    assert "tiny.png: its preprocessing failed (ZeroDivisionError: too small)" in result.stderr
+    assert "masked.png: expected a mask as a picture, found none or a broken one (Image size" in result.stderr
+    assert {row["picture"] for row in read(tmp_path / "r.csv")} == {"whole.png"}

@@ -17,6 +17,7 @@ import torch
 import zarr
 from filelock import FileLock
 from PIL import Image
+from pytorch_grad_cam.utils.image import show_cam_on_image
 from torch import nn
 from typer.testing import CliRunner
 
@@ -361,6 +362,15 @@ def test_one_picture_on_which_the_network_fails_costs_no_other_its_map(tmp_path,
         np.testing.assert_allclose(
             explained[index].maps["tsm"], expected_map(tmp_path / "pictures" / f"p{index:03}.png"), atol=1e-5
         )
+
+
+def test_an_overlay_is_the_map_over_what_the_network_saw(pictures, tmp_path):
+    assert run(pictures / "p000.png", *MODEL, "--out", tmp_path / "out").exit_code == 0
+    loaded = load_model("networks:tiny_loaded_model")
+    seen = loaded.picture(loaded.preprocess(open_picture(pictures / "p000.png")))
+    expected = show_cam_on_image(seen, expected_map(pictures / "p000.png"), use_rgb=True)
+    with Image.open(tmp_path / "out" / "p000_tsm.png") as overlay:
+        np.testing.assert_allclose(np.asarray(overlay), expected, atol=1)
 
 
 def test_a_preprocessing_that_fails_on_one_picture_is_named_and_the_others_done(pictures, tmp_path):

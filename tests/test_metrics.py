@@ -5,6 +5,8 @@ import pytest
 import quantus
 import torch
 from networks import small_cnn
+from pytorch_grad_cam.metrics.road import ROADLeastRelevantFirstAverage, ROADMostRelevantFirstAverage
+from scipy.ndimage import gaussian_filter
 from torchcam.methods import GradCAM
 from torchcam.metrics import ClassificationMetric, DeletionInsertionMetric
 
@@ -42,6 +44,13 @@ def bright_where(mask):
 )
 def test_localisation_agrees_with_a_case_computed_by_hand(metric, expected):
     torch.testing.assert_close(metric(MAP, MASK), torch.tensor([expected]))
+
+
+def test_the_iou_at_otsus_threshold_is_over_the_union():
+    saliency, mask = torch.zeros(1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool)
+    saliency[0, 0], saliency[0, 1, :2] = 1, 1  # six
+    mask[0, 0, 1:], mask[0, 3, 0] = True, True  # four, three of them among the six
+    torch.testing.assert_close(metrics.otsu_iou(saliency, mask), torch.tensor([3 / 7]))
 
 
 @pytest.mark.parametrize("metric", LOCALISATION)
@@ -272,6 +281,9 @@ def test_the_baselines_keep_the_colour_and_lose_the_details():
     torch.testing.assert_close(metrics.mean_colour(images)[..., 0, 0], images.mean((2, 3)))
     assert metrics.mean_colour(images).var((2, 3)).max() < 1e-10
     soft = metrics.blurred(images)
+    deviation = max(images.shape[2:]) / 16
+    expected = gaussian_filter(images.numpy(), (0, 0, deviation, deviation), mode="mirror", truncate=2)
+    torch.testing.assert_close(soft, torch.from_numpy(expected), atol=0.01, rtol=0)
     assert soft.shape == images.shape
     assert soft.var((2, 3)).max() < 0.01 * images.var((2, 3)).min()
     torch.testing.assert_close(soft.mean((2, 3)), images.mean((2, 3)), atol=0.02, rtol=0)
@@ -285,6 +297,12 @@ def test_road_agrees_with_the_host_and_changes_sign_when_the_map_is_inverted():
     images, score = bright_where(mask)
     right, wrong = (metrics.road(images, each, score) for each in (maps, 1 - maps))
     assert (right > 0.1).all()
+    targets = [lambda scores: scores] * 2
+    least, most = (
+        average([20, 40, 60, 80])(images, maps.numpy(), targets, score)
+        for average in (ROADLeastRelevantFirstAverage, ROADMostRelevantFirstAverage)
+    )
+    torch.testing.assert_close(right, torch.as_tensor((least - most) / 2).to(right), atol=0.02, rtol=0)
     # The two halves of ROADCombined change places, but for its small noise.
     torch.testing.assert_close(wrong, -right, atol=0.02, rtol=0)
 

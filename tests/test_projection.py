@@ -56,6 +56,18 @@ def test_the_leading_map_is_tensorlys(shape, rank, dtype):
     assert_is_the_reference(leading_map(batch, rank=rank), references.tsm, batch, rank)
 
 
+@pytest.mark.parametrize("shape", [(32, 4, 4), (5, 4, 4)])
+@pytest.mark.parametrize("center", [False, True])
+def test_signs_that_float32_could_not_tell_are_those_of_float64(center, shape):
+    batch = torch.rand(100, *shape)
+    # Two channels that are strong and oppose each other, so nearly that either could be the largest.
+    batch[:, 0] *= 10
+    batch[:, 1] = -batch[:, 0] * (1 + 2e-7 * torch.randn(100, 4, 4))
+    for image in batch[:, None]:
+        exact = combined_map(image.double(), center=center)
+        assert_close(combined_map(image, center=center).double(), exact, rtol=0, atol=1e-5 * exact.max().item())
+
+
 @every_dtype
 @pytest.mark.parametrize("combine", ["signed", "energy"])
 @pytest.mark.parametrize(("shape", "rank"), CASES)

@@ -6,6 +6,7 @@ import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from threading import Barrier
 
@@ -133,12 +134,13 @@ def test_images_and_recorded_features_are_never_written_to(method):
     before = batch.clone()
     cam = method(model, [model[0], model[2]])
     cam(batch)
-    recorded = [features.clone() for features in cam.activations_and_grads.activations]
-    cam.get_cam_image(batch, None, None, cam.activations_and_grads.activations[1], None)
+    recorded = cam.activations_and_grads.activations
+    kept = [features.clone() for features in recorded]
+    cam.get_cam_image(batch, None, None, recorded[1], None)
     cam.modes(batch)
     assert torch.equal(batch, before)
-    for features, kept in zip(cam.activations_and_grads.activations, recorded, strict=True):
-        assert torch.equal(features, kept)
+    for features, copy in zip(recorded, kept, strict=True):
+        assert torch.equal(features, copy)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -147,11 +149,11 @@ def test_images_and_recorded_features_are_never_written_to(method):
 def test_the_mathematics_never_writes_to_its_features(shape, scale, dtype):
     whole = (scale * torch.randn(2, *shape, 2)).to(dtype)
     features, before = whole[..., 0], whole.clone()
-    for rank in (None, 2):
-        channel_modes(features, rank=rank, center=True)
+    for rank, center in product((None, 2), (False, True)):
+        channel_modes(features, rank=rank, center=center)
         leading_map(features, rank=rank)
         for combine in ("signed", "energy"):
-            combined_map(features, rank=rank, combine=combine, center=True)
+            combined_map(features, rank=rank, combine=combine, center=center)
     assert torch.equal(whole, before)
 
 

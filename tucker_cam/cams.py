@@ -1,7 +1,7 @@
 """The methods as pytorch-grad-cam's users know them: classes that stand where `EigenCAM` stood.
 
 Each is one projection of the feature maps; the host scales the map to [0, 1] and to the picture's size, averages
-target layers and smooths by test-time augmentation. This is the only module that knows the host.
+target layers and smooths by test-time augmentation. No other module subclasses it.
 """
 
 from __future__ import annotations

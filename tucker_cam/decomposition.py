@@ -110,13 +110,21 @@ def signs(vectors: Float[Tensor, "batch channels rank"]) -> Float[Tensor, "batch
     A singular vector is defined up to its sign. Multiplying by this makes it unique, as TensorLy's ``svd_flip`` does
     (which returns 0, not 1, for a column of zeros).
     """
+    sign, _ = signs_and_leads(vectors)
+    return sign
+
+
+def signs_and_leads(
+    vectors: Float[Tensor, "batch channels rank"],
+) -> tuple[Float[Tensor, "batch rank"], Float[Tensor, "batch rank"]]:
+    """Return `signs`, and by how much each column's largest entry leads the largest of the other sign."""
     largest, smallest = vectors.amax(1), vectors.amin(1)
     sign = torch.where(largest + smallest < 0, -1.0, 1.0).to(vectors.dtype)
     tied = (largest == -smallest) & (largest > 0)
     if tied.any():
         first = vectors.abs().argmax(1, keepdim=True)
         sign = torch.where(tied, vectors.gather(1, first).squeeze(1).sign(), sign)
-    return sign
+    return sign, (largest + smallest).abs()
 
 
 def check_features(features: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from tucker_cam.decomposition import Engine, channel_modes, signs
+from tucker_cam.decomposition import Engine, channel_modes, signs_and_leads
 from tucker_cam.gram import eigenpairs, gram, is_tall, leading_eigenvector, moderate, rows_in_float64, unfold
 from tucker_cam.hooi import truncated_leading_map
 from tucker_cam.rank import Rank, feasible_rank
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 Combine = Literal["signed", "energy"]
+# Of the largest projection: in float32 one is off by less.
+_LEAST_LEAD = 1e-6
+# Of the first squared value: a component below it moves no map by 1e-5, whatever its sign.
+_NEGLIGIBLE = 1e-6
 
 
 def leading_map(
@@ -94,26 +98,42 @@ def combined_map(
         combined = weighted.sum(1).abs() if combine == "signed" else weighted.norm(dim=1)
     else:
         unfolding = unfold(features)
-        if center:
-            unfolding = unfolding - unfolding.mean(-1, keepdim=True)
-        combined = _signed_sum(unfolding) if combine == "signed" else _energy(unfolding)
+        if combine == "signed":
+            combined = _signed_sum(unfolding, center=center)
+        else:
+            combined = _energy(_centred(unfolding) if center else unfolding)
     return combined.reshape(len(features), *features.shape[2:])
 
 
-def _signed_sum(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor, "batch positions"]:
+def _signed_sum(
+    unfolding: Float[Tensor, "batch channels positions"], *, center: bool
+) -> Float[Tensor, "batch positions"]:
     r"""$|\sum_i s_i a_i^\top F|$: tall, $|V\,\mathrm{diag}(s^2)\,\sigma|$; wide, $|w^\top F|$ with $w = A\,s\,\sigma$.
 
     The signs $\sigma$ hang on which entry of a vector is the largest, so the Gram matrix is float64 throughout: from a
-    float32 one, a map of real features came out wrong by 5e-3.
+    float32 one, a map of real features came out wrong by 5e-3. Where that entry's lead may be a rounding error, in a
+    component that counts, the image is done in float64 altogether.
     """
-    values, vectors = eigenpairs(gram(unfolding))
-    if is_tall(unfolding):
-        # Transposed, so that the channels lie side by side in memory when their extremes are looked for.
-        projected = vectors.mT.to(unfolding.dtype) @ unfolding.mT
-        summed: Tensor = vectors @ (values * signs(projected.mT))[..., None]
-        return summed.squeeze(-1).abs()
-    weights = vectors @ (values.sqrt() * signs(vectors))[..., None]
-    return rows_in_float64(unfolding.mT, lambda rows: (rows @ weights).squeeze(-1)).abs()
+    features = _centred(unfolding) if center else unfolding
+    values, vectors = eigenpairs(gram(features))
+    # Transposed, so that the channels lie side by side in memory when their extremes are looked for.
+    decisive = (vectors.mT.to(features.dtype) @ features.mT).mT if is_tall(features) else vectors
+    sign, lead = signs_and_leads(decisive)
+    if is_tall(features):
+        combined = (vectors @ (values * sign)[..., None]).squeeze(-1).abs()
+    else:
+        weights = vectors @ (values.sqrt() * sign)[..., None]
+        combined = rows_in_float64(features.mT, lambda rows: (rows @ weights).squeeze(-1)).abs()
+    if unfolding.dtype != torch.float64:
+        narrow = lead < _LEAST_LEAD * decisive[..., :1].abs().amax(1)
+        again = (narrow & (values > _NEGLIGIBLE * values[:, :1])).any(1)
+        if again.any():
+            combined[again] = _signed_sum(unfolding[again].double(), center=center)
+    return combined
+
+
+def _centred(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor, "batch channels positions"]:
+    return unfolding - unfolding.mean(-1, keepdim=True)
 
 
 def _energy(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor, "batch positions"]:

@@ -65,8 +65,8 @@ DataFolder = Annotated[Path, typer.Argument(help="Folder of pictures, at any dep
 ModelName = Annotated[
     str,
     typer.Option(
-        help="demo, timm:NAME, torchvision:NAME, hf:REPOSITORY_OR_FOLDER, hub:OWNER/REPOSITORY:ENTRY or your own "
-        "MODULE:CALLABLE."
+        help="demo, timm:NAME, torchvision:NAME, hf:REPOSITORY_OR_FOLDER, hub:OWNER/REPOSITORY:ENTRY, hub:FOLDER:ENTRY "
+        "or your own MODULE:CALLABLE."
     ),
 ]
 _LAYER_HELP = (
@@ -76,7 +76,7 @@ _LAYER_HELP = (
 LayerName = Annotated[str | None, typer.Option(help=_LAYER_HELP)]
 LayerNames = Annotated[list[str] | None, typer.Option(help=f"May be repeated: maps are averaged. {_LAYER_HELP}")]
 Limit = Annotated[int | None, typer.Option(help="Take a random sample of so many pictures.", show_default=False)]
-RandomWeights = Annotated[bool, typer.Option("--no-pretrained", help="Random weights; no download.")]
+RandomWeights = Annotated[bool, typer.Option("--no-pretrained", help="Random weights; none are downloaded.")]
 Weights = Annotated[
     Path | None,
     typer.Option(help="A checkpoint, of torch.save or .safetensors; the backbone is found in it.", show_default=False),
@@ -90,7 +90,7 @@ _EXTRAS = {"pyarrow": "ray", "ray": "ray", "zarr": "zarr"}
 
 @app.callback()
 def _quiet_libraries() -> None:
-    # Its retries without a network would bury the one line that says what to do.
+    # The hub's retries without a network would bury the one line that says what to do.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # One line, without a path in a package and a line of its source.
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"

@@ -62,19 +62,21 @@ def explain_on_ray(
         out: a folder, local to all nodes or a URL.
         aug_smooth: average over flips and brightness.
         batch_size: None for 8.
-        workers: actors; None for as many as the cluster has room for.
+        workers: actors; None for one fewer than the cluster has CPUs.
 
     Returns:
         One line for each picture that could not be read or explained; all others are done.
 
     Raises:
-        ValueError: as for `explain_pictures`.
+        ValueError: as for `explain_pictures`; or no actor is to do the work.
         ModuleNotFoundError: the model's package is missing.
         OSError: weights could not be had, or `out` could not be written.
     """
     classes = list(dict.fromkeys(methods))
     for name in classes:
         method_named(name)
+    if workers == 0:
+        raise ValueError("expected at least one actor to explain the pictures, got --workers 0")
     sources = find_sources(images)
     loaded = load()
     typer.echo(printable(loaded.description))

@@ -23,7 +23,8 @@ class Explanation:
 
     Attributes:
         maps: by method, (time x) height x width in [0, 1].
-        components: the strongest components of MTSM, count x positions of the layer, signed; none unless asked for.
+        components: the strongest components of MTSM at the last of the layers, count x its positions, signed;
+            none unless asked for.
         values: all singular values, descending; none unless asked for.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,8 +78,8 @@ def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> list[S
     """Find the pictures: each file that is named, and those in folders (at any depth), globs and Parquet files.
 
     A Parquet file has a column ``image`` (encoded pictures, or Hugging Face's struct of bytes and path) and may have a
-    column ``name``. Hidden files in folders are left out, and so are folders that are links, and folders of results. A
-    file that is not there, or is no table, stays in the list: reading it says so.
+    column ``name``. Hidden files in folders are left out, and so are folders that are links, and local folders of
+    results. A file that is not there, or is no table, stays in the list: reading it says so.
 
     Args:
         arguments: as they were typed.
@@ -125,12 +126,11 @@ def _expanded(argument: str, out: Path | None) -> tuple[str, list[str]]:
     folders = {folder for file in found for folder in file.parents if folder.is_relative_to(root)}
     results = {folder.resolve() for folder in folders if _is_manifest(folder / MANIFEST)}
     results |= set() if out is None else {out.resolve()}
-    others = [file for file in found if results.isdisjoint(file.resolve().parents)]
-    if not others:
+    ours = [file for file in found if results.isdisjoint(file.resolve().parents)]
+    if not ours:
         left_out = " but results of earlier runs" if found else ""
         raise ValueError(f"{argument}: expected pictures or Parquet files, found none{left_out}")
-    found = others
-    return str(root), sorted(str(file) for file in found)
+    return str(root), sorted(str(file) for file in ours)
 
 
 def _expanded_url(argument: str) -> tuple[str, list[str]]:
@@ -138,7 +138,7 @@ def _expanded_url(argument: str) -> tuple[str, list[str]]:
 
     filesystem, path = fsspec.core.url_to_fs(argument)
     if any(character in path for character in _MAGIC):
-        found, root = filesystem.glob(path), path.partition("*")[0].rpartition("/")[0]
+        found, root = filesystem.glob(path), re.split(r"[*?[]", path)[0].rpartition("/")[0]
     elif filesystem.isdir(path):
         found = [file for file in filesystem.find(path) if _is_wanted(file[len(path) :].lstrip("/"))]
         root = path

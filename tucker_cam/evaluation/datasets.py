@@ -131,10 +131,10 @@ def see(sample: Sample, annotations: Annotations, network: Network) -> Seen:
 
     Raises:
         OSError: the picture or its mask cannot be read.
-        ValueError: the annotation is none, or does not fit the picture.
+        ValueError: the annotation is none, or does not fit the picture; or the preprocessing failed on it.
     """
     picture = open_picture(sample.picture)
-    network_input = network.preprocess(picture)
+    network_input = _preprocessed(network, picture, sample.picture)
     nothing = torch.zeros(network_input.shape[-2:], dtype=torch.bool)
     if annotations == "none":
         return Seen(network_input, nothing, [])
@@ -158,7 +158,8 @@ def see(sample: Sample, annotations: Annotations, network: Network) -> Seen:
         # Drawn on the file as it is stored: turned as the photograph was.
         black_and_white.getexif()[_ORIENTATION] = orientation
         black_and_white = ImageOps.exif_transpose(black_and_white)
-    mask = torch.from_numpy(network.picture(network.preprocess(black_and_white.convert("RGB")))[..., 0] > 0.5)
+    seen = network.picture(_preprocessed(network, black_and_white.convert("RGB"), sample.annotation))
+    mask = torch.from_numpy(seen[..., 0] > 0.5)
     if not mask.any():
         why = "its object is cropped away or too small for the network, so not scored on localisation"
         remarks = [*remarks, f"{sample.annotation}: {why}"]
@@ -191,6 +192,14 @@ def _draw_boxes(file: Path, size: tuple[int, int], picture: Path) -> tuple[NDArr
     return drawn, remarks
 
 
+def _preprocessed(network: Network, picture: Image.Image, file: Path) -> Tensor:
+    try:
+        return network.preprocess(picture)
+    except Exception as error:
+        # Whatever a preprocessing of one's own raises on one picture, the others are still scored.
+        raise ValueError(f"{file}: its preprocessing failed ({type(error).__name__}: {error})") from error
+
+
 _SIZE = ("width", "height")
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -211,7 +220,7 @@ def _read_mask(file: Path) -> NDArray[np.bool_]:
     try:
         with Image.open(file) as mask:
             values, mode, least = np.asarray(mask), mask.mode, 127 if mask.format == "JPEG" else 0
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise OSError(f"{file}: expected a mask as a picture, found none or a broken one ({error})") from error
     drawn = np.asarray(values > least)
     if mode == "P":

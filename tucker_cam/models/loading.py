@@ -79,8 +79,8 @@ def load_model(
             the module is looked for in the working directory too.
         weights: a checkpoint to load in place of the published weights, as self-supervised projects publish it; the
             backbone is found in it. Of ``torch.save``, or ``.safetensors``. No code in it is run.
-        pretrained: download the published weights; without them the weights are random. Plays no part for ``demo``
-            and your own.
+        pretrained: download the published weights; without them the weights are random. ``demo`` and your own
+            function have none to download, and take no False.
         layers: dotted names of layers to explain, or negative indices into all that have a spatial map (-1 is the
             last); by default the one that `find_target_layer` finds.
         device: where the model shall run; None for a CUDA device if there is one.
@@ -98,6 +98,9 @@ def load_model(
         ['layer4']
     """
     device = _device(device)
+    published = spec.partition(":")[0] in ("timm", "torchvision", "hf", "hub")
+    if not pretrained and weights is None and not published:
+        raise ValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
     network = build_network(spec, pretrained=pretrained and weights is None)
     model = network.model.eval()
     run = _dry_run(spec, network)
@@ -111,7 +114,7 @@ def load_model(
         name, report = f"{spec} with {file.name}", f"; {file.name}: {loaded}"
         # A head that the file has not is random.
         classifies = classifies and not loaded.missing
-    elif not pretrained and spec.partition(":")[0] in ("timm", "torchvision", "hf", "hub"):
+    elif not pretrained:
         name = f"{spec} with random weights"
     model.to(device)
     shown = ", ".join(f"{layer.name} {'x'.join(map(str, layer.shape[1:]))}" for layer in chosen)
