@@ -364,6 +364,18 @@ def test_one_picture_on_which_the_network_fails_costs_no_other_its_map(tmp_path,
         )
 
 
+def test_a_store_whose_rows_are_not_in_the_manifests_order_is_refused(pictures, tmp_path):
+    options = (*MODEL, "--format", "zarr", "--out", tmp_path / "out")
+    assert run(pictures, *options).exit_code == 0
+    manifest = tmp_path / "out" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["pictures"] = dict(reversed(content["pictures"].items()))
+    manifest.write_text(json.dumps(content))
+    result = run(pictures, *options)
+    assert result.exit_code == 2
+    assert "its pictures are not in the manifest's order" in " ".join(result.output.split())
+
+
 def test_an_overlay_is_the_map_over_what_the_network_saw(pictures, tmp_path):
     assert run(pictures / "p000.png", *MODEL, "--out", tmp_path / "out").exit_code == 0
     loaded = load_model("networks:tiny_loaded_model")

@@ -378,3 +378,28 @@ def test_a_video_or_volume_is_smoothed_by_augmentation(method):
     cam = method(model, [model.conv], tta_transforms=ttach.Compose([ttach.Multiply([0.9, 1, 1.1])]))
     expected = np.mean([cam(batch * factor) for factor in (0.9, 1, 1.1)], axis=0)
     assert_allclose(cam(batch, aug_smooth=True), expected, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+@every_method
+def test_a_scripted_layer_is_refused_and_leaves_no_hook(method):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 3))))
+    with pytest.raises(ValueError, match="expected target layers of Python, got the scripted Sequential"):
+        method(model, [model[0], model[1]])
+    assert hook_count(model) == 0
+
+
+@pytest.mark.parametrize("transforms", [[], ttach.HorizontalFlip(), "flip"], ids=str)
+@every_method
+def test_transforms_of_another_kind_are_refused_at_construction(method, transforms):
+    model = networks.small_cnn()
+    with pytest.raises(TypeError, match=r"expected tta_transforms as a ttach\.Compose or None, got"):
+        method(model, [model[2]], tta_transforms=transforms)
+
+
+@every_method
+def test_features_of_other_dimensions_than_the_images_are_one_clear_error(method):
+    model = networks.small_cnn()
+    cam = method(model, [model[2]], lambda maps: maps[:, :, None])
+    with pytest.raises(ValueError, match="expected feature maps with the images' spatial axes"):
+        cam(images())

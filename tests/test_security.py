@@ -169,3 +169,53 @@ def test_nothing_is_fetched_unless_published_weights_are_asked_for(model, tmp_pa
         chosen = [] if command == "layers" else ["--model", model]
         result = run(command, source, *chosen, *weights, *options)
         assert result.exit_code == 0, result.output
+
+
+def postscript():
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "EPS")
+    return file.getvalue()
+
+
+def large_png():
+    file = io.BytesIO()
+    Image.new("1", (12_000, 9_000)).save(file, "PNG")
+    return file.getvalue()
+
+
+def jpeg_with_broken_exif():
+    picture, exif, file = Image.new("RGB", (8, 8)), Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # to be turned, so that the data is written again
+    exif[0x0100] = 8
+    picture.save(file, "JPEG", exif=exif)
+    # The width's type becomes text.
+    return (
+        file.getvalue()
+        .replace(b"\x01\x00\x00\x04", b"\x01\x00\x00\x02")
+        .replace(b"\x00\x01\x04\x00", b"\x00\x01\x02\x00")
+    )
+
+
+@pytest.mark.parametrize("make", [postscript, large_png, jpeg_with_broken_exif])
+def test_whatever_pillow_makes_of_a_picture_the_others_are_done_and_no_program_is_started(make, tmp_path, monkeypatch):
+    def refused(*arguments, **options):
+        raise AssertionError(f"a program was started: {arguments}")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", refused)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "odd.jpg").write_bytes(make())
+    (tmp_path / "in" / "plain.png").write_bytes(encoded_picture())
+    result = run("explain", tmp_path / "in", *MODEL, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "odd.jpg: expected a" in " ".join(result.output.split())
+    assert (tmp_path / "out" / "plain_tsm.png").is_file()
+
+
+def test_no_pickle_in_torchvisions_cache_is_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save({"x": RunsCode(tmp_path / "ran")}, tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth")
+    result = run("layers", "torchvision:resnet18")
+    assert result.exit_code == 2
+    assert "could not be had" in " ".join(result.output.split())
+    assert not (tmp_path / "ran").exists()

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor, nn
+from ttach import Compose
 
 from tucker_cam.activations import FeatureRecorder, ReshapeTransform
 from tucker_cam.decomposition import ChannelModes, Engine, channel_modes, check_engine
@@ -54,6 +55,8 @@ class LabelFreeCAM(BaseCAM):
     ) -> None:
         _refuse(unknown, type(self).__name__)
         _check_construction(model, target_layers, reshape_transform)
+        if tta_transforms is not None and not isinstance(tta_transforms, Compose):
+            raise TypeError(f"expected tta_transforms as a ttach.Compose or None, got {type(tta_transforms).__name__}")
         # detach=False: the host hands the recorded tensors on as they are, without moving them to the CPU.
         super().__init__(
             model,
@@ -111,6 +114,11 @@ class LabelFreeCAM(BaseCAM):
         eigen_smooth: bool = False,
     ) -> NDArray[np.float32]:
         features = activations if isinstance(activations, Tensor) else torch.from_numpy(activations)
+        if isinstance(input_tensor, Tensor) and features.dim() != input_tensor.dim():
+            raise ValueError(
+                f"expected feature maps with the images' spatial axes, got {tuple(features.shape)} for images "
+                f"{tuple(input_tensor.shape)}: fold or drop the other axes in a reshape_transform"
+            )
         # Autocast, if the caller has it on, is for the network: here it would round the products to half precision.
         with torch.autocast(features.device.type, enabled=False):
             maps = self.saliency(features)
@@ -303,6 +311,11 @@ def _check_construction(model: nn.Module, target_layers: Sequence[nn.Module], re
     for layer in target_layers:
         if not isinstance(layer, nn.Module):
             raise TypeError(f"expected target_layers to hold torch.nn.Module objects, got {layer!r}")
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise ValueError(
+                f"expected target layers of Python, got the scripted {layer.original_name}, which takes no hooks: "
+                "explain the model before torch.jit.script"
+            )
         if layer not in parts:
             raise ValueError(
                 f"expected target layers that are part of the model, got a {type(layer).__name__} that is not: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -75,14 +78,25 @@ def decode_frames(file: BinaryIO, name: str, count: int) -> list[Image.Image]:
 @contextmanager
 def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
     try:
-        with Image.open(file) as picture:
+        with open_image(file) as picture:
             yield picture
     except UnidentifiedImageError as error:
         raise OSError(f"{name}: expected a picture (PNG, JPEG, WebP ...), found a file of another kind") from error
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise OSError(f"{name}: expected a picture of sane size, found a huge one ({error})") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:
+        # Pillow's decoders, and EXIF data of its own kind, raise nearly anything.
         raise OSError(f"{name}: expected a whole picture, found a broken one ({error})") from error
+
+
+def open_image(file: BinaryIO | Path) -> Image.Image:
+    """Open a picture of a usual format, and none beyond Pillow's limit against decompression bombs.
+
+    Pillow knows other formats, of which PostScript would start another program on what is in the file.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        return Image.open(file, formats=_FORMATS)
 
 
 def _upright_rgb(picture: Image.Image) -> Image.Image:

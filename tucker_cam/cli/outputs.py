@@ -116,7 +116,11 @@ class ZarrStore(Output):
         self.lock = Lock()
         try:
             self.group: Any = zarr.open_group(self.path, mode="a", attributes=dict(attributes))
-            self.group.attrs.update({"pictures": [printable(name) for name in names]})
+            earlier: Any = self.group.attrs.get("pictures", [])
+            now = [printable(name) for name in names]
+            if now[: len(earlier)] != earlier:
+                raise ValueError("its pictures are not in the manifest's order")
+            self.group.attrs.update({"pictures": now})
             # What a killed run was writing.
             for unfinished in self.path.rglob("*.partial"):
                 unfinished.unlink()

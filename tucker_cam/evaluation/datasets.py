@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from tucker_cam.files import open_picture
+from tucker_cam.files import open_image, open_picture
 from tucker_cam.models import Network
 
 Annotations = Literal["boxes", "masks", "none"]
@@ -144,7 +144,7 @@ def see(sample: Sample, annotations: Annotations, network: Network) -> Seen:
         drawn, remarks = _draw_boxes(sample.annotation, picture.size, sample.picture)
     else:
         drawn, remarks = _read_mask(sample.annotation), []
-    with Image.open(sample.picture) as stored:
+    with open_image(sample.picture) as stored:
         stored_size, orientation = stored.size, stored.getexif().get(_ORIENTATION, 1)
     if orientation != 1 and drawn.shape[::-1] == picture.size == stored_size:
         remarks.append(f"{sample.annotation}: taken to be drawn on {sample.picture.name} as its EXIF data turns it")
@@ -170,7 +170,7 @@ def _draw_boxes(file: Path, size: tuple[int, int], picture: Path) -> tuple[NDArr
     """Return the union of the boxes of a Pascal VOC file, whose pixels are counted from 1 with both ends inside."""
     try:
         root = ElementTree.parse(file).getroot()
-    except (ParseError, DefusedXmlException, UnicodeDecodeError) as error:
+    except (ParseError, DefusedXmlException, UnicodeDecodeError, LookupError) as error:
         raise ValueError(f"{file}: expected boxes as Pascal VOC XML, found something else ({error})") from error
     width, height = (_number(root, f"size/{name}", file) if root.find("size") is not None else 0 for name in _SIZE)
     if not width or not height:
@@ -218,9 +218,10 @@ def _read_mask(file: Path) -> NDArray[np.bool_]:
     JPEG blurs the edges of what was drawn: there the brighter half is the object.
     """
     try:
-        with Image.open(file) as mask:
+        with open_image(file) as mask:
             values, mode, least = np.asarray(mask), mask.mode, 127 if mask.format == "JPEG" else 0
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:
+        # Pillow's decoders raise nearly anything.
         raise OSError(f"{file}: expected a mask as a picture, found none or a broken one ({error})") from error
     drawn = np.asarray(values > least)
     if mode == "P":

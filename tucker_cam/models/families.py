@@ -5,13 +5,16 @@ Each family is an optional dependency, imported when it is asked for.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import numpy as np
@@ -132,6 +135,20 @@ def _with_timm_preprocessing(model: nn.Module) -> Network:
     return Network(model, transform, config["mean"], config["std"], classifies)
 
 
+@contextmanager
+def _only_tensors() -> Iterator[None]:
+    """Make torch.load run no pickle, also where torchvision asks it to: files in its cache are not checked."""
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
+
+
 def _torchvision(name: str, pretrained: bool) -> Network:
     from torchvision import models
 
@@ -147,8 +164,9 @@ def _torchvision(name: str, pretrained: bool) -> Network:
     # A backbone's weights are part of the whole model's.
     arguments = {"weights_backbone": None} if name in with_backbones else {}
     try:
-        model = models.get_model(name, weights=weights if pretrained else None, **arguments)
-    except OSError as error:
+        with _only_tensors():
+            model = models.get_model(name, weights=weights if pretrained else None, **arguments)
+    except (OSError, RuntimeError, UnpicklingError) as error:
         raise _no_weights(f"torchvision:{name}", pretrained, error) from error
     transform: Any = weights.transforms()
     # Detectors normalise inside.
