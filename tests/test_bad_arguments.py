@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import warnings
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -9,6 +10,7 @@ import networks
 import numpy as np
 import pytest
 import torch
+import ttach
 from timm.models import VisionTransformer
 from torch import nn
 
@@ -26,13 +28,25 @@ class WithUnusedLayer(nn.Module):
         return self.pool(self.conv(x))
 
 
+class OutOfMemory(nn.Module):
+    def forward(self, x):
+        raise torch.OutOfMemoryError("mine")
+
+
 def two_gpus():
     model = nn.DataParallel(CNN)
     model.device_ids = [0, 1]
     return model
 
 
+def partly_scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 3))))
+
+
 CNN = networks.small_cnn()
+SCRIPTED = partly_scripted()
 UNUSED = WithUnusedLayer()
 VIT = VisionTransformer(img_size=32, patch_size=16, embed_dim=12, depth=1, num_heads=2, num_classes=2)
 STRANGER = nn.Conv2d(3, 3, 1)
@@ -96,6 +110,14 @@ CASES = [
         layers=[STRANGER],
     ),
     Case(
+        "a scripted layer",
+        ValueError,
+        "expected target layers of Python, got the scripted Sequential, which takes no hooks: explain the model before "
+        "torch.jit.script",
+        model=SCRIPTED,
+        layers=[SCRIPTED[0], SCRIPTED[1]],
+    ),
+    Case(
         "a function as model",
         TypeError,
         "expected model as a torch.nn.Module, got function",
@@ -125,6 +147,15 @@ CASES = [
         TypeError,
         "expected reshape_transform as a callable or None, got str",
         options={"reshape_transform": "vit"},
+    ),
+    *(
+        Case(
+            f"{type(transforms).__name__} as transforms",
+            TypeError,
+            f"expected tta_transforms as a ttach.Compose or None, got {type(transforms).__name__}",
+            options={"tta_transforms": transforms},
+        )
+        for transforms in ([], ttach.HorizontalFlip(), "flip")
     ),
     Case(
         "use_cuda",
@@ -321,6 +352,25 @@ def test_a_call_after_the_block_is_named(method):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
         cam(IMAGES)
     assert str(caught.value) == UNREACHED.format("2")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_features_of_other_dimensions_than_the_images_are_one_clear_error(method):
+    cam = method(CNN, [CNN[2]], lambda maps: maps[:, :, None])
+    for call in (cam, partial(cam, aug_smooth=True)):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
+            call(IMAGES)
+        assert str(caught.value) == (
+            "expected feature maps with the images' spatial axes, got (2, 16, 1, 8, 8) for images (2, 3, 32, 32): fold "
+            "or drop the other axes in a reshape_transform"
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_runs_out_of_memory_says_so_whatever_the_images_are(method):
+    model = nn.Sequential(OutOfMemory(), nn.Conv2d(3, 4, 3))
+    with pytest.raises(torch.OutOfMemoryError, match="mine"):
+        method(model, [model[1]])(IMAGES.byte())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -52,6 +52,12 @@ def maps_in(folder):
     return maps, errors
 
 
+def test_a_cluster_without_actors_is_refused(tmp_path):
+    result = run(make_pictures(tmp_path / "p", 1), *MODEL, "--engine", "ray", "--workers", 0, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "expected at least one actor to explain the pictures, got --workers 0" in " ".join(result.output.split())
+
+
 @pytest.mark.usefixtures("_cluster")
 def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is_gone_on_with(tmp_path):
     pictures = make_pictures(tmp_path / "pictures", 14)

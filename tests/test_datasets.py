@@ -291,6 +291,7 @@ def test_a_box_that_reaches_beyond_the_picture_is_cut_off_and_named(tmp_path):
         (VOC.format(size=(80, 60), objects=BOX.format(5, 1, 7, 4)), "8 x 6 as a.png, found one of 80 x 60"),
         ("{}", "Pascal VOC XML, found something else"),
         ("", "Pascal VOC XML, found something else"),
+        ('<?xml version="1.0" encoding="bogus"?><annotation/>', "Pascal VOC XML, found something else"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', "Pascal VOC XML, found something else"),
     ],
 )

@@ -138,6 +138,8 @@ def test_pictures_are_read_from_any_file_system(pictures):
     found = find_sources(["memory://explain/a"])
     assert [source.name for source in found] == ["b/y", "x"]
     assert find_sources(["memory://explain/a/*.png"])[0].name == "x"
+    for pattern in ("?/x.png", "[a]/x.png"):
+        assert find_sources([f"memory://explain/{pattern}"])[0].name == "a/x"
     assert found[0].read().size == (40, 30)
     with pytest.raises(OSError, match="nothing"):
         find_sources(["memory://explain/nothing.png"])[0].read()

@@ -108,9 +108,16 @@ def test_the_device_is_the_one_that_is_asked_for():
         ("hub:vicreg", "hub:OWNER/REPOSITORY:ENTRY or hub:FOLDER:ENTRY, got 'hub:vicreg'"),
     ],
 )
-def test_an_unknown_model_is_answered_with_near_names(name, message):
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_an_unknown_model_is_answered_with_near_names(name, message, pretrained):
     with pytest.raises(ValueError, match=message):
-        load_model(name)
+        load_model(name, pretrained=pretrained)
+
+
+@pytest.mark.parametrize("name", ["demo", "networks:tiny_loaded_model"])
+def test_random_weights_are_refused_where_there_are_no_published_ones(name):
+    with pytest.raises(ValueError, match=f"{name}: expected a model of a library or hub for random weights"):
+        load_model(name, pretrained=False)
 
 
 @pytest.mark.parametrize(

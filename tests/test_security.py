@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from typer.testing import CliRunner
 
 from tucker_cam.cli import app
+from tucker_cam.files import _known_formats, open_image
 
 ROOT = Path(__file__).parents[1]
 MODEL = ("--model", "networks:tiny_loaded_model")
@@ -209,6 +210,18 @@ def test_whatever_pillow_makes_of_a_picture_the_others_are_done_and_no_program_i
     assert result.exit_code == 1
     assert "odd.jpg: expected a" in " ".join(result.output.split())
     assert (tmp_path / "out" / "plain_tsm.png").is_file()
+
+
+def test_a_pillow_that_lacks_a_format_opens_the_others(monkeypatch):
+    known = {name: plugin for name, plugin in Image.OPEN.items() if name != "AVIF"}
+    monkeypatch.setattr(Image, "OPEN", known)
+    _known_formats.cache_clear()
+    try:
+        assert open_image(io.BytesIO(encoded_picture())).size == (40, 30)
+        with pytest.raises(UnidentifiedImageError):
+            open_image(io.BytesIO(b"no picture"))
+    finally:
+        _known_formats.cache_clear()
 
 
 def test_no_pickle_in_torchvisions_cache_is_run(tmp_path, monkeypatch):

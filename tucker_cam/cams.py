@@ -54,9 +54,7 @@ class LabelFreeCAM(BaseCAM):
         **unknown: Never,
     ) -> None:
         _refuse(unknown, type(self).__name__)
-        _check_construction(model, target_layers, reshape_transform)
-        if tta_transforms is not None and not isinstance(tta_transforms, Compose):
-            raise TypeError(f"expected tta_transforms as a ttach.Compose or None, got {type(tta_transforms).__name__}")
+        _check_construction(model, target_layers, reshape_transform, tta_transforms)
         # detach=False: the host hands the recorded tensors on as they are, without moving them to the CPU.
         super().__init__(
             model,
@@ -164,10 +162,10 @@ class TSM(LabelFreeCAM):
         tta_transforms: a `ttach.Compose` for `aug_smooth=True`; None for the host's own.
 
     Raises:
-        TypeError: `target_layers` is a single layer, or something in it is no layer; `rank` is of another kind; an
-            argument that there is not, such as `use_cuda`.
-        ValueError: `target_layers` is empty, or holds a layer that is not part of the model; the model has no
-            parameters or no weights yet, or is spread over several GPUs; `rank` or `engine` is none that exists.
+        TypeError: `target_layers` is a single layer, or something in it is no layer; `rank` or
+            `tta_transforms` is of another kind; an argument that there is not, such as `use_cuda`.
+        ValueError: `target_layers` is empty, or holds a layer that is scripted or not part of the model; the model has
+            no parameters or no weights yet, or is spread over several GPUs; `rank` or `engine` is none that exists.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -281,7 +279,9 @@ def _refuse(unknown: Mapping[str, object], method: str) -> None:
         )
 
 
-def _check_construction(model: nn.Module, target_layers: Sequence[nn.Module], reshape_transform: object) -> None:
+def _check_construction(
+    model: nn.Module, target_layers: Sequence[nn.Module], reshape_transform: object, tta_transforms: object
+) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model as a torch.nn.Module, got {type(model).__name__}")
     parameter = next(model.parameters(), None)
@@ -323,6 +323,8 @@ def _check_construction(model: nn.Module, target_layers: Sequence[nn.Module], re
             )
     if reshape_transform is not None and not callable(reshape_transform):
         raise TypeError(f"expected reshape_transform as a callable or None, got {type(reshape_transform).__name__}")
+    if tta_transforms is not None and not isinstance(tta_transforms, Compose):
+        raise TypeError(f"expected tta_transforms as a ttach.Compose or None, got {type(tta_transforms).__name__}")
 
 
 def _check_combine(combine: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,7 +13,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -96,7 +97,14 @@ def open_image(file: BinaryIO | Path) -> Image.Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(file, formats=_FORMATS)
+        return Image.open(file, formats=_known_formats())
+
+
+@cache
+def _known_formats() -> list[str]:
+    """Return those that this version of Pillow has: asked for another, it fails on every picture."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _upright_rgb(picture: Image.Image) -> Image.Image:

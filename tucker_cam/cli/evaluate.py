@@ -225,7 +225,7 @@ def _examples(
             except (OSError, ValueError):
                 # It was whole when it was scored.
                 continue
-            images, _ = on_device([seen], subject)
+            images, _ = on_device([seen], loaded)
             wanted = {method: methods[method]} if method in methods else {}
             # Lazily: the controls come last, and are not made for a method's example.
             saliency = next(

@@ -32,6 +32,7 @@ from tucker_cam.cli.progress import progress
 from tucker_cam.cli.sources import MANIFEST, Source, find_sources
 from tucker_cam.files import only_run, printable
 from tucker_cam.models import LoadedModel
+from tucker_cam.models.families import preprocessed
 
 CPU_BATCH = 8
 _LARGEST_BATCH = 256
@@ -157,14 +158,9 @@ class _Pictures(Dataset[Tensor | str]):
 def read_input(source: Source, preprocess: Callable[[object], Tensor], frames: int | None) -> Tensor | str:
     """Return the network's input for a picture, or a line that says why there is none."""
     try:
-        picture = source.read(frames)
+        return preprocessed(preprocess, source.read(frames), str(source))
     except (OSError, ValueError) as error:
         return str(error).removeprefix(f"{source}: ")
-    try:
-        return preprocess(picture)
-    except Exception as error:
-        # Whatever a preprocessing of one's own raises on one picture, the others are still done.
-        return f"its preprocessing failed ({type(error).__name__}: {error})"
 
 
 def _run(

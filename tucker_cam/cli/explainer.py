@@ -58,24 +58,26 @@ class Explainer:
         Returns:
             For each picture what was found, or a line that says why nothing was.
         """
+        if isinstance(inputs, Tensor):
+            return self._together(inputs)
         results: list[Explanation | str] = [each if isinstance(each, str) else "" for each in inputs]
         by_size: dict[torch.Size, dict[int, Tensor]] = {}
         for index, each in enumerate(inputs):
             if isinstance(each, Tensor):
                 by_size.setdefault(each.shape, {})[index] = each
         for of_one_size in by_size.values():
-            for index, result in zip(of_one_size, self._together(list(of_one_size.values())), strict=True):
+            for index, result in zip(of_one_size, self._together(torch.stack(list(of_one_size.values()))), strict=True):
                 results[index] = result
         return results
 
-    def _together(self, inputs: list[Tensor]) -> Sequence[Explanation | str]:
+    def _together(self, images: Tensor) -> list[Explanation | str]:
         try:
-            return self._explain(torch.stack(inputs))
+            return [*self._explain(images)]
         except Exception as error:
             # One picture on which a network fails in its own way, or a batch too large for the memory, costs no
             # other picture its map.
-            if len(inputs) > 1:
-                return [result for each in inputs for result in self._together([each])]
+            if len(images) > 1:
+                return [result for image in images.split(1) for result in self._together(image)]
             return [str(error).strip().partition("\n")[0] or type(error).__name__]
 
     def _explain(self, images: Tensor) -> list[Explanation]:

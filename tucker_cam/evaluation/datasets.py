@@ -23,6 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from tucker_cam.files import open_image, open_picture
 from tucker_cam.models import Network
+from tucker_cam.models.families import preprocessed
 
 Annotations = Literal["boxes", "masks", "none"]
 
@@ -134,7 +135,7 @@ def see(sample: Sample, annotations: Annotations, network: Network) -> Seen:
         ValueError: the annotation is none, or does not fit the picture; or the preprocessing failed on it.
     """
     picture = open_picture(sample.picture)
-    network_input = _preprocessed(network, picture, sample.picture)
+    network_input = preprocessed(network.preprocess, picture, str(sample.picture))
     nothing = torch.zeros(network_input.shape[-2:], dtype=torch.bool)
     if annotations == "none":
         return Seen(network_input, nothing, [])
@@ -158,8 +159,8 @@ def see(sample: Sample, annotations: Annotations, network: Network) -> Seen:
         # Drawn on the file as it is stored: turned as the photograph was.
         black_and_white.getexif()[_ORIENTATION] = orientation
         black_and_white = ImageOps.exif_transpose(black_and_white)
-    seen = network.picture(_preprocessed(network, black_and_white.convert("RGB"), sample.annotation))
-    mask = torch.from_numpy(seen[..., 0] > 0.5)
+    mask_input = preprocessed(network.preprocess, black_and_white.convert("RGB"), str(sample.annotation))
+    mask = torch.from_numpy(network.picture(mask_input)[..., 0] > 0.5)
     if not mask.any():
         why = "its object is cropped away or too small for the network, so not scored on localisation"
         remarks = [*remarks, f"{sample.annotation}: {why}"]
@@ -190,14 +191,6 @@ def _draw_boxes(file: Path, size: tuple[int, int], picture: Path) -> tuple[NDArr
             remarks.append(f"{file}: a box reaches beyond {picture.name}, and was cut off at its edge")
         drawn[max(top - 1, 0) : bottom, max(left - 1, 0) : right] = True
     return drawn, remarks
-
-
-def _preprocessed(network: Network, picture: Image.Image, file: Path) -> Tensor:
-    try:
-        return network.preprocess(picture)
-    except Exception as error:
-        # Whatever a preprocessing of one's own raises on one picture, the others are still scored.
-        raise ValueError(f"{file}: its preprocessing failed ({type(error).__name__}: {error})") from error
 
 
 _SIZE = ("width", "height")

@@ -67,22 +67,23 @@ def compare_on_folder(
             if missing:
                 wanted = {name: build for name, build in methods.items() if name in missing}
                 names_of_these = [sample.name for sample in these]
-                remarks += _compare(names_of_these, list(these.values()), subject, wanted, columns, results)
+                remarks += _compare(
+                    names_of_these, on_device(list(these.values()), network), subject, wanted, columns, results
+                )
         advance(len(batch))
     return skipped, remarks
 
 
 def _compare(
     pictures: Sequence[str],
-    seen: Sequence[Seen],
+    images_and_masks: tuple[Tensor, Tensor],
     subject: Subject,
     methods: Mapping[str, Method],
     columns: Sequence[Measure],
     results: ResultsFile,
 ) -> list[str]:
     remarks = []
-    images, masks = on_device(seen, subject)
-    for name, maps, values in compare(images, masks, pictures, subject, methods, columns):
+    for name, maps, values in compare(*images_and_masks, pictures, subject, methods, columns):
         results.append(name, pictures, values)
         finite = maps.flatten(1).isfinite().all(1).tolist()
         broken = [picture for picture, is_finite in zip(pictures, finite, strict=True) if not is_finite]
@@ -90,12 +91,11 @@ def _compare(
     return remarks
 
 
-def on_device(seen: Sequence[Seen], subject: Subject) -> tuple[Tensor, Tensor]:
+def on_device(seen: Sequence[Seen], network: Network) -> tuple[Tensor, Tensor]:
     """Return the images and the masks as batches where the model is."""
-    device = next(subject.model.parameters(), torch.empty(0)).device
     return (
-        torch.stack([each.network_input for each in seen]).to(device),
-        torch.stack([each.mask for each in seen]).to(device),
+        torch.stack([each.network_input for each in seen]).to(network.device),
+        torch.stack([each.mask for each in seen]).to(network.device),
     )
 
 

@@ -80,6 +80,18 @@ class Network:
         return self.preprocess(picture if self.frames is None else [picture] * self.frames)[None].to(self.device)
 
 
+def preprocessed(preprocess: Callable[[Any], Tensor], picture: object, name: str) -> Tensor:
+    """Return the network's input for a picture.
+
+    Raises:
+        ValueError: whatever a preprocessing of one's own raised on it, so that the other pictures can still be done.
+    """
+    try:
+        return preprocess(picture)
+    except Exception as error:
+        raise ValueError(f"{name}: its preprocessing failed ({type(error).__name__}: {error})") from error
+
+
 def build_network(spec: str, *, pretrained: bool) -> Network:
     """Build the network that `spec` names.
 

@@ -98,10 +98,9 @@ def load_model(
         ['layer4']
     """
     device = _device(device)
-    published = spec.partition(":")[0] in ("timm", "torchvision", "hf", "hub")
-    if not pretrained and weights is None and not published:
-        raise ValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
     network = build_network(spec, pretrained=pretrained and weights is None)
+    if not pretrained and weights is None and spec.partition(":")[0] not in ("timm", "torchvision", "hf", "hub"):
+        raise ValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
     model = network.model.eval()
     run = _dry_run(spec, network)
     chosen = choose_layers(model, run, layers) if layers else [target_of(model, run)]
