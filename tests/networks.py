@@ -59,6 +59,17 @@ class PassingOn(nn.Module):
         return self.layer(x)
 
 
+class WithComplement(PassingOn):
+    """Another layer is weak where the first is strong."""
+
+    def __init__(self):
+        super().__init__()
+        self.complement = nn.Identity()
+
+    def forward(self, x):
+        return self.complement(1 - self.layer(x).double())
+
+
 class SmallVolumeCNN(nn.Module):
     def __init__(self):
         super().__init__()

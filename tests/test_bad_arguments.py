@@ -3,6 +3,7 @@
 import gc
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,9 +29,23 @@ class WithUnusedLayer(nn.Module):
         return self.pool(self.conv(x))
 
 
-class OutOfMemory(nn.Module):
+class Failing(nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
     def forward(self, x):
-        raise torch.OutOfMemoryError("mine")
+        raise self.error
+
+
+class InAnotherThread(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self.conv, x).result()
 
 
 def two_gpus():
@@ -45,12 +60,20 @@ def partly_scripted():
         return nn.Sequential(nn.Conv2d(3, 4, 3), torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 3))))
 
 
+def exported():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(CNN, (IMAGES,)).module()
+
+
 CNN = networks.small_cnn()
+IMAGES = torch.zeros(2, 3, 32, 32)
+EXPORTED = exported()
+ELSEWHERE = InAnotherThread()
 SCRIPTED = partly_scripted()
 UNUSED = WithUnusedLayer()
 VIT = VisionTransformer(img_size=32, patch_size=16, embed_dim=12, depth=1, num_heads=2, num_classes=2)
 STRANGER = nn.Conv2d(3, 3, 1)
-IMAGES = torch.zeros(2, 3, 32, 32)
 HWC = torch.zeros(32, 32, 3)
 
 
@@ -71,9 +94,9 @@ RANK_KINDS = (
     "or 'same', got "
 )
 UNREACHED = (
-    "expected the forward pass to reach the target layer `{}`, but its hook never fired: choose a layer that the model "
-    "calls; build the CAM before a compiled model runs for the first time, or on the uncompiled module; and call it "
-    "inside its `with` block, which takes the hooks off at its end"
+    "expected the forward pass to reach the target layer `{}`, but its hook never fired in this thread: choose a layer "
+    "that the model calls; build the CAM before a compiled model runs for the first time, or on the uncompiled module; "
+    "and call it inside its `with` block, which takes the hooks off at its end"
 )
 NOT_MAPS = (
     "expected feature maps with spatial axes (B, C, H, W) or (B, C, D, H, W) from {}, got {}: choose a layer before "
@@ -85,6 +108,34 @@ NOT_IMAGES = (
 )
 TUCKER = [TSM, MTSM]
 COMBINED = [MTSM, MultivecEigenCAM]
+# Tensors that PyTorch has not the whole of its arithmetic for.
+KINDS = [
+    (
+        "nested",
+        lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+        TypeError,
+        "expected {} of one size, got a nested tensor: torch.stack those of one size",
+    ),
+    *(
+        (name, convert, TypeError, f"expected {{}} as a dense tensor, got one of layout {layout}: use to_dense()")
+        for name, convert, layout in [
+            ("sparse", torch.Tensor.to_sparse, "torch.sparse_coo"),
+            ("MKLDNN", torch.Tensor.to_mkldnn, "torch._mkldnn"),
+        ]
+    ),
+    (
+        "float8",
+        lambda x: x.to(torch.float8_e4m3fn),
+        TypeError,
+        "expected {} of 16 bits or more, got torch.float8_e4m3fn: use float()",
+    ),
+    (
+        "meta",
+        lambda x: x.to("meta"),
+        ValueError,
+        "expected {} with numbers in them, got a tensor on the meta device",
+    ),
+]
 
 CASES = [
     Case(
@@ -141,6 +192,13 @@ CASES = [
         ValueError,
         "expected a model with weights, got Conv2d on the meta device: load them first",
         model=nn.Conv2d(3, 3, 1, device="meta"),
+    ),
+    Case(
+        "an exported model",
+        ValueError,
+        "expected a model with an eval mode, got the exported GraphModule: explain the model before torch.export",
+        model=EXPORTED,
+        layers=[EXPORTED],
     ),
     Case(
         "a name as transform",
@@ -220,6 +278,15 @@ CASES = [
         layers=[UNUSED.pool],
         images=IMAGES,
     ),
+    Case(
+        "a layer that another thread runs",
+        ValueError,
+        UNREACHED.format("conv"),
+        model=ELSEWHERE,
+        layers=[ELSEWHERE.conv],
+        images=IMAGES,
+    ),
+    Case("the model itself", ValueError, NOT_MAPS.format("`Sequential`", (2, 10)), layers=[CNN], images=IMAGES),
     Case("a linear layer", ValueError, NOT_MAPS.format("`6`", (2, 10)), layers=[CNN[6]], images=IMAGES),
     Case(
         "tokens without a transform",
@@ -301,11 +368,19 @@ CASES = [
         "images.to(torch.float32), scaled as in training",
         images=IMAGES.byte(),
     ),
-    Case(
-        "images on the meta device",
-        ValueError,
-        "expected images with numbers in them, got a tensor on the meta device",
-        images=IMAGES.to("meta"),
+    *(
+        case
+        for name, convert, error, message in KINDS
+        for case in (
+            Case(f"{name} images", error, message.format("images"), images=convert(IMAGES)),
+            Case(
+                f"a transform that returns {name} features",
+                error,
+                message.format("feature maps from the reshape_transform after `2`"),
+                options={"reshape_transform": convert},
+                images=IMAGES,
+            ),
+        )
     ),
     Case(
         "an empty batch",
@@ -325,7 +400,7 @@ def hook_count(model):
 
 @pytest.mark.parametrize(("case", "method"), CASES_AND_METHODS)
 def test_a_bad_argument_is_answered_with_one_clear_error(case, method, monkeypatch):
-    second_errors = []
+    second_errors, hooks = [], hook_count(case.model)
     monkeypatch.setattr(sys, "unraisablehook", second_errors.append)
     message = case.message.replace("{method}", method.__name__)
     if case.images is None:
@@ -342,7 +417,7 @@ def test_a_bad_argument_is_answered_with_one_clear_error(case, method, monkeypat
     del caught
     gc.collect(1)  # the youngest objects: all of them would take a second
     assert second_errors == []
-    assert hook_count(case.model) == 0
+    assert hook_count(case.model) == hooks
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -366,20 +441,27 @@ def test_features_of_other_dimensions_than_the_images_are_one_clear_error(method
         )
 
 
+@pytest.mark.parametrize("error", [KeyError("mine"), RuntimeError("mine"), torch.OutOfMemoryError("my size and type")])
+@pytest.mark.parametrize("pictures", [IMAGES, IMAGES.byte(), IMAGES.movedim(1, -1)], ids=["images", "bytes", "HWC"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_model_that_runs_out_of_memory_says_so_whatever_the_images_are(method):
-    model = nn.Sequential(OutOfMemory(), nn.Conv2d(3, 4, 3))
-    with pytest.raises(torch.OutOfMemoryError, match="mine"):
-        method(model, [model[1]])(IMAGES.byte())
+def test_an_error_of_the_model_comes_through_as_it_is_whatever_the_images_are(method, pictures, error):
+    model = nn.Sequential(Failing(error), nn.Conv2d(3, 4, 3))
+    with pytest.raises(type(error)) as caught:
+        method(model, [model[1]])(pictures)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("pictures", [IMAGES.byte(), IMAGES.movedim(1, -1)], ids=["bytes", "HWC"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_error_of_the_transform_comes_through_as_it_is_whatever_the_images_are(method, pictures):
+    error, model = RuntimeError("of my size and type"), nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3))
+    with pytest.raises(RuntimeError) as caught:
+        method(model, [model[0]], Failing(error))(pictures)
+    assert caught.value is error
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_error_of_the_model_or_the_transform_comes_through_as_it_is(method):
-    def broken(x):
-        raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        method(CNN, [CNN[2]], broken)(IMAGES)
+def test_an_error_of_pytorch_comes_through_as_it_is(method):
     with pytest.raises(RuntimeError, match=r"expected input.* to have 3 channels, but got 1 channels"):
         method(CNN, [CNN[2]])(IMAGES[:, :1])
 
@@ -413,6 +495,7 @@ def test_an_error_of_the_model_or_the_transform_comes_through_as_it_is(method):
             ValueError,
             "expected finite features, got NaN or Inf: use torch.nan_to_num",
         ),
+        *(({"features": convert(IMAGES)}, error, message.format("features")) for _, convert, error, message in KINDS),
         ({"engine": "jax"}, ValueError, "expected engine as one of 'torch', 'tensorly', got 'jax'"),
         ({"rank": "all"}, TypeError, f"{RANK_KINDS}'all'"),
         ({"rank": np.array([2, 2, 2])}, TypeError, f"{RANK_KINDS}array([2, 2, 2])"),

@@ -95,6 +95,15 @@ def test_one_channel_less_its_mean_is_its_own_centred_map(combine, dtype):
 
 
 @every_dtype
+@pytest.mark.parametrize("method", [TSM, MTSM, partial(MTSM, combine="energy")])
+def test_layers_whose_maps_have_a_flat_mean_have_a_map_of_zeros(method, dtype):
+    maps = torch.rand(3, 1, 6, 7).to(dtype)
+    model = networks.WithComplement()
+    with method(model, [model.layer, model.complement]) as cam:
+        assert not cam(maps).any()
+
+
+@every_dtype
 @every_method
 def test_one_position_has_a_map_of_zeros(method, reference, dtype):
     assert not explain(method, torch.randn(2, 6, 1, 1).to(dtype)).any()

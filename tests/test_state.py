@@ -5,6 +5,7 @@ import os
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -139,8 +140,8 @@ def test_images_and_recorded_features_are_never_written_to(method):
     cam.get_cam_image(batch, None, None, recorded[1], None)
     cam.modes(batch)
     assert torch.equal(batch, before)
-    for features, copy in zip(recorded, kept, strict=True):
-        assert torch.equal(features, copy)
+    for features, clone in zip(recorded, kept, strict=True):
+        assert torch.equal(features, clone)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -256,9 +257,28 @@ def test_workers_that_load_pictures_can_explain_them(start):
 def test_a_pickled_object_gives_the_same_map(method):
     model, batch = networks.small_cnn(), images()
     cam = method(model, [model[2]])
-    copy = pickle.loads(pickle.dumps(cam))  # noqa: S301
-    assert copy.model is not model
-    assert np.array_equal(copy(batch), cam(batch))
+    restored = pickle.loads(pickle.dumps(cam))  # noqa: S301
+    assert restored.model is not model
+    assert np.array_equal(restored(batch), cam(batch))
+
+
+@every_method
+def test_a_copy_and_its_original_do_not_take_each_others_hooks(method):
+    model, batch = networks.small_cnn(), images()
+    cam = method(model, [model[2]])
+    expected = cam(batch)
+    copied = copy(cam)
+    assert np.array_equal(copied(batch), expected)
+    del copied
+    gc.collect()
+    assert np.array_equal(cam(batch), expected)
+    copied = copy(cam)
+    del cam
+    gc.collect()
+    assert np.array_equal(copied(batch), expected)
+    del copied
+    gc.collect()
+    assert not model[2]._forward_hooks
 
 
 def test_the_tensorly_engine_changes_the_backend_of_its_own_thread_only(monkeypatch):

@@ -5,6 +5,7 @@ A label-free method needs nothing else from the model: no gradient, no output, n
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from threading import local
@@ -14,13 +15,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tucker_cam.decomposition import check_kind
+
 ReshapeTransform = Callable[[Any], Tensor]
 
 
+# How PyTorch's own errors speak of what is wrong with the images.
+_OF_SHAPE = re.compile(r"channel|shape|size|dimension|elements", re.IGNORECASE)
+_OF_DTYPE = re.compile(r"type|not implemented for", re.IGNORECASE)
+
+
 class _Running(local):
-    """What this thread's forward pass has recorded so far; None while it runs none."""
+    """This thread's forward pass.
+
+    Attributes:
+        recorded: what it has recorded so far; None while there is none.
+        reached: whether it came as far as a target layer.
+    """
 
     recorded: dict[nn.Module, Tensor] | None = None
+    reached: bool = False
 
     def __reduce__(self) -> tuple[type[_Running], tuple[()]]:
         return _Running, ()
@@ -48,17 +62,20 @@ class FeatureRecorder:
         self.activations: list[Tensor] = []
         self.gradients: list[Tensor] = []
         self._running = _Running()
-        self._names = {layer: name for name, layer in model.named_modules() if layer in self.target_layers}
+        self._names = {
+            layer: name or type(layer).__name__ for name, layer in model.named_modules() if layer in self.target_layers
+        }
         self.handles: list[RemovableHandle] = [layer.register_forward_hook(self._record) for layer in self._names]
 
     def __call__(self, images: Tensor) -> Any:
         self.clear()
         recorded: dict[nn.Module, Tensor] = {}
-        self._running.recorded = recorded
+        self._running.recorded, self._running.reached = recorded, False
         try:
             outputs = self.model(images)
         except RuntimeError as error:
-            _explain(error, self.model, images)
+            if not self._running.reached:
+                _explain(error, self.model, images)
             raise
         finally:
             self._running.recorded = None
@@ -66,9 +83,9 @@ class FeatureRecorder:
             if layer not in recorded:
                 raise ValueError(
                     f"expected the forward pass to reach the target layer `{self._names[layer]}`, but its hook never "
-                    "fired: choose a layer that the model calls; build the CAM before a compiled model runs for the "
-                    "first time, or on the uncompiled module; and call it inside its `with` block, which takes the "
-                    "hooks off at its end"
+                    "fired in this thread: choose a layer that the model calls; build the CAM before a compiled model "
+                    "runs for the first time, or on the uncompiled module; and call it inside its `with` block, which "
+                    "takes the hooks off at its end"
                 )
         self.activations = [recorded[layer] for layer in self.target_layers]
         for layer, features in zip(self.target_layers, self.activations, strict=True):
@@ -94,21 +111,21 @@ class FeatureRecorder:
         # The hooks also fire when somebody else runs the model, as SESS or another thread does: not ours to record.
         recorded = self._running.recorded
         if recorded is not None and layer not in recorded:
+            self._running.reached = True
             recorded[layer] = feature_maps(output, self.reshape_transform, self._names[layer])
 
 
 def _explain(error: RuntimeError, model: nn.Module, images: Tensor) -> None:
-    """Raise an error that names the images, where they are what the model's own error is probably about."""
+    """Raise an error that names the images, where they are what the model's own error is about."""
     if isinstance(error, torch.OutOfMemoryError):
         return
-    shape = tuple(images.shape)
-    if shape[-1] <= 4 < shape[1]:
+    shape, parameter = tuple(images.shape), next(model.parameters(), images)
+    if shape[-1] <= 4 < shape[1] and _OF_SHAPE.search(str(error)):
         raise ValueError(
             f"expected images with their channels second, got {shape}, on which the model failed: "
             "if their channels are last, pass images.movedim(-1, 1)"
         ) from error
-    parameter = next(model.parameters(), images)
-    if images.dtype != parameter.dtype:
+    if images.dtype != parameter.dtype and _OF_DTYPE.search(str(error)):
         raise TypeError(
             f"expected images of the model's {parameter.dtype}, got {images.dtype}, on which the model failed: "
             f"pass images.to({parameter.dtype}), scaled as in training"
@@ -148,7 +165,7 @@ def feature_maps(output: object, reshape_transform: ReshapeTransform | None, lay
         RuntimeWarning: some images had non-finite numbers; it names them.
 
     Raises:
-        TypeError: what came is no floating point tensor.
+        TypeError: what came is no floating point tensor, or none of the usual kind.
         ValueError: it has no spatial axes, or an empty one.
 
     Example:
@@ -162,6 +179,7 @@ def feature_maps(output: object, reshape_transform: ReshapeTransform | None, lay
             f"expected one tensor of feature maps from {source}, got {type(features).__name__}: "
             "choose a layer inside it, or pick the tensor in a reshape_transform"
         )
+    check_kind(features, f"feature maps from {source}")
     if not features.is_floating_point():
         raise TypeError(f"expected floating point feature maps from {source}, got {features.dtype}")
     shape = tuple(features.shape)

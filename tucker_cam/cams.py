@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Never, get_args
+from typing import Any, Never, Self, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ttach import Compose
 
 from tucker_cam.activations import FeatureRecorder, ReshapeTransform
-from tucker_cam.decomposition import ChannelModes, Engine, channel_modes, check_engine
+from tucker_cam.decomposition import ChannelModes, Engine, channel_modes, check_engine, check_kind
 from tucker_cam.projection import Combine, combined_map, leading_map
 from tucker_cam.rank import Rank, check_rank
 
@@ -122,12 +122,15 @@ class LabelFreeCAM(BaseCAM):
             maps = self.saliency(features)
         # scale_cam_image divides by the range plus 1e-7: that would flatten the maps of weak features, and spread
         # the rounding errors of a flat one over [0, 1].
-        axes = tuple(range(1, maps.dim()))
-        peaks, lows = maps.amax(axes, keepdim=True), maps.amin(axes, keepdim=True)
-        scaled: NDArray[np.float32] = (
-            torch.where(peaks - lows > _MAP_TOLERANCE * peaks, maps / peaks, 0).float().cpu().numpy()
-        )
+        peaks = maps.amax(tuple(range(1, maps.dim())), keepdim=True)
+        scaled: NDArray[np.float32] = _without_flat(maps / peaks).float().cpu().numpy()
         return scaled
+
+    def aggregate_multi_layers(self, cam_per_target_layer: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        # Maps that differ from layer to layer may have a flat mean, of which the host would scale the rounding errors.
+        mean = _without_flat(torch.from_numpy(np.concatenate(cam_per_target_layer, axis=1)).mean(1, keepdim=True))
+        maps: NDArray[np.float32] = super().aggregate_multi_layers([mean.numpy()])
+        return maps
 
     def __call__(
         self,
@@ -149,6 +152,13 @@ class LabelFreeCAM(BaseCAM):
         if hasattr(self, "activations_and_grads"):
             self.activations_and_grads.release()
 
+    def __copy__(self) -> Self:
+        """Return an object with hooks of its own: shared ones would come off when the first of the two goes."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        copied.activations_and_grads = FeatureRecorder(self.model, self.target_layers, self.reshape_transform)
+        return copied
+
 
 class TSM(LabelFreeCAM):
     r"""Tucker Saliency Map (arXiv 2410.23072): $|a_1^\top F_{(1)}|$, F not centred.
@@ -165,7 +175,8 @@ class TSM(LabelFreeCAM):
         TypeError: `target_layers` is a single layer, or something in it is no layer; `rank` or
             `tta_transforms` is of another kind; an argument that there is not, such as `use_cuda`.
         ValueError: `target_layers` is empty, or holds a layer that is scripted or not part of the model; the model has
-            no parameters or no weights yet, or is spread over several GPUs; `rank` or `engine` is none that exists.
+            no parameters or no weights yet, is exported, or spread over several GPUs; `rank` or `engine` is none that
+            exists.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -270,6 +281,13 @@ class MultivecEigenCAM(LabelFreeCAM):
         return combined_map(features, combine=self.combine, center=True)
 
 
+def _without_flat(maps: Tensor) -> Tensor:
+    """Return the maps, and zeros for one whose contrast is rounding errors."""
+    axes = tuple(range(1, maps.dim()))
+    peaks, lows = maps.amax(axes, keepdim=True), maps.amin(axes, keepdim=True)
+    return torch.where(peaks - lows > _MAP_TOLERANCE * peaks, maps, 0)
+
+
 def _refuse(unknown: Mapping[str, object], method: str) -> None:
     if unknown:
         name, value = next(iter(unknown.items()))
@@ -325,6 +343,13 @@ def _check_construction(
         raise TypeError(f"expected reshape_transform as a callable or None, got {type(reshape_transform).__name__}")
     if tta_transforms is not None and not isinstance(tta_transforms, Compose):
         raise TypeError(f"expected tta_transforms as a ttach.Compose or None, got {type(tta_transforms).__name__}")
+    try:
+        model.eval()
+    except NotImplementedError as error:
+        raise ValueError(
+            f"expected a model with an eval mode, got the exported {type(model).__name__}: explain the model before "
+            "torch.export"
+        ) from error
 
 
 def _check_combine(combine: str) -> None:
@@ -335,6 +360,7 @@ def _check_combine(combine: str) -> None:
 def _check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor):
         raise TypeError(f"expected images as a torch.Tensor, got {type(images).__name__}: use torch.from_numpy")
+    check_kind(images, "images")
     if images.dim() not in (4, 5):
         raise ValueError(
             f"expected images as batch x channels x height x width (or batch x channels x depth x height x width), "
@@ -343,5 +369,3 @@ def _check_images(images: Tensor) -> None:
         )
     if 0 in images.shape:
         raise ValueError(f"expected images without an empty axis, got {tuple(images.shape)}")
-    if images.is_meta:
-        raise ValueError("expected images with numbers in them, got a tensor on the meta device")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 Engine = Literal["torch", "tensorly"]
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ChannelModes(NamedTuple):
@@ -131,6 +132,7 @@ def check_features(features: Tensor) -> None:
     """Raise TypeError or ValueError unless `features` is a finite float tensor, batch x channels x spatial."""
     if not isinstance(features, Tensor):
         raise TypeError(f"expected features as a torch.Tensor, got {type(features).__name__}: use torch.as_tensor")
+    check_kind(features, "features")
     if not features.is_floating_point():
         raise TypeError(f"expected floating point features, got {features.dtype}: use features.float()")
     shape = tuple(features.shape)
@@ -143,6 +145,23 @@ def check_features(features: Tensor) -> None:
         raise ValueError(f"expected features without an empty axis, got {shape}")
     if not features.isfinite().all():
         raise ValueError("expected finite features, got NaN or Inf: use torch.nan_to_num")
+
+
+def check_kind(tensor: Tensor, name: str) -> None:
+    """Raise TypeError or ValueError for a tensor of a kind that PyTorch has not the whole of its arithmetic for.
+
+    Args:
+        tensor: of any shape.
+        name: what it is, in the plural, for the message.
+    """
+    if tensor.is_nested:
+        raise TypeError(f"expected {name} of one size, got a nested tensor: torch.stack those of one size")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"expected {name} as a dense tensor, got one of layout {tensor.layout}: use to_dense()")
+    if tensor.is_floating_point() and tensor.dtype not in _FLOATS:
+        raise TypeError(f"expected {name} of 16 bits or more, got {tensor.dtype}: use float()")
+    if tensor.is_meta:
+        raise ValueError(f"expected {name} with numbers in them, got a tensor on the meta device")
 
 
 def check_engine(engine: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite, prod
+from math import inf, prod
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ def check_rank(rank: Rank) -> None:
             "expected rank as None (full), an int, a tuple of ints (channels, *spatial), a float (share of the "
             f"parameters) or 'same', got {rank!r}"
         )
-    if not all(part > 0 and isfinite(part) for part in parts):
+    if not all(0 < part < inf for part in parts):
         raise ValueError(f"expected a rank above 0, got {rank!r}: None is full rank")
 
 
@@ -59,7 +59,9 @@ def feasible_rank(rank: Rank, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     if isinstance(rank, (int, Integral)):
         parts = [int(rank)] * len(shape)
     elif isinstance(rank, (float, Real, str)):
-        parts = validate_tucker_rank(shape, rank=rank if rank == "same" else float(rank))
+        # A larger share than that of full rank can leave float's range.
+        most = 1 + sum(length**2 for length in shape) / prod(shape)
+        parts = validate_tucker_rank(shape, rank=rank if rank == "same" else float(min(rank, most)))
     else:
         parts = [int(part) for part in rank]
     if len(parts) != len(shape):
