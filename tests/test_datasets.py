@@ -335,6 +335,13 @@ def test_folders_without_pictures_are_one_clear_error(tmp_path):
         find_samples(tmp_path, limit=0)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_a_picture_of_32_bit_numbers_is_not_taken_for_black(tmp_path, dtype):
+    Image.fromarray(np.ones((6, 8), dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(OSError, match=r"a.tif: expected a picture of 8 or 16 bits a channel, found one of 32"):
+        only(tmp_path)
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK", "I;16", "P", "RGBA", "1"])
 def test_pictures_of_every_kind_become_network_inputs(tmp_path, mode):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")

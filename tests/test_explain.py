@@ -173,14 +173,30 @@ def test_hugging_faces_image_column_is_read_and_other_tables_are_refused(picture
         second.read()
 
 
+def test_a_name_that_is_no_text_or_no_file_can_have_costs_no_picture_its_map(pictures, tmp_path):
+    encoded = [(pictures / f"p{index:03}.png").read_bytes() for index in range(3)]
+    names = pa.Array.from_buffers(pa.string(), 3, pa.array([b"good", b"b\xff/d", b"n/" * 3000], pa.binary()).buffers())
+    pq.write_table(pa.table({"image": encoded, "name": names}), tmp_path / "t.parquet")
+    result = run(tmp_path / "t.parquet", "x" * 300, *MODEL, "--format", "npy", "--out", tmp_path / "out")
+    assert f"{'x' * 300}: expected a file to read, found no such file" in result.stderr.replace("\n", "")
+    assert "4 pictures: 3 explained, 0 there already, 1 failed" in result.output
+    found = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.npy"))
+    assert found[0] == "b\N{REPLACEMENT CHARACTER}/d_tsm.npy"
+    assert found[1] == "good_tsm.npy"
+    assert found[2].startswith("n-n-n-n")
+    assert run(tmp_path / "t.parquet", *MODEL, "--format", "npy", "--out", tmp_path / "out").exit_code == 0
+
+
 def test_a_table_that_is_none_costs_no_picture_of_its_folder_its_map(pictures, tmp_path):
     pq.write_table(pa.table({"label": [1]}), pictures / "none.parquet")
+    pq.write_table(pa.Table.from_arrays([pa.array([b"one"])] * 2, ["image"] * 2), pictures / "two.parquet")
     (pictures / "broken.parquet").write_bytes(b"PAR1 no table")
     result = run(pictures, *MODEL, "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert "none.parquet, row 0 of group 0: expected a column image, found label" in result.stderr
+    assert "none.parquet, row 0 of group 0: expected one column image, found label" in result.stderr
+    assert "two.parquet, row 0 of group 0: expected one column image, found image, image" in result.stderr
     assert "broken.parquet, row 0 of group 0: expected a Parquet file" in result.stderr
-    assert "13 pictures: 11 explained, 0 there already, 2 failed" in result.output
+    assert "14 pictures: 11 explained, 0 there already, 3 failed" in result.output
 
 
 def test_a_zarr_store_has_the_maps_in_the_order_of_the_manifest(pictures, tmp_path):
@@ -279,11 +295,13 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(pictures, tmp_path
         assert "give another --out" in result.stderr
     assert contents(out) == before
     whole = json.loads((out / "manifest.json").read_text())
-    for pictures_entry in ([], None, {"a": 1}, {"a": {"name": "x"}}):
+    endless = {"a": {"name": "x", "modified": float("inf")}}
+    for pictures_entry in ([], None, {"a": 1}, {"a": {"name": "x"}}, endless):
         (out / "manifest.json").write_text(json.dumps(whole | {"pictures": pictures_entry}))
         assert "expected manifest.json of an earlier run" in run(pictures, *MODEL, "--out", out).stderr
-    (out / "manifest.json").write_text("[]")
-    assert "expected manifest.json of an earlier run" in run(pictures, *MODEL, "--out", out).stderr
+    for text in ("[]", "[" * 100_000):
+        (out / "manifest.json").write_text(text)
+        assert "expected manifest.json of an earlier run" in run(pictures, *MODEL, "--out", out).stderr
 
 
 def test_what_no_manifest_lists_is_neither_taken_for_a_map_nor_overwritten(pictures, tmp_path):

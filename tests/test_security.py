@@ -83,6 +83,7 @@ HOSTILE = [
     "\0evil",
     "~/evil",
     "x" * 400,
+    "y/" * 3000,
     "%2e%2e/evil",
 ]
 

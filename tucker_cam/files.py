@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ def open_picture(path: Path) -> Image.Image:
     """Open a picture as RGB, turned as its EXIF data says.
 
     Raises:
-        OSError: the file is missing, no picture, broken, or too large to be meant (Pillow's limit against
-            decompression bombs); the message is one line for a user.
+        OSError: the file is missing, no picture, broken, of 32-bit numbers, or too large to be meant (Pillow's limit
+            against decompression bombs); the message is one line for a user.
     """
     with open_file(str(path)) as file:
         return decode_picture(file, str(path))
@@ -43,11 +44,11 @@ def open_file(path: str) -> BinaryIO:
 
         opened: BinaryIO = fsspec.open(path, "rb").open()
         return opened
-    local = Path(path)
-    if not local.is_file():
-        found = "a folder" if local.is_dir() else "no such file"
+    # Unlike pathlib's, these tell no from yes for a name that no file can have, too.
+    if not os.path.isfile(path):
+        found = "a folder" if os.path.isdir(path) else "no such file"
         raise FileNotFoundError(f"{path}: expected a file to read, found {found}")
-    return local.open("rb")
+    return Path(path).open("rb")
 
 
 def decode_picture(file: BinaryIO, name: str) -> Image.Image:
@@ -76,11 +77,19 @@ def decode_frames(file: BinaryIO, name: str, count: int) -> list[Image.Image]:
         return frames
 
 
+class _RangeError(Exception):
+    """Nothing in the picture says which of its numbers are black and white."""
+
+
 @contextmanager
 def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
     try:
         with open_image(file) as picture:
+            if picture.mode == "F" or (picture.mode, picture.format) == ("I", "TIFF"):
+                raise _RangeError
             yield picture
+    except _RangeError as error:
+        raise OSError(f"{name}: expected a picture of 8 or 16 bits a channel, found one of 32: convert it") from error
     except UnidentifiedImageError as error:
         raise OSError(f"{name}: expected a picture (PNG, JPEG, WebP ...), found a file of another kind") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -165,7 +165,7 @@ def _item(batch: Sequence[Source], methods: Sequence[str], done: set[tuple[str, 
 
 def _write_manifest(filesystem: Any, path: str, out: str, run: Mapping[str, Any]) -> None:
     if filesystem.exists(path):
-        check_run(filesystem.cat_file(path).decode(), run, out)
+        check_run(filesystem.cat_file(path).decode(errors="surrogateescape"), run, out)
     filesystem.pipe_file(path, json.dumps({**run, "versions": versions()}, indent=1).encode())
 
 

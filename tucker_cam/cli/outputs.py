@@ -192,7 +192,7 @@ class GalleryParts(Output):
     def _entry(self, path: Path) -> dict[str, Any]:
         try:
             entry: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: expected a part of the gallery, found a broken one: delete it") from error
         return entry
 
@@ -225,7 +225,7 @@ class Manifest:
             try:
                 for key, picture in content["pictures"].items():
                     self.names[key], self.modified[key] = safe_name(picture["name"]), int(picture["modified"])
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
                 raise _no_manifest(out) from error
 
     def claim_folder(self) -> None:
@@ -298,7 +298,7 @@ def check_run(manifest: str, run: Mapping[str, Any], out: str) -> dict[str, Any]
     try:
         content: dict[str, Any] = json.loads(manifest)
         found = {key: content[key] for key in run}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _no_manifest(out) from error
     for key, value in run.items():
         if found[key] != value:

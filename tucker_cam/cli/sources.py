@@ -20,8 +20,9 @@ from tucker_cam.files import decode_frames, decode_picture, is_url, open_file
 _MAGIC = "*?["
 _PICTURES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 _CACHED_ROW_GROUPS = 2
-# A method, a suffix and a mark for what is not finished come after it; file systems take 255 bytes.
-_LONGEST_NAME = 180
+# A method, a suffix and a mark for what is not finished come after it; file systems take 255 bytes, and 4,096 with all
+# folders.
+_LONGEST_NAME, _LONGEST_PATH = 180, 1000
 MANIFEST = "manifest.json"
 """What tells a folder of results; see `outputs`."""
 
@@ -56,7 +57,7 @@ class Source:
     @property
     def modified(self) -> int:
         """When a local file was last written, in nanoseconds; 0 where that is not known."""
-        return 0 if is_url(self.path) or not Path(self.path).exists() else Path(self.path).stat().st_mtime_ns
+        return 0 if is_url(self.path) or not os.path.exists(self.path) else Path(self.path).stat().st_mtime_ns
 
     def read(self, frames: int | None = None) -> Image.Image | list[Image.Image]:
         """Return the picture as RGB, or for a video network that many frames of it.
@@ -110,12 +111,12 @@ def _expanded(argument: str, out: Path | None) -> tuple[str, list[str]]:
     if is_url(argument):
         return _expanded_url(argument)
     path = Path(argument)
-    if path.is_dir():
+    if os.path.isdir(path):
         if out is not None and out.resolve() == path.resolve():
             raise ValueError(f"{argument}: expected another folder for the results, got this one as --out")
         found = [file for file in path.rglob("*") if _is_wanted(file.relative_to(path).as_posix()) and file.is_file()]
         root = path
-    elif not path.exists() and any(character in argument for character in _MAGIC):
+    elif not os.path.exists(path) and any(character in argument for character in _MAGIC):
         found = [Path(file) for file in glob.glob(argument, recursive=True)]
         found = [file for file in found if file.is_file()]
         fixed = path.parts[:-1]
@@ -162,7 +163,8 @@ def _name(path: str, root: str) -> str:
 def safe_name(name: str) -> str:
     """Drop what would lead out of a folder that the name is joined to, and shorten what no file can be called."""
     parts = PurePosixPath(name.replace("\\", "/").replace("\0", "")).parts
-    return "/".join(_shortened(part) for part in parts if part not in ("/", "..", ".")) or "picture"
+    safe = "/".join(_shortened(part) for part in parts if part not in ("/", "..", ".")) or "picture"
+    return safe if len(os.fsencode(safe)) <= _LONGEST_PATH else _shortened(safe.replace("/", "-"))
 
 
 def _shortened(part: str) -> str:
@@ -180,19 +182,27 @@ def _rows(path: str, name: str) -> Iterator[Source]:
     try:
         with open_file(path) as file:
             table = pq.ParquetFile(file)
-            has_names = "name" in table.schema_arrow.names
+            has_names = table.schema_arrow.names.count("name") == 1
             for group in range(table.num_row_groups):
                 count = table.metadata.row_group(group).num_rows
                 names = (
-                    table.read_row_group(group, columns=["name"])["name"].to_pylist()
+                    [_text(each) for each in table.read_row_group(group, columns=["name"])["name"]]
                     if has_names
                     else [f"{name}-{group}-{row}" for row in range(count)]
                 )
                 for row, each in enumerate(names):
-                    yield Source(safe_name(str(each)), path, (group, row))
+                    yield Source(safe_name(each), path, (group, row))
     except (OSError, pyarrow.ArrowException):
         # Reading its first picture says what is wrong.
         yield Source(name, path, (0, 0))
+
+
+def _text(scalar: Any) -> str:
+    try:
+        return str(scalar.as_py())
+    except UnicodeDecodeError:
+        text: str = scalar.as_buffer().to_pybytes().decode(errors="replace")
+        return text
 
 
 @lru_cache(maxsize=_CACHED_ROW_GROUPS)
@@ -203,8 +213,8 @@ def _row_group(path: str, group: int) -> Any:
     try:
         with open_file(path) as file:
             table = pq.ParquetFile(file)
-            if "image" not in table.schema_arrow.names:
-                raise OSError(f"expected a column image, found {', '.join(table.schema_arrow.names)}")
+            if table.schema_arrow.names.count("image") != 1:
+                raise OSError(f"expected one column image, found {', '.join(table.schema_arrow.names)}")
             return table.read_row_group(group, columns=["image"])
     except pyarrow.ArrowException as error:
         raise OSError("expected a Parquet file, found something else or a broken one") from error
