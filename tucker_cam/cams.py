@@ -127,9 +127,11 @@ class LabelFreeCAM(BaseCAM):
         return scaled
 
     def aggregate_multi_layers(self, cam_per_target_layer: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        # Maps that differ from layer to layer may have a flat mean, of which the host would scale the rounding errors.
-        mean = _without_flat(torch.from_numpy(np.concatenate(cam_per_target_layer, axis=1)).mean(1, keepdim=True))
-        maps: NDArray[np.float32] = super().aggregate_multi_layers([mean.numpy()])
+        if len(cam_per_target_layer) > 1:
+            # Maps of different layers may have a flat mean, of which the host would scale the rounding errors.
+            stacked = torch.from_numpy(np.concatenate(cam_per_target_layer, axis=1))
+            cam_per_target_layer = [_without_flat(stacked.mean(1, keepdim=True)).numpy()]
+        maps: NDArray[np.float32] = super().aggregate_multi_layers(cam_per_target_layer)
         return maps
 
     def __call__(
