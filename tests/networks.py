@@ -148,6 +148,12 @@ def picky_preprocessing():
     return replace(network, preprocess=preprocess)
 
 
+def demanding_model():
+    """Return a network that fails on pictures of fewer than 5 x 5 pixels."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return replace(uncropped_model(), model=model.requires_grad_(False), classifies=False)
+
+
 def text_model():
     return nn.Embedding(10, 4)
 

@@ -304,11 +304,15 @@ def truncated(state):
             lambda path: path.write_text("\n<!DOCTYPE html><html>404</html>"),
             "found a web page: the download went wrong",
         ),
+        (
+            lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+            "found a pointer of Git LFS: git lfs pull fetches them",
+        ),
         (lambda path: path.write_bytes(b""), "a broken file"),
         (lambda path: path.write_bytes(truncated({"a": torch.rand(99)})), "a broken file"),
         (lambda path: path.write_text("<p>no weights</p>"), "a broken file"),
     ],
-    ids=["missing", "web page", "empty", "truncated", "text"],
+    ids=["missing", "web page", "pointer", "empty", "truncated", "text"],
 )
 def test_a_file_that_is_no_checkpoint_is_one_clear_line(tmp_path, suffix, content, message):
     file = tmp_path / f"w{suffix}"

@@ -58,6 +58,16 @@ def test_a_cluster_without_actors_is_refused(tmp_path):
     assert "expected at least one actor to explain the pictures, got --workers 0" in " ".join(result.output.split())
 
 
+def test_tables_of_somebody_else_are_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    mine = tmp_path / "out" / "maps-berlin.parquet"
+    mine.write_text("mine")
+    result = run(make_pictures(tmp_path / "p", 1), *MODEL, "--engine", "ray", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "maps-berlin.parquet: is there already, and not of a run in this folder" in result.stderr.replace("\n", " ")
+    assert mine.read_text() == "mine"
+
+
 @pytest.mark.usefixtures("_cluster")
 def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is_gone_on_with(tmp_path):
     pictures = make_pictures(tmp_path / "pictures", 14)

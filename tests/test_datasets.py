@@ -292,6 +292,7 @@ def test_a_box_that_reaches_beyond_the_picture_is_cut_off_and_named(tmp_path):
         ("{}", "Pascal VOC XML, found something else"),
         ("", "Pascal VOC XML, found something else"),
         ('<?xml version="1.0" encoding="bogus"?><annotation/>', "Pascal VOC XML, found something else"),
+        ('<?xml version="1.0" encoding="gbk"?><annotation/>', "Pascal VOC XML, found something else"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', "Pascal VOC XML, found something else"),
     ],
 )

@@ -21,7 +21,7 @@ from tucker_cam.evaluation import comparison, folder, metrics
 from tucker_cam.evaluation.comparison import MEASURES, measures
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
 from tucker_cam.evaluation.datasets import find_samples, see
-from tucker_cam.evaluation.report import pick_examples
+from tucker_cam.evaluation.report import caption, pick_examples
 from tucker_cam.evaluation.results import ResultsFile
 from tucker_cam.evaluation.spectrum import spectrum
 from tucker_cam.evaluation.summary import summarise
@@ -348,6 +348,19 @@ def test_data_without_pictures_is_one_line(tmp_path, make, message):
     assert not (tmp_path / "r.csv").exists()
 
 
+def test_a_picture_on_which_the_network_fails_is_named_and_the_others_are_done(data, tmp_path):
+    Image.new("RGB", (3, 3)).save(data / "images" / "2-small.png")
+    for command, out in (("evaluate", tmp_path / "results.csv"), ("spectrum", tmp_path / "s.png")):
+        result = run(command, data, "--out", out, model="networks:demanding_model")
+        assert result.exit_code == 1, result.output
+        lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+        assert len(lines) == 1
+        assert "2-small.png: " in lines[0]
+        assert "Kernel size can't be greater than actual input size" in result.stderr.replace("\n", " ")
+        rows = read(out.with_suffix(".csv"))
+        assert {row["picture"] for row in rows} == {f"images/{index}.png" for index in range(5)}
+
+
 def test_the_report_shows_each_methods_best_median_and_worst_picture(data, tmp_path):
     # A name that would be a formula, and one that would be markup.
     for index, name in enumerate(("$x_{$.png", "[b]<script>.png")):
@@ -438,6 +451,7 @@ def test_a_picture_whose_name_is_no_utf8_is_scored(data, tmp_path):
     result = run("evaluate", data, "--method", "tsm", "--metric", "localisation", "--out", tmp_path / "r.csv")
     assert result.exit_code == 0, result.output
     assert b"\xff.png,random," in (tmp_path / "r.csv").read_bytes()
+    assert caption("\udcff.png", 0.5) == "\\udcff.png: 0.5"
 
 
 @pytest.mark.parametrize("name", CONTROLS)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +26,10 @@ from tucker_cam import MTSM, TSM
 from tucker_cam.cli import app
 from tucker_cam.cli.explain import batch_size_for
 from tucker_cam.cli.explainer import Explainer
+from tucker_cam.cli.outputs import Manifest
 from tucker_cam.cli.sources import find_sources
-from tucker_cam.files import open_picture
+from tucker_cam.evaluation.datasets import find_samples
+from tucker_cam.files import open_picture, printable
 from tucker_cam.models import load_model
 
 MODEL = ("--model", "networks:tiny_loaded_model")
@@ -103,6 +106,7 @@ def test_files_globs_and_folders_name_each_picture_once(pictures, tmp_path, monk
     found = find_sources(["pictures/p00[12].png", "pictures/p001.png", "pictures", "pictures/**/p000.png"])
     assert [source.name for source in found[:3]] == ["p001", "p002", "deeper/p000"]
     assert len(found) == len({source.path for source in found}) == 11
+    assert len(find_sources(["pictures", str(pictures)])) == 11
     with pytest.raises(ValueError, match=r"nowhere\*: expected pictures or Parquet files, found none"):
         find_sources(["nowhere*"])
     (tmp_path / "empty").mkdir()
@@ -121,6 +125,10 @@ def test_a_run_does_not_explain_what_an_earlier_one_wrote(pictures, monkeypatch)
     assert same.exit_code == 2
     assert "expected another folder for the results" in same.stderr
     assert "found none but results of earlier runs" in run("out", *MODEL, "--out", "third").stderr
+
+
+def test_control_characters_and_bytes_that_are_no_utf8_are_shown_as_escapes():
+    assert printable("a\x1b[2J\udcff\u00fc\n") == "a\\x1b[2J\\udcff\u00fc\n"
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
@@ -143,6 +151,45 @@ def test_pictures_are_read_from_any_file_system(pictures):
     assert found[0].read().size == (40, 30)
     with pytest.raises(OSError, match="nothing"):
         find_sources(["memory://explain/nothing.png"])[0].read()
+
+
+def test_pictures_are_read_from_archives_and_what_cannot_be_reached_costs_no_other(pictures, tmp_path):
+    archive = f"zip://*.png::{shutil.make_archive(str(tmp_path / 'all'), 'zip', pictures)}"
+    assert [source.name for source in find_sources([archive])] == [f"p{index:03}" for index in range(9)]
+    one = archive.replace("*.png", "deeper/p001.png")
+    (source,) = find_sources([one])
+    assert source.name == "p001"
+    assert source.read().tobytes() == open_picture(pictures / "deeper" / "p001.png").tobytes()
+    (tmp_path / "cut.zip").write_bytes(b"no archive")
+    unreachable = [
+        "ftp://127.0.0.1:9/x.jpg",
+        f"zip://x.png::{tmp_path / 'cut.zip'}",
+        f"zip://*::{tmp_path / 'cut.zip'}",
+    ]
+    result = run(*unreachable, one, *MODEL, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "4 pictures: 1 explained, 0 there already, 3 failed" in result.output
+    shown = result.stderr.replace("\n", "")
+    for url in unreachable:
+        assert f"{url}: could not be opened (" in shown
+
+
+def test_a_folder_that_may_not_be_entered_is_named_and_the_others_are_done(pictures, tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def guarded(path="."):
+        if str(path).endswith("deeper"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("deeper"))
+    result = run(pictures, *MODEL, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "deeper: expected a file to read, found a folder that may not be entered" in result.stderr.replace("\n", " ")
+    assert "10 pictures: 9 explained, 0 there already, 1 failed" in result.output
+    samples, _ = find_samples(pictures)
+    assert [sample.name for sample in samples if "." not in sample.name] == ["deeper"]
 
 
 def test_parquet_files_are_read_row_by_row(pictures, tmp_path):
@@ -181,10 +228,30 @@ def test_a_name_that_is_no_text_or_no_file_can_have_costs_no_picture_its_map(pic
     assert f"{'x' * 300}: expected a file to read, found no such file" in result.stderr.replace("\n", "")
     assert "4 pictures: 3 explained, 0 there already, 1 failed" in result.output
     found = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.npy"))
-    assert found[0] == "b\N{REPLACEMENT CHARACTER}/d_tsm.npy"
-    assert found[1] == "good_tsm.npy"
-    assert found[2].startswith("n-n-n-n")
+    assert found[0] == "good_tsm.npy"
+    assert found[1].startswith("n-n-n-n")
+    assert found[2] == "t-0-1_tsm.npy"
     assert run(tmp_path / "t.parquet", *MODEL, "--format", "npy", "--out", tmp_path / "out").exit_code == 0
+
+
+def test_rows_whose_name_cannot_be_read_have_one_by_their_place(pictures, tmp_path):
+    encoded = [(pictures / f"p{index:03}.png").read_bytes() for index in range(6)]
+    file = tmp_path / "t.parquet"
+    table = pa.table({"image": encoded, "name": [*"ab", None, *"def"]})
+    pq.write_table(table, file, row_group_size=2, compression="none", use_dictionary=False)
+    chunk = pq.ParquetFile(file).metadata.row_group(2).column(1)
+    content = bytearray(file.read_bytes())
+    content[chunk.data_page_offset : chunk.data_page_offset + chunk.total_compressed_size] = (
+        b"\xff" * chunk.total_compressed_size
+    )
+    file.write_bytes(content)
+    assert [source.name for source in find_sources([str(file)])] == ["a", "b", "t-1-0", "d", "t-2-0", "t-2-1"]
+    dates = pa.array([2**31 - 1], pa.int32()).cast(pa.date32())
+    pq.write_table(pa.table({"image": encoded[:1], "name": dates}), tmp_path / "dates.parquet")
+    assert [source.name for source in find_sources([str(tmp_path / "dates.parquet")])] == ["dates-0-0"]
+    pq.write_table(table[:0], file)
+    with pytest.raises(ValueError, match=r"t.parquet: expected pictures or Parquet files with rows, found none"):
+        find_sources([str(file)])
 
 
 def test_a_table_that_is_none_costs_no_picture_of_its_folder_its_map(pictures, tmp_path):
@@ -251,6 +318,24 @@ def test_a_map_of_another_size_does_not_fit_a_zarr_store_and_says_what_does(tmp_
     assert np.load(tmp_path / "out" / "z_tsm.npy").shape == (30, 60)
 
 
+def test_what_cannot_be_removed_of_a_changed_picture_is_named_and_tried_again(pictures, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert run(pictures, *MODEL, "--out", out).exit_code == 0
+    os.utime(pictures / "p002.png", (1e9, 1e9))
+    make_pictures(pictures / "new", 1)
+
+    def denied(self, source):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "remove_files", denied)
+        result = run(pictures, *MODEL, "--out", out)
+    assert result.exit_code == 1
+    assert "p002.png: what an earlier run wrote could not be removed" in result.stderr
+    assert "12 pictures: 1 explained, 10 there already, 1 failed" in result.output
+    assert "12 pictures: 1 explained, 11 there already" in run(pictures, *MODEL, "--out", out).output
+
+
 def test_a_picture_that_changed_is_explained_again(pictures, tmp_path):
     out = tmp_path / "out"
     everything = ("--format", "npy", "--format", "overlay", "--format", "zarr", "--gallery", "--method", "mtsm")
@@ -296,7 +381,8 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(pictures, tmp_path
     assert contents(out) == before
     whole = json.loads((out / "manifest.json").read_text())
     endless = {"a": {"name": "x", "modified": float("inf")}}
-    for pictures_entry in ([], None, {"a": 1}, {"a": {"name": "x"}}, endless):
+    twice = {"a": {"name": "x", "modified": 0}, "b": {"name": "x", "modified": 0}}
+    for pictures_entry in ([], None, {"a": 1}, {"a": {"name": "x"}}, endless, twice):
         (out / "manifest.json").write_text(json.dumps(whole | {"pictures": pictures_entry}))
         assert "expected manifest.json of an earlier run" in run(pictures, *MODEL, "--out", out).stderr
     for text in ("[]", "[" * 100_000):
@@ -339,10 +425,15 @@ def test_a_broken_store_or_part_names_its_file_and_what_to_do(pictures, tmp_path
     assert run(*arguments).exit_code == 0
     part = out / ".gallery" / "tsm" / "p001.json"
     whole = part.read_text()
-    part.write_text(whole[:100])
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert "p001.json: expected a part of the gallery, found a broken one: delete it" in result.stderr
+    (pictures / "broken.png").write_bytes(b"no picture")
+    for text in (whole[:100], "[]", "{}"):
+        part.write_text(text)
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert "p001.json: expected a part of the gallery, found a broken one: delete it" in result.stderr
+        assert "broken.png: expected a picture" in result.stderr
+        assert "12 pictures: 0 explained, 11 there already, 1 failed" in result.output
+    (pictures / "broken.png").unlink()
     part.unlink()
     assert run(*arguments).exit_code == 0
     assert part.read_text() == whole

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -40,15 +42,50 @@ def open_file(path: str) -> BinaryIO:
         OSError: it cannot be opened.
     """
     if is_url(path):
-        import fsspec
-
-        opened: BinaryIO = fsspec.open(path, "rb").open()
-        return opened
+        return _open_url(path)
     # Unlike pathlib's, these tell no from yes for a name that no file can have, too.
     if not os.path.isfile(path):
-        found = "a folder" if os.path.isdir(path) else "no such file"
+        found = "no such file, or none that may be read"
+        if os.path.isdir(path):
+            found = "a folder" if os.access(path, os.R_OK) else "a folder that may not be entered"
         raise FileNotFoundError(f"{path}: expected a file to read, found {found}")
     return Path(path).open("rb")
+
+
+def _open_url(url: str) -> BinaryIO:
+    import fsspec
+
+    try:
+        if "::" in url:
+            # An archive is closed with its file system, which nobody would hold.
+            with fsspec.open(url, "rb") as file:
+                return io.BytesIO(file.read())
+        opened: BinaryIO = fsspec.open(url, "rb").open()
+    except ImportError:
+        raise
+    except Exception as error:
+        # A file system of another kind fails in its own ways.
+        raise OSError(f"{url}: could not be opened ({one_line(error)})") from error
+    return opened
+
+
+def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Return the files in a folder, at any depth, whose names end so in any case; hidden ones are left out.
+
+    A folder that may not be entered stands for what is in it, and a file that may not be looked at is there: opening
+    it says so.
+    """
+    closed: list[OSError] = []
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=closed.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(parent, name) for name in names if not name.startswith(".")]
+        found += [path for path in paths if path.suffix.lower() in suffixes and _may_be_file(path)]
+    return found + [Path(error.filename) for error in closed]
+
+
+def _may_be_file(path: Path) -> bool:
+    return os.path.isfile(path) or not os.path.lexists(path)
 
 
 def decode_picture(file: BinaryIO, name: str) -> Image.Image:
@@ -125,8 +162,14 @@ def _upright_rgb(picture: Image.Image) -> Image.Image:
 
 
 def printable(text: str) -> str:
-    """Return a text as any terminal can show it: bytes of a file's name that are no UTF-8 are written as escapes."""
-    return text.encode(errors="backslashreplace").decode()
+    """Return a text as any terminal can show it: control characters, and bytes that are no UTF-8, become escapes."""
+    shown = text.encode(errors="backslashreplace").decode()
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda control: f"\\x{ord(control[0]):02x}", shown)
+
+
+def one_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @contextmanager

@@ -203,9 +203,13 @@ def evaluate(
         AnnotationKind | None, typer.Option(help="Score only pictures with these. (default: what there is)")
     ] = None,
     limit: Limit = None,
-    out: Annotated[Path, typer.Option(help="The rows, as CSV; a run that was interrupted goes on.")] = Path(
-        "tucker-cam-out/results.csv"
-    ),
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The rows, as CSV; a run that was interrupted goes on. Rows that are there stay, also those of a "
+            "picture that has changed since."
+        ),
+    ] = Path("tucker-cam-out/results.csv"),
     report: Annotated[
         Path | None, typer.Option(help="Write a figure page too: .png, .jpg, .pdf or .svg.", show_default=False)
     ] = None,

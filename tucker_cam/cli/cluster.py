@@ -82,7 +82,7 @@ def explain_on_ray(
     typer.echo(printable(loaded.description))
     filesystem, folder = url_to_fs(out)
     filesystem.makedirs(folder, exist_ok=True)
-    _write_manifest(filesystem, f"{folder}/{MANIFEST}", out, identity(loaded, aug_smooth=aug_smooth))
+    _claim_folder(filesystem, folder, out, identity(loaded, aug_smooth=aug_smooth))
     before, _ = _read_tables(filesystem, folder)
     size = batch_size or CPU_BATCH
     items = [_item(batch, classes, before) for batch in in_batches(sources, size)]
@@ -163,8 +163,13 @@ def _item(batch: Sequence[Source], methods: Sequence[str], done: set[tuple[str, 
     }
 
 
-def _write_manifest(filesystem: Any, path: str, out: str, run: Mapping[str, Any]) -> None:
-    if filesystem.exists(path):
+def _claim_folder(filesystem: Any, folder: str, out: str, run: Mapping[str, Any]) -> None:
+    path = f"{folder}/{MANIFEST}"
+    if not filesystem.exists(path):
+        # Tables are read, and what a killed run left half of one is removed: they must be a run's.
+        for taken in filesystem.glob(f"{folder}/{_PREFIX}*.parquet"):
+            raise ValueError(f"{taken}: is there already, and not of a run in this folder: give another --out")
+    else:
         check_run(filesystem.cat_file(path).decode(errors="surrogateescape"), run, out)
     filesystem.pipe_file(path, json.dumps({**run, "versions": versions()}, indent=1).encode())
 

@@ -68,7 +68,7 @@ def run_demo(out: Path) -> None:
         table.add_row(title, f"{milliseconds[method]:.2f}", f"{milliseconds[method] / forward:.1%}")
     console = Console()
     console.print(table)
-    console.print(f"panel: {out / 'demo.png'}", soft_wrap=True)
+    console.print(f"panel: {out / 'demo.png'}", soft_wrap=True, markup=False)
 
 
 def _photograph() -> Path:

@@ -69,7 +69,7 @@ def explain_pictures(
         workers: processes that read pictures ahead; None for one less than there are cores, and none for few pictures.
 
     Returns:
-        One line for each picture that could not be read, explained or written; all others are done.
+        One line for each picture, and the gallery, that could not be read, explained or written; all others are done.
 
     Raises:
         ValueError: an unknown method, model, layer or device; a folder without pictures; maps of another run in `out`.
@@ -100,7 +100,12 @@ def explain_pictures(
                 problems.append(f"{source}: {taken[0]} is there already, and not of a run in this folder")
                 continue
             if before not in (NOT_OURS, manifest.modified[source.key]):
-                manifest.remove_files(source)
+                try:
+                    manifest.remove_files(source)
+                except OSError as error:
+                    manifest.modified[source.key] = before
+                    problems.append(f"{source}: what an earlier run wrote could not be removed ({error})")
+                    continue
             missing[source] = [output for output in outputs if not output.has(names[source])]
         manifest.write()
         explainer = Explainer(loaded, classes, aug_smooth=aug_smooth, components=gallery)
@@ -108,14 +113,21 @@ def explain_pictures(
         batches = [batch for batch in in_batches(sources, size) if any(missing.get(source) for source in batch)]
         if batches:
             problems += _run(explainer, batches, names, missing, workers)
-        if page is not None:
-            page.finish((names[source] for source in sources), f"{loaded.name}, {', '.join(loaded.layer_names)}")
+        unfinished = [] if page is None else _finish(page, (names[source] for source in sources), loaded)
     there = sum(not outputs for outputs in missing.values())
     typer.echo(
         f"{counted(len(sources))}: {len(sources) - there - len(problems)} explained, {there} there already, "
-        f"{len(problems)} failed; in {out}" + (f"; gallery: {page.page}" if page is not None else "")
+        f"{len(problems)} failed; in {out}" + (f"; gallery: {page.page}" if page is not None and not unfinished else "")
     )
-    return problems
+    return problems + unfinished
+
+
+def _finish(page: GalleryParts, names: Iterator[str], loaded: LoadedModel) -> list[str]:
+    try:
+        page.finish(names, f"{loaded.name}, {', '.join(loaded.layer_names)}")
+    except (OSError, ValueError) as error:
+        return [f"the gallery could not be written ({error})"]
+    return []
 
 
 def counted(pictures: int) -> str:

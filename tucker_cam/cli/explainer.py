@@ -12,6 +12,7 @@ from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor
 
 from tucker_cam import MTSM
+from tucker_cam.files import one_line
 from tucker_cam.models import LoadedModel
 
 _COMPONENTS = 6
@@ -78,7 +79,7 @@ class Explainer:
             # other picture its map.
             if len(images) > 1:
                 return [result for image in images.split(1) for result in self._together(image)]
-            return [str(error).strip().partition("\n")[0] or type(error).__name__]
+            return [one_line(error)]
 
     def _explain(self, images: Tensor) -> list[Explanation]:
         loaded = self.loaded

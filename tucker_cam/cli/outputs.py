@@ -192,7 +192,8 @@ class GalleryParts(Output):
     def _entry(self, path: Path) -> dict[str, Any]:
         try:
             entry: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        except (ValueError, RecursionError) as error:
+            entry["picture"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: expected a part of the gallery, found a broken one: delete it") from error
         return entry
 
@@ -225,6 +226,8 @@ class Manifest:
             try:
                 for key, picture in content["pictures"].items():
                     self.names[key], self.modified[key] = safe_name(picture["name"]), int(picture["modified"])
+                if len(set(self.names.values())) < len(self.names):
+                    raise ValueError("two pictures of one name")
             except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
                 raise _no_manifest(out) from error
 

@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
@@ -15,10 +16,11 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from tucker_cam.files import decode_frames, decode_picture, is_url, open_file
+from tucker_cam.files import decode_frames, decode_picture, files_below, is_url, open_file
 
 _MAGIC = "*?["
 _PICTURES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
+_WANTED = _PICTURES | {".parquet"}
 _CACHED_ROW_GROUPS = 2
 # A method, a suffix and a mark for what is not finished come after it; file systems take 255 bytes, and 4,096 with all
 # folders.
@@ -90,11 +92,13 @@ def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> list[S
         In the order of the arguments, and of the names in each; none twice.
 
     Raises:
-        ValueError: a folder or glob without pictures, or a folder that is `out`.
+        ValueError: a folder, glob or table without pictures, or a folder that is `out`.
         ModuleNotFoundError: Parquet needs pyarrow.
     """
     found = [source for argument in arguments for source in _sources_of(argument, out)]
-    return list({(source.path, source.row): source for source in found}.values())
+    if not found:
+        raise ValueError(f"{', '.join(arguments)}: expected pictures or Parquet files with rows, found none")
+    return list({source.key: source for source in found}.values())
 
 
 def _sources_of(argument: str, out: Path | None) -> Iterator[Source]:
@@ -114,11 +118,10 @@ def _expanded(argument: str, out: Path | None) -> tuple[str, list[str]]:
     if os.path.isdir(path):
         if out is not None and out.resolve() == path.resolve():
             raise ValueError(f"{argument}: expected another folder for the results, got this one as --out")
-        found = [file for file in path.rglob("*") if _is_wanted(file.relative_to(path).as_posix()) and file.is_file()]
-        root = path
+        found, root = files_below(path, _WANTED), path
     elif not os.path.exists(path) and any(character in argument for character in _MAGIC):
         found = [Path(file) for file in glob.glob(argument, recursive=True)]
-        found = [file for file in found if file.is_file()]
+        found = [file for file in found if os.path.isfile(file)]
         fixed = path.parts[:-1]
         magic = next((i for i, part in enumerate(fixed) if any(each in part for each in _MAGIC)), len(fixed))
         root = Path(*fixed[:magic])
@@ -137,26 +140,38 @@ def _expanded(argument: str, out: Path | None) -> tuple[str, list[str]]:
 def _expanded_url(argument: str) -> tuple[str, list[str]]:
     import fsspec
 
-    filesystem, path = fsspec.core.url_to_fs(argument)
-    if any(character in path for character in _MAGIC):
-        found, root = filesystem.glob(path), re.split(r"[*?[]", path)[0].rpartition("/")[0]
-    elif filesystem.isdir(path):
-        found = [file for file in filesystem.find(path) if _is_wanted(file[len(path) :].lstrip("/"))]
-        root = path
-    else:
-        return argument.rpartition("/")[0], [argument]
+    # Of a file in an archive, zip://x.png::https://host/pictures.zip, the archive comes last.
+    inside, mark, archive = argument.partition("::")
+    outside = mark + archive if is_url(inside) else ""
+    itself = argument.removesuffix(outside).rpartition("/")[0], [argument]
+    try:
+        filesystem, path = fsspec.core.url_to_fs(argument)
+        if any(character in path for character in _MAGIC):
+            found, root = filesystem.glob(path), re.split(r"[*?[]", path)[0].rpartition("/")[0]
+        elif filesystem.isdir(path):
+            found = [file for file in filesystem.find(path) if _is_wanted(file[len(path) :].lstrip("/"))]
+            root = path
+        else:
+            return itself
+    except ImportError:
+        raise
+    except Exception:
+        # A host that cannot be reached, a broken archive: opening it says so.
+        return itself
     if not found:
         raise ValueError(f"{argument}: expected pictures or Parquet files, found none")
-    return filesystem.unstrip_protocol(root), sorted(filesystem.unstrip_protocol(file) for file in found)
+    return filesystem.unstrip_protocol(root), sorted(filesystem.unstrip_protocol(file) + outside for file in found)
 
 
 def _is_wanted(relative: str) -> bool:
     suffix = PurePosixPath(relative).suffix.lower()
-    return suffix in (".parquet", *_PICTURES) and not any(part.startswith(".") for part in relative.split("/"))
+    return suffix in _WANTED and not any(part.startswith(".") for part in relative.split("/"))
 
 
 def _name(path: str, root: str) -> str:
     relative = path.removeprefix(root).lstrip("/\\") if root != "." else path
+    if is_url(path):
+        relative, *_ = relative.split("::")
     return safe_name(str(PurePosixPath(relative).with_suffix("")))
 
 
@@ -182,27 +197,30 @@ def _rows(path: str, name: str) -> Iterator[Source]:
     try:
         with open_file(path) as file:
             table = pq.ParquetFile(file)
-            has_names = table.schema_arrow.names.count("name") == 1
             for group in range(table.num_row_groups):
-                count = table.metadata.row_group(group).num_rows
-                names = (
-                    [_text(each) for each in table.read_row_group(group, columns=["name"])["name"]]
-                    if has_names
-                    else [f"{name}-{group}-{row}" for row in range(count)]
-                )
-                for row, each in enumerate(names):
+                for row, each in enumerate(_row_names(table, group, name)):
                     yield Source(safe_name(each), path, (group, row))
     except (OSError, pyarrow.ArrowException):
         # Reading its first picture says what is wrong.
         yield Source(name, path, (0, 0))
 
 
-def _text(scalar: Any) -> str:
-    try:
-        return str(scalar.as_py())
-    except UnicodeDecodeError:
-        text: str = scalar.as_buffer().to_pybytes().decode(errors="replace")
-        return text
+def _row_names(table: Any, group: int, name: str) -> list[str]:
+    """Return what the column ``name`` says; of a row where it says nothing that can be read, its place."""
+    import pyarrow
+
+    names = [f"{name}-{group}-{row}" for row in range(table.metadata.row_group(group).num_rows)]
+    if table.schema_arrow.names.count("name") == 1:
+        try:
+            column = table.read_row_group(group, columns=["name"])["name"]
+        except (OSError, pyarrow.ArrowException):
+            return names
+        for row, each in enumerate(column):
+            # Text that is no UTF-8, a date beyond Python's.
+            with suppress(ValueError, OverflowError):
+                text = each.as_py()
+                names[row] = names[row] if text is None else str(text)
+    return names
 
 
 @lru_cache(maxsize=_CACHED_ROW_GROUPS)

@@ -14,7 +14,7 @@ from rich.progress import track
 from tucker_cam.cli.evaluate import check_outputs, check_readable, subject_of
 from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.spectrum import DECOMPOSITIONS, draw_spectrum, rows_of_spectrum, spectrum
-from tucker_cam.files import complete_or_absent
+from tucker_cam.files import complete_or_absent, one_line
 from tucker_cam.models import LoadedModel
 
 _VALUES = 10
@@ -54,8 +54,15 @@ def write_spectrum(
         except (OSError, ValueError) as error:
             skipped.append(str(error))
             continue
-        parts.append(spectrum(loaded.model, subject.layer, image, _VALUES, subject.reshape_transform))
+        try:
+            parts.append(spectrum(loaded.model, subject.layer, image, _VALUES, subject.reshape_transform))
+        except Exception as error:
+            # Networks fail in their own ways on some pictures.
+            skipped.append(f"{sample.picture}: {one_line(error)}")
+            continue
         pictures.append(sample.name)
+    if not parts:
+        raise ValueError(f"none of the {len(samples)} pictures could be decomposed: {skipped[0]}")
     shares = {name: np.concatenate([part[name] for part in parts]) for name in DECOMPOSITIONS}
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_spectrum(out, f"{loaded.name}, {layer_name}, {len(pictures)} pictures", shares)

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from tucker_cam.files import open_image, open_picture
+from tucker_cam.files import files_below, open_image, open_picture
 from tucker_cam.models import Network
 from tucker_cam.models.families import preprocessed
 
@@ -89,14 +89,8 @@ def find_samples(
         raise NotADirectoryError(f"{folder}: expected a folder of pictures, found {_what_is(folder)}")
     if limit is not None and limit < 1:
         raise ValueError(f"expected a limit of at least 1 picture, got {limit}")
-    files = sorted(
-        path for path in folder.rglob("*") if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    pictures = [
-        path
-        for path in files
-        if path.suffix.lower() in IMG_EXTENSIONS and path.is_file() and not _in_annotation_folder(path, folder)
-    ]
+    files = sorted(files_below(folder, {*IMG_EXTENSIONS, ".xml"}))
+    pictures = [path for path in files if path.suffix.lower() != ".xml" and not _in_annotation_folder(path, folder)]
     if not pictures:
         raise ValueError(f"{folder}: expected pictures ({' '.join(IMG_EXTENSIONS)}) at any depth, found none")
     files_of: dict[Annotations, dict[Path, Path]] = {
@@ -171,7 +165,7 @@ def _draw_boxes(file: Path, size: tuple[int, int], picture: Path) -> tuple[NDArr
     """Return the union of the boxes of a Pascal VOC file, whose pixels are counted from 1 with both ends inside."""
     try:
         root = ElementTree.parse(file).getroot()
-    except (ParseError, DefusedXmlException, UnicodeDecodeError, LookupError) as error:
+    except (ParseError, DefusedXmlException, ValueError, LookupError) as error:
         raise ValueError(f"{file}: expected boxes as Pascal VOC XML, found something else ({error})") from error
     width, height = (_number(root, f"size/{name}", file) if root.find("size") is not None else 0 for name in _SIZE)
     if not width or not height:

@@ -12,6 +12,7 @@ from tucker_cam.evaluation.comparison import Measure, Subject, compare
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.datasets import Annotations, Sample, Seen, see
 from tucker_cam.evaluation.results import ResultsFile
+from tucker_cam.files import one_line
 from tucker_cam.models import Network
 
 _BATCH = 8
@@ -66,29 +67,38 @@ def compare_on_folder(
             missing = {name for sample in these for name in names if (sample.name, name) not in results.rows}
             if missing:
                 wanted = {name: build for name, build in methods.items() if name in missing}
-                names_of_these = [sample.name for sample in these]
-                remarks += _compare(
-                    names_of_these, on_device(list(these.values()), network), subject, wanted, columns, results
-                )
+                failed, notes = _compare(these, network, subject, wanted, columns, results)
+                skipped, remarks = skipped + failed, remarks + notes
         advance(len(batch))
     return skipped, remarks
 
 
 def _compare(
-    pictures: Sequence[str],
-    images_and_masks: tuple[Tensor, Tensor],
+    seen: Mapping[Sample, Seen],
+    network: Network,
     subject: Subject,
     methods: Mapping[str, Method],
     columns: Sequence[Measure],
     results: ResultsFile,
-) -> list[str]:
-    remarks = []
-    for name, maps, values in compare(*images_and_masks, pictures, subject, methods, columns):
-        results.append(name, pictures, values)
-        finite = maps.flatten(1).isfinite().all(1).tolist()
-        broken = [picture for picture, is_finite in zip(pictures, finite, strict=True) if not is_finite]
-        remarks += [f"{picture}: {name} gave a map with NaN or Inf, or none, so not scored" for picture in broken]
-    return remarks
+) -> tuple[list[str], list[str]]:
+    """Add rows of samples of one size, and return what `compare_on_folder` does."""
+    pictures, remarks = [sample.name for sample in seen], []
+    try:
+        images, masks = on_device(list(seen.values()), network)
+        for name, maps, values in compare(images, masks, pictures, subject, methods, columns):
+            results.append(name, pictures, values)
+            finite = maps.flatten(1).isfinite().all(1).tolist()
+            broken = [picture for picture, is_finite in zip(pictures, finite, strict=True) if not is_finite]
+            remarks += [f"{picture}: {name} gave a map with NaN or Inf, or none, so not scored" for picture in broken]
+    except OSError:
+        raise
+    except Exception as error:
+        # One picture on which a network fails in its own way costs no other picture its rows.
+        if len(seen) == 1:
+            return [f"{sample.picture}: {one_line(error)}" for sample in seen], []
+        alone = [_compare({sample: each}, network, subject, methods, columns, results) for sample, each in seen.items()]
+        return [line for skipped, _ in alone for line in skipped], [line for _, notes in alone for line in notes]
+    return [], remarks
 
 
 def on_device(seen: Sequence[Seen], network: Network) -> tuple[Tensor, Tensor]:

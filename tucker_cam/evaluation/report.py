@@ -17,7 +17,7 @@ from tucker_cam.evaluation.comparison import Measure
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.results import Row
 from tucker_cam.evaluation.summary import BASELINE, Summary
-from tucker_cam.files import complete_or_absent
+from tucker_cam.files import complete_or_absent, printable
 
 _FORMATS = (".png", ".jpg", ".pdf", ".svg")
 PLACES = ("best", "median", "worst")
@@ -62,7 +62,7 @@ def pick_examples(rows: Sequence[Row], measure: Measure) -> dict[str, dict[str, 
 
 def caption(picture: str, value: float) -> str:
     """Return a picture's name, cut to what fits above an overlay, and its value."""
-    short = picture if len(picture) <= _NAME_LENGTH else f"...{picture[-_NAME_LENGTH + 3 :]}"
+    short = printable(picture if len(picture) <= _NAME_LENGTH else f"...{picture[-_NAME_LENGTH + 3 :]}")
     return f"{short}: {value:.3g}"
 
 
@@ -106,7 +106,7 @@ def write_report(
     # File names may hold dollar signs, which are no formulas.
     with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(15, bar_rows * bar_height + sheet_height + 0.5), layout="constrained")
-        figure.suptitle(title)
+        figure.suptitle(printable(title))
         halves = figure.add_gridspec(2, 1, height_ratios=[bar_rows * bar_height, sheet_height])
         bars, sheet = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
         _draw_bars(bars, summaries, shown, bar_rows)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tucker_cam.activations import ReshapeTransform
 from tucker_cam.cams import TSM
 from tucker_cam.decomposition import channel_modes
-from tucker_cam.files import complete_or_absent
+from tucker_cam.files import complete_or_absent, printable
 
 DECOMPOSITIONS = ("SVD, centred", "Tucker")
 
@@ -66,7 +66,7 @@ def draw_spectrum(path: Path, title: str, shares: dict[str, NDArray[np.float64]]
         OSError: it cannot be written.
     """
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(printable(title), parse_math=False)
     for axes, (name, share) in zip(figure.subplots(1, len(shares), sharey=True), shares.items(), strict=True):
         finite = [column[np.isfinite(column)] for column in share.T]
         axes.boxplot(finite, whis=(5, 95), flierprops={"markersize": 2})

@@ -158,6 +158,8 @@ def _read(file: Path) -> object:
         raise OSError(f"{file}: expected a file of weights, found none that can be read ({error})") from error
     if start.startswith((b"<!", b"<html", b"<HTML", b"<?xml")):
         raise ValueError(f"{file}: expected weights, found a web page: the download went wrong")
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file}: expected weights, found a pointer of Git LFS: git lfs pull fetches them")
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
 
 
