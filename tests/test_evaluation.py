@@ -361,6 +361,21 @@ def test_a_picture_on_which_the_network_fails_is_named_and_the_others_are_done(d
         assert {row["picture"] for row in rows} == {f"images/{index}.png" for index in range(5)}
 
 
+def test_pictures_too_large_to_be_scored_together_are_scored_one_by_one(data, tmp_path, monkeypatch):
+    compare = folder.compare
+
+    def small(images, *arguments):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError
+        return compare(images, *arguments)
+
+    monkeypatch.setattr(folder, "compare", small)
+    result = run("evaluate", data, "--method", "tsm", "--out", tmp_path / "results.csv")
+    assert result.exit_code == 0, result.output
+    assert "5 pictures scored, 0 skipped" in result.output
+    assert {row["picture"] for row in read(tmp_path / "results.csv")} == {f"images/{index}.png" for index in range(5)}
+
+
 def test_the_report_shows_each_methods_best_median_and_worst_picture(data, tmp_path):
     # A name that would be a formula, and one that would be markup.
     for index, name in enumerate(("$x_{$.png", "[b]<script>.png")):

@@ -155,7 +155,9 @@ def test_pictures_are_read_from_any_file_system(pictures):
 
 def test_pictures_are_read_from_archives_and_what_cannot_be_reached_costs_no_other(pictures, tmp_path):
     archive = f"zip://*.png::{shutil.make_archive(str(tmp_path / 'all'), 'zip', pictures)}"
-    assert [source.name for source in find_sources([archive])] == [f"p{index:03}" for index in range(9)]
+    found = find_sources([archive])
+    assert [source.name for source in found] == [f"p{index:03}" for index in range(9)]
+    assert found[4].read().tobytes() == open_picture(pictures / "p004.png").tobytes()
     one = archive.replace("*.png", "deeper/p001.png")
     (source,) = find_sources([one])
     assert source.name == "p001"
