@@ -332,11 +332,23 @@ def test_a_pickle_with_code_in_it_is_refused_and_runs_nothing(tmp_path, legacy):
     assert len(str(error.value).splitlines()) == 1
 
 
+def endless():
+    content = {}
+    content["state_dict"] = content
+    return content
+
+
+def nested():
+    return {"conv1.weight": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged)}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (torch.zeros(3), "expected a state dict, found no tensors with names"),
         ({"epoch": 3, "state_dict": {}}, "expected a state dict, found no tensors with names"),
+        (endless(), "expected a state dict, found dictionaries that hold themselves"),
+        (nested(), "expected a state dict, found no tensors with names"),
         ({"features.0.weight": torch.zeros(4, 3, 3, 3)}, r"the whole backbone of ResNet, found 0 of its \d+ entries"),
     ],
 )

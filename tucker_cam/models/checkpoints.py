@@ -84,7 +84,10 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
     """
     own = model.state_dict()
     needed = {name for name in own if name.rpartition(".")[0] in backbone and not _is_counter(name)}
-    states = list(_states(_read(file)))
+    try:
+        states = list(_states(_read(file)))
+    except RecursionError as error:
+        raise ValueError(f"{file}: expected a state dict, found dictionaries that hold themselves") from error
     if not states:
         raise ValueError(f"{file}: expected a state dict, found no tensors with names in it")
     found: dict[str, dict[str, Tensor]] = {}
@@ -196,7 +199,7 @@ def _states(content: object, place: str = "") -> Iterator[tuple[str, State]]:
     """Yield every dictionary of named tensors in a checkpoint, and where it is."""
     if not isinstance(content, Mapping):
         return
-    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and _is_whole(value)}
     if tensors:
         yield place, tensors
     inner = [(str(name), value) for name, value in content.items() if isinstance(value, Mapping)]
@@ -204,6 +207,11 @@ def _states(content: object, place: str = "") -> Iterator[tuple[str, State]]:
         # These repeat the parameters' names and shapes.
         if not _words(name) & _SHADOWS:
             yield from _states(value, f"{place}{name}/")
+
+
+def _is_whole(value: object) -> bool:
+    # A nested tensor has no shape that could be compared.
+    return isinstance(value, Tensor) and not value.is_nested
 
 
 def _candidates(model: nn.Module, state: State, *, at_least: int) -> Iterator[tuple[str, State]]:
