@@ -26,14 +26,15 @@ def photograph(tmp_path):
 
 
 def test_the_demo_writes_its_panel_and_prints_its_table(tmp_path):
-    result = run("demo", "--out", tmp_path / "new" / "folder")
+    out = tmp_path / "new" / "folder[/x]"  # not markup
+    result = run("demo", "--out", out)
     assert result.exit_code == 0, result.output
     for word in ("EigenCAM", "TSM", "Multivec-EigenCAM", "MTSM", "decomposition", "one thread", "demo.png"):
         assert word in result.output
-    panel = np.asarray(open_picture(tmp_path / "new" / "folder" / "demo.png"))
+    panel = np.asarray(open_picture(out / "demo.png"))
     assert panel.shape[1] > 1000
     assert panel.std() > 30
-    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["demo.png"]
+    assert [path.name for path in out.iterdir()] == ["demo.png"]
 
 
 def test_an_overlay_and_a_map_are_written_for_each_picture_and_method(photograph, tmp_path):

@@ -21,9 +21,9 @@ from tucker_cam.evaluation import comparison, folder, metrics
 from tucker_cam.evaluation.comparison import MEASURES, measures
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
 from tucker_cam.evaluation.datasets import find_samples, see
-from tucker_cam.evaluation.report import caption, pick_examples
+from tucker_cam.evaluation.report import Example, caption, pick_examples, write_report
 from tucker_cam.evaluation.results import ResultsFile
-from tucker_cam.evaluation.spectrum import spectrum
+from tucker_cam.evaluation.spectrum import draw_spectrum, spectrum
 from tucker_cam.evaluation.summary import summarise
 from tucker_cam.files import open_picture
 
@@ -388,6 +388,24 @@ def test_the_report_shows_each_methods_best_median_and_worst_picture(data, tmp_p
     assert page.shape[1] == 1500
     assert page.std() > 20
     assert [path.name for path in report.parent.iterdir()] == ["report.png"]
+
+
+def test_a_title_that_is_no_utf8_is_drawn(tmp_path):
+    measure = BY_COLUMN["best_cut_iou"]
+    summaries = summarise(rows_of({"eigencam": {"a": "0.1"}}), [measure])
+    example = Example(np.ones((8, 8, 3), np.float32), np.ones((8, 8), np.float32), np.zeros((8, 8), bool), "a")
+    write_report(tmp_path / "r.png", "\udcff", summaries, [measure], {"eigencam": {"best": example}}, measure)
+    draw_spectrum(tmp_path / "s.png", "\udcff", {"SVD, centred": np.ones((3, 2)), "Tucker": np.ones((3, 2))})
+    for name in ("r.png", "s.png"):
+        assert np.asarray(open_picture(tmp_path / name)).std() > 0
+
+
+def test_pictures_on_which_the_network_fails_altogether_are_one_line(tmp_path):
+    write_picture(tmp_path / "in" / "a.png", size=(3, 3))
+    result = run("spectrum", tmp_path / "in", "--out", tmp_path / "s.png", model="networks:demanding_model")
+    assert result.exit_code == 2
+    assert "none of the 1 pictures could be decomposed" in " ".join(result.stderr.split())
+    assert not list(tmp_path.glob("s.*"))
 
 
 def test_a_report_in_an_unknown_format_is_refused_before_anything_is_computed(data, tmp_path):

@@ -55,15 +55,21 @@ class LabelFreeCAM(BaseCAM):
     ) -> None:
         _refuse(unknown, type(self).__name__)
         _check_construction(model, target_layers, reshape_transform, tta_transforms)
-        # detach=False: the host hands the recorded tensors on as they are, without moving them to the CPU.
-        super().__init__(
-            model,
-            list(target_layers),
-            reshape_transform,
-            uses_gradients=False,
-            tta_transforms=tta_transforms,
-            detach=False,
-        )
+        try:
+            # detach=False: the host hands the recorded tensors on as they are, without moving them to the CPU.
+            super().__init__(
+                model,
+                list(target_layers),
+                reshape_transform,
+                uses_gradients=False,
+                tta_transforms=tta_transforms,
+                detach=False,
+            )
+        except NotImplementedError as error:
+            raise ValueError(
+                f"expected a model with an eval mode, got the exported {type(model).__name__}: explain the model "
+                "before torch.export"
+            ) from error
         self.activations_and_grads.release()
         self.activations_and_grads: FeatureRecorder = FeatureRecorder(model, target_layers, reshape_transform)
 
@@ -345,13 +351,6 @@ def _check_construction(
         raise TypeError(f"expected reshape_transform as a callable or None, got {type(reshape_transform).__name__}")
     if tta_transforms is not None and not isinstance(tta_transforms, Compose):
         raise TypeError(f"expected tta_transforms as a ttach.Compose or None, got {type(tta_transforms).__name__}")
-    try:
-        model.eval()
-    except NotImplementedError as error:
-        raise ValueError(
-            f"expected a model with an eval mode, got the exported {type(model).__name__}: explain the model before "
-            "torch.export"
-        ) from error
 
 
 def _check_combine(combine: str) -> None:

@@ -169,7 +169,8 @@ def printable(text: str) -> str:
 
 def one_line(error: Exception) -> str:
     """Return the first line of an error's message, or its kind where it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ray.data.datasource import FilenameProvider
 from tucker_cam.cli.explain import CPU_BATCH, counted, in_batches, read_input
 from tucker_cam.cli.explainer import Explainer
 from tucker_cam.cli.methods import method_named
-from tucker_cam.cli.outputs import check_run, identity, versions
+from tucker_cam.cli.outputs import check_run, identity, not_of_a_run, versions
 from tucker_cam.cli.sources import MANIFEST, Source, find_sources
 from tucker_cam.files import printable
 from tucker_cam.models import LoadedModel
@@ -165,12 +165,11 @@ def _item(batch: Sequence[Source], methods: Sequence[str], done: set[tuple[str, 
 
 def _claim_folder(filesystem: Any, folder: str, out: str, run: Mapping[str, Any]) -> None:
     path = f"{folder}/{MANIFEST}"
-    if not filesystem.exists(path):
-        # Tables are read, and what a killed run left half of one is removed: they must be a run's.
-        for taken in filesystem.glob(f"{folder}/{_PREFIX}*.parquet"):
-            raise ValueError(f"{taken}: is there already, and not of a run in this folder: give another --out")
-    else:
+    if filesystem.exists(path):
         check_run(filesystem.cat_file(path).decode(errors="surrogateescape"), run, out)
+    # Tables are read, and what a killed run left half of one is removed: they must be a run's.
+    elif taken := filesystem.glob(f"{folder}/{_PREFIX}*.parquet"):
+        raise not_of_a_run(taken[0])
     filesystem.pipe_file(path, json.dumps({**run, "versions": versions()}, indent=1).encode())
 
 

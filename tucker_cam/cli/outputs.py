@@ -242,7 +242,7 @@ class Manifest:
             return
         for taken in (self.out / ZarrStore.file_name, self.out / GalleryParts.file_name):
             if taken.exists():
-                raise ValueError(f"{taken}: is there already, and not of a run in this folder: give another --out")
+                raise not_of_a_run(taken)
         self.write()
 
     def add(self, sources: Iterable[Source]) -> dict[Source, str]:
@@ -309,6 +309,11 @@ def check_run(manifest: str, run: Mapping[str, Any], out: str) -> dict[str, Any]
                 f"{out}: holds the maps of another run ({key}: {found[key]}, now {value}): give another --out"
             )
     return content
+
+
+def not_of_a_run(taken: Path | str) -> ValueError:
+    """Return the error of a folder that holds what no manifest knows."""
+    return ValueError(f"{taken}: is there already, and not of a run in this folder: give another --out")
 
 
 def _no_manifest(out: Path | str) -> ValueError:

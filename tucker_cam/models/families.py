@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from tucker_cam.files import one_line
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _FRAMES = 16
@@ -210,7 +212,7 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
     except (OSError, ValueError) as error:
         raise OSError(
             f"hf:{name} could not be had: expected a repository of the hub, or a folder with config.json and "
-            f"preprocessor_config.json ({_first_line(error)})"
+            f"preprocessor_config.json ({one_line(error)})"
         ) from error
     if hasattr(config, "mask_ratio"):
         raise ValueError(
@@ -223,7 +225,7 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
         raise _no_weights(f"hf:{name}", pretrained, error) from error
     except Exception as error:
         # Whatever a configuration that does not fit together leads to.
-        raise ValueError(f"hf:{name} could not be built ({type(error).__name__}: {_first_line(error)})") from error
+        raise ValueError(f"hf:{name} could not be built ({type(error).__name__}: {one_line(error)})") from error
     if hasattr(config, "vision_config"):
         # Of a model of pictures and texts, such as CLIP, the part that sees the picture.
         model = getattr(model, "vision_model", model)
@@ -263,7 +265,7 @@ def _torch_hub(name: str, pretrained: bool) -> Network:
     except OSError as error:
         raise _no_weights(f"hub:{name}", pretrained, error) from error
     except RuntimeError as error:
-        raise ValueError(f"hub:{name} could not be built: {_first_line(error)}") from error
+        raise ValueError(f"hub:{name} could not be built: {one_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module from hub:{name}, got {type(model).__name__}")
     return Network(model)
@@ -307,15 +309,10 @@ def _near(name: str, known: list[str]) -> str:
 
 def _no_weights(name: str, pretrained: bool, error: Exception) -> Exception:
     if not pretrained:
-        return ValueError(f"{name} could not be built: {_first_line(error)}")
+        return ValueError(f"{name} could not be built: {one_line(error)}")
     return OSError(
-        f"the weights of {name} could not be had ({_first_line(error)}): --no-pretrained runs it with random weights"
+        f"the weights of {name} could not be had ({one_line(error)}): --no-pretrained runs it with random weights"
     )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 _FAMILIES: dict[str, Callable[[str, bool], Network]] = {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tucker_cam.activations import ReshapeTransform
+from tucker_cam.files import one_line
 from tucker_cam.models.checkpoints import load_checkpoint
 from tucker_cam.models.families import Network, build_network
 from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common_transform, dry_run, target_of
@@ -150,8 +151,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"there is no device {str(device)!r} here ({reason}): use cpu") from error
+        raise ValueError(f"there is no device {str(device)!r} here ({one_line(error)}): use cpu") from error
     if found.type == "meta":
         raise ValueError("expected a device that holds numbers, got 'meta': use cpu")
     return found
