@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import ttach
+from PIL import Image
 from timm.models import VisionTransformer
 from torch import nn
 
@@ -36,6 +37,18 @@ class Failing(nn.Module):
 
     def forward(self, x):
         raise self.error
+
+
+class Looping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)])
+        self.blocks = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 8, 3))
+
+    def forward(self, x):
+        for layer in (*self.layers, *self.blocks):
+            x = layer(x)
+        return x
 
 
 class InAnotherThread(nn.Module):
@@ -70,6 +83,7 @@ CNN = networks.small_cnn()
 IMAGES = torch.zeros(2, 3, 32, 32)
 EXPORTED = exported()
 ELSEWHERE = InAnotherThread()
+LOOPING = Looping()
 SCRIPTED = partly_scripted()
 UNUSED = WithUnusedLayer()
 VIT = VisionTransformer(img_size=32, patch_size=16, embed_dim=12, depth=1, num_heads=2, num_classes=2)
@@ -95,8 +109,8 @@ RANK_KINDS = (
 )
 UNREACHED = (
     "expected the forward pass to reach the target layer `{}`, but its hook never fired in this thread: choose a layer "
-    "that the model calls; build the CAM before a compiled model runs for the first time, or on the uncompiled module; "
-    "and call it inside its `with` block, which takes the hooks off at its end"
+    "that the model calls, one of those in it where it is a container that the model loops over; and call the CAM "
+    "inside its `with` block, which takes the hooks off at its end"
 )
 NOT_MAPS = (
     "expected feature maps with spatial axes (B, C, H, W) or (B, C, D, H, W) from {}, got {}: choose a layer before "
@@ -157,8 +171,25 @@ CASES = [
         "a layer of another model",
         ValueError,
         "expected target layers that are part of the model, got a Conv2d that is not: take the layer from the very "
-        "object that is passed as model",
+        "object that is passed as model; layers that it keeps in a plain list are none of its parts, in an "
+        "nn.ModuleList they are",
         layers=[STRANGER],
+    ),
+    Case(
+        "a container as layers",
+        TypeError,
+        "expected target_layers as a list of layers, got the layer ModuleList: it is only a container, so take one "
+        "layer, [layers[-1]], or all of them, list(layers)",
+        model=LOOPING,
+        layers=LOOPING.layers,
+    ),
+    Case(
+        "a container as layer",
+        ValueError,
+        "expected target layers that are called, got the container ModuleList, which never is: take one of the layers "
+        "in it, or all of them, list(layers)",
+        model=LOOPING,
+        layers=[LOOPING.layers],
     ),
     Case(
         "a scripted layer",
@@ -270,6 +301,14 @@ CASES = [
         images=IMAGES,
     ),
     Case(
+        "a container that could be called",
+        ValueError,
+        UNREACHED.format("blocks"),
+        model=LOOPING,
+        layers=[LOOPING.blocks],
+        images=IMAGES,
+    ),
+    Case(
         "a layer that puts out a tuple",
         TypeError,
         "expected one tensor of feature maps from `pool`, got tuple: choose a layer inside it, or pick the tensor in a "
@@ -349,8 +388,18 @@ CASES = [
     Case(
         "an array of images",
         TypeError,
-        "expected images as a torch.Tensor, got ndarray: use torch.from_numpy",
+        "expected images as a torch.Tensor, batch x channels x height x width, got ndarray: use torch.from_numpy",
         images=IMAGES.numpy(),
+    ),
+    *(
+        Case(
+            f"{kind} as images",
+            TypeError,
+            f"expected images as a torch.Tensor, batch x channels x height x width, got {kind}: put each picture "
+            "through the model's preprocessing, and the tensors through torch.stack",
+            images=pictures,
+        )
+        for kind, pictures in [("list", list(IMAGES)), ("Image", Image.new("RGB", (32, 32)))]
     ),
     Case("one picture, channels last", ValueError, NOT_IMAGES.format((32, 32, 3)), images=HWC),
     Case("one picture, channels first", ValueError, NOT_IMAGES.format((3, 32, 32)), images=IMAGES[0]),

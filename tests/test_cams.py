@@ -1,5 +1,7 @@
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Event
 
 import networks
 import numpy as np
@@ -214,13 +216,61 @@ def test_a_compiled_model_is_explained(method):
     assert_allclose(method(compiled, [model[2]])(batch), expected, atol=1e-6)
 
 
-def test_a_module_that_was_compiled_in_place_and_run_says_that_its_hooks_are_skipped():
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("built", ["before it is compiled", "before it runs", "after it ran"])
+def test_a_module_that_is_compiled_in_place_is_explained_whenever_the_cam_is_built(built, fullgraph):
     model, batch = networks.small_cnn().eval(), images()
-    model.compile(backend="eager")
+    expected = TSM(model, [model[2]])(batch)
+    moments = ["before it is compiled", "before it runs", "after it ran"]
+    steps = [None, lambda: model.compile(backend="eager", fullgraph=fullgraph), lambda: model(batch)]
+    for moment, step in zip(moments, steps, strict=True):
+        if step is not None:
+            with torch.no_grad():
+                step()
+        if moment == built:
+            cam = TSM(model, [model[2]])
+    for _ in range(2):
+        assert_allclose(cam(batch), expected, atol=1e-6)
+        with torch.no_grad():
+            model(batch)
+
+
+@every_method
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_a_compiled_function_may_explain(method):
+    model, batch = networks.small_cnn(), images()
+    cam = method(model, [model[2]])
+    expected = cam(batch)
+    explain = torch.compile(lambda x: (cam(x + 1 - 1), x + 1), backend="eager")
+    for _ in range(2):
+        saliency, shifted = explain(batch)
+        assert_allclose(saliency, expected, atol=1e-5)
+        assert_allclose(shifted, batch + 1)
+
+
+def test_while_one_thread_explains_others_may_too_and_then_the_compiler_is_as_before():
+    import torch._dynamo.eval_frame as compiler  # where torch keeps the stance, which it has no getter for
+
+    model, batch = networks.small_cnn(), images()
+    expected = TSM(model, [model[2]])(batch)
+    compiled, stance = torch.compile(model, backend="eager"), compiler._stance
     with torch.no_grad():
-        model(batch)
-    with pytest.raises(ValueError, match="before a compiled model runs for the first time"):
-        TSM(model, [model[2]])(batch)
+        compiled(batch)
+    started, others_done = Event(), Event()
+
+    def slow(x):
+        started.set()
+        assert others_done.wait(20)
+        return x
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(TSM(compiled, [model[2]], slow), batch)
+        assert started.wait(20)
+        assert_allclose(TSM(compiled, [model[2]])(batch), expected, atol=1e-6)
+        assert compiler._stance.stance == "force_eager"
+        others_done.set()
+        assert_allclose(first.result(), expected, atol=1e-6)
+    assert compiler._stance is stance
 
 
 @every_method
@@ -232,6 +282,21 @@ def test_autocast_reaches_the_network_and_not_the_map(method):
         features = model[:3](batch)
     assert features.dtype == torch.bfloat16
     assert_allclose(actual, scaled_to(cam.get_cam_image(None, None, None, features.detach().float(), None), 32))
+
+
+@pytest.mark.parametrize("name", ["vulkan", "privateuseone"])
+def test_features_on_a_device_that_autocast_does_not_know_have_a_map(name):
+    class Elsewhere(torch.Tensor):
+        device = torch.device(name)
+
+    class Sum(TSM):
+        def saliency(self, features):
+            return features.as_subclass(torch.Tensor).sum(1)
+
+    model, features = networks.small_cnn(), torch.rand(2, 16, 8, 8)
+    cam = Sum(model, [model[2]])
+    expected = cam.get_cam_image(None, None, None, features, None)
+    assert_allclose(cam.get_cam_image(None, None, None, features.as_subclass(Elsewhere), None), expected)
 
 
 @pytest.mark.parametrize("method", [TSM, MTSM, partial(MTSM, combine="energy")])

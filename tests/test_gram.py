@@ -88,6 +88,19 @@ def test_only_the_images_with_extreme_features_are_scaled():
     assert moderated.abs().amax((1, 2, 3)).tolist() == pytest.approx([1, 1, 1, 0, 1, 1])
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("highest", torch.float32), ("high", torch.float64)])
+@pytest.mark.parametrize("age", ["present", "before torch 2.9"])
+def test_where_products_may_be_rounded_the_unfolding_is_float64(age, precision, dtype, monkeypatch):
+    if age != "present":
+        for backend in (torch.backends.cuda, torch.backends.mkldnn):
+            monkeypatch.setattr(backend, "matmul", object(), raising=False)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert unfold(torch.rand(1, 2, 3, 4)).dtype == dtype
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_a_device_that_cannot_decompose_hands_its_features_to_the_cpu(monkeypatch):
     def missing(*_, **__):
         raise NotImplementedError("linalg_eigh")

@@ -5,6 +5,7 @@ import pytest
 import references
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tucker_cam import channel_modes
 from tucker_cam.projection import combined_map, leading_map
@@ -25,6 +26,8 @@ SHAPES = [
 CASES = [(shape, None) for shape in SHAPES] + [
     ((20, 3, 4), (4, 2, 2)),
     ((20, 3, 4), (1, 1, 1)),
+    ((20, 3, 4), (5, 3, 4)),
+    ((8, 6, 7), (4, 6, 7)),
     ((5, 4, 6), (3, 2, 2)),
     ((9, 2, 3, 4), (3, 2, 2, 2)),
     ((30, 2, 3, 4), (3, 2, 2, 2)),
@@ -83,6 +86,55 @@ def test_the_centred_map_is_that_of_a_plain_svd(shape, combine, dtype):
     batch = features(shape, dtype)
     actual = combined_map(batch, combine=combine, center=True)
     assert_is_the_reference(actual, references.multivec_eigencam, batch, combine)
+
+
+@pytest.mark.parametrize("combine", ["signed", "energy"])
+@pytest.mark.parametrize("shape", [(20, 3, 4), (5, 4, 6), (300, 3, 4)])
+def test_channels_whose_mean_is_ten_thousand_times_their_spread_are_centred_exactly(shape, combine):
+    batch = features(shape, batch=20) + 1e4 * torch.randn(20, shape[0], 1, 1)
+    actual = combined_map(batch, combine=combine, center=True)
+    assert_is_the_reference(actual, references.multivec_eigencam, batch, combine)
+
+
+@pytest.mark.parametrize("rank", [None, (3, 2, 2)])
+@pytest.mark.parametrize("shape", [(64, 7, 7), (32, 14, 14)])
+def test_a_map_of_low_contrast_is_right_after_it_is_scaled(shape, rank):
+    batch = features(shape, batch=30)
+    batch[:, 0] += torch.logspace(1, 3, 30)[:, None, None]  # one massive channel
+    for saliency, image in zip(leading_map(batch, rank=rank).numpy(), batch.double().numpy(), strict=True):
+        expected = references.scaled(references.tsm(image, rank))
+        np.testing.assert_allclose(references.scaled(saliency), expected, rtol=0, atol=TOLERANCE)
+
+
+class TF32(TorchDispatchMode):
+    """Rounds the factors of float32 products to ten bits of mantissa, as CUDA does where it is allowed to."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.mv):
+            args = [self.rounded(x) if x.dtype == torch.float32 else x for x in args]
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(factor):
+        mantissa, exponent = factor.frexp()
+        return (mantissa * 2**11).round().ldexp(exponent - 11)
+
+
+@pytest.mark.parametrize("rank", [None, (3, 2, 2)])
+@pytest.mark.parametrize("shape", [(40, 5, 6), (20, 5, 6)])
+def test_products_that_may_be_rounded_to_tf32_are_not_relied_on(shape, rank):
+    batch = features(shape, batch=20)
+    methods = [partial(project, rank=rank) for project in (leading_map, combined_map)]
+    methods += [partial(combined_map, combine=combine, center=True) for combine in ("signed", "energy")]
+    expected = [method(batch.double()) for method in methods]
+    torch.set_float32_matmul_precision("high")
+    try:
+        with TF32():
+            actual = [method(batch) for method in methods]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for saliency, exact in zip(actual, expected, strict=True):
+        assert_close(saliency / exact.amax(), exact / exact.amax(), rtol=0, atol=TOLERANCE)
 
 
 def test_one_position_has_no_centred_map():

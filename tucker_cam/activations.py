@@ -6,9 +6,11 @@ A label-free method needs nothing else from the model: no gradient, no output, n
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Callable, Sequence
-from threading import local
+from contextlib import ExitStack, suppress
+from threading import Lock, local
 from typing import Any
 
 import torch
@@ -38,6 +40,36 @@ class _Running(local):
 
     def __reduce__(self) -> tuple[type[_Running], tuple[()]]:
         return _Running, ()
+
+
+class _Uncompiled:
+    """Runs models as they were written: what `torch.compile` made of them skips hooks.
+
+    The compiler's stance is one for all threads, so the last to leave sets it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._stance = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            # Where the compiler is not loaded nothing is compiled, and to load it takes seconds.
+            if "torch._dynamo" in sys.modules:
+                # It keeps its stance where the caller is being compiled as well, and then it sees the hooks.
+                with suppress(RuntimeError):
+                    self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+
+    def __exit__(self, *exception: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._stance.close()
+
+
+_UNCOMPILED = _Uncompiled()
 
 
 class FeatureRecorder:
@@ -72,7 +104,8 @@ class FeatureRecorder:
         recorded: dict[nn.Module, Tensor] = {}
         self._running.recorded, self._running.reached = recorded, False
         try:
-            outputs = self.model(images)
+            with _UNCOMPILED:
+                outputs = self.model(images)
         except RuntimeError as error:
             if not self._running.reached:
                 _explain(error, self.model, images)
@@ -83,9 +116,9 @@ class FeatureRecorder:
             if layer not in recorded:
                 raise ValueError(
                     f"expected the forward pass to reach the target layer `{self._names[layer]}`, but its hook never "
-                    "fired in this thread: choose a layer that the model calls; build the CAM before a compiled model "
-                    "runs for the first time, or on the uncompiled module; and call it inside its `with` block, which "
-                    "takes the hooks off at its end"
+                    "fired in this thread: choose a layer that the model calls, one of those in it where it is a "
+                    "container that the model loops over; and call the CAM inside its `with` block, which takes the "
+                    "hooks off at its end"
                 )
         self.activations = [recorded[layer] for layer in self.target_layers]
         for layer, features in zip(self.target_layers, self.activations, strict=True):

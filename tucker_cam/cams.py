@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Never, Self, get_args
 
 import numpy as np
@@ -124,7 +125,9 @@ class LabelFreeCAM(BaseCAM):
                 f"{tuple(input_tensor.shape)}: fold or drop the other axes in a reshape_transform"
             )
         # Autocast, if the caller has it on, is for the network: here it would round the products to half precision.
-        with torch.autocast(features.device.type, enabled=False):
+        device = features.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
             maps = self.saliency(features)
         # scale_cam_image divides by the range plus 1e-7: that would flatten the maps of weak features, and spread
         # the rounding errors of a flat one over [0, 1].
@@ -327,7 +330,11 @@ def _check_construction(
     if isinstance(target_layers, nn.Module):
         raise TypeError(
             f"expected target_layers as a list of layers, got the layer {type(target_layers).__name__}: "
-            "put it in brackets, [layer]"
+            + (
+                "put it in brackets, [layer]"
+                if _is_called(target_layers)
+                else "it is only a container, so take one layer, [layers[-1]], or all of them, list(layers)"
+            )
         )
     if not isinstance(target_layers, Sequence) or isinstance(target_layers, str):
         raise TypeError(f"expected target_layers as a list of layers, got {type(target_layers).__name__}")
@@ -345,12 +352,23 @@ def _check_construction(
         if layer not in parts:
             raise ValueError(
                 f"expected target layers that are part of the model, got a {type(layer).__name__} that is not: "
-                "take the layer from the very object that is passed as model"
+                "take the layer from the very object that is passed as model; layers that it keeps in a plain list are "
+                "none of its parts, in an nn.ModuleList they are"
+            )
+        if not _is_called(layer):
+            raise ValueError(
+                f"expected target layers that are called, got the container {type(layer).__name__}, which never is: "
+                "take one of the layers in it, or all of them, list(layers)"
             )
     if reshape_transform is not None and not callable(reshape_transform):
         raise TypeError(f"expected reshape_transform as a callable or None, got {type(reshape_transform).__name__}")
     if tta_transforms is not None and not isinstance(tta_transforms, Compose):
         raise TypeError(f"expected tta_transforms as a ttach.Compose or None, got {type(tta_transforms).__name__}")
+
+
+def _is_called(layer: nn.Module) -> bool:
+    """Tell whether a layer has a forward pass of its own; `nn.ModuleList`, for one, has not."""
+    return getattr(layer.forward, "__func__", None) is not nn.Module.forward
 
 
 def _check_combine(combine: str) -> None:
@@ -360,7 +378,14 @@ def _check_combine(combine: str) -> None:
 
 def _check_images(images: Tensor) -> None:
     if not isinstance(images, Tensor):
-        raise TypeError(f"expected images as a torch.Tensor, got {type(images).__name__}: use torch.from_numpy")
+        raise TypeError(
+            f"expected images as a torch.Tensor, batch x channels x height x width, got {type(images).__name__}: "
+            + (
+                "use torch.from_numpy"
+                if isinstance(images, np.ndarray)
+                else "put each picture through the model's preprocessing, and the tensors through torch.stack"
+            )
+        )
     check_kind(images, "images")
     if images.dim() not in (4, 5):
         raise ValueError(

@@ -52,11 +52,12 @@ def moderate(
 
 
 def unfold(features: Float[Tensor, "batch channels *spatial"]) -> Float[Tensor, "batch channels positions"]:
-    """Return the mode-1 unfolding, on a device that can decompose it.
+    """Return the mode-1 unfolding, on a device that can decompose it, in a dtype whose products can be relied on.
 
     A view where the layout in memory allows one, as NCHW and channels_last do.
     """
-    return (features if _can_decompose(features.device.type) else features.cpu()).flatten(2)
+    unfolding = (features if _can_decompose(features.device.type) else features.cpu()).flatten(2)
+    return unfolding.double() if _products_may_be_rounded() else unfolding
 
 
 def is_tall(unfolding: Tensor) -> bool:
@@ -168,3 +169,12 @@ def _can_decompose(device_type: str) -> bool:
     except (NotImplementedError, RuntimeError, TypeError):
         return False
     return True
+
+
+def _products_may_be_rounded() -> bool:
+    """Tell whether PyTorch was allowed to round the factors of float32 products, to TF32 or bfloat16."""
+    backends = (torch.backends.cuda, torch.backends.mkldnn)
+    settings = {getattr(getattr(backend, "matmul", None), "fp32_precision", None) for backend in backends}
+    if None in settings:  # before torch 2.9; since then, this fails where it and the newer settings were used both
+        return torch.get_float32_matmul_precision() != "highest"
+    return not settings <= {"none", "ieee"}

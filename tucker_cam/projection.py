@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 Combine = Literal["signed", "energy"]
+# A map that varies by less than this share of its largest value shows its float32 rounding errors when it is scaled.
+_LOW_CONTRAST = 0.25
 # Of the largest projection: in float32 one is off by less.
 _LEAST_LEAD = 1e-6
 # Of the first squared value: a component below it moves no map by 1e-5, whatever its sign.
@@ -52,16 +54,26 @@ def leading_map(
     if engine == "tensorly":
         return channel_modes(features, rank=rank, engine=engine).maps[:, 0].abs()
     unfolding = unfold(features)
-    if ranks is not None:
-        leading = truncated_leading_map(unfolding, spatial, ranks)
-    else:
-        leading = leading_eigenvector(unfolding)
-        if not is_tall(unfolding):
-            # Only zeros have length zero: whatever is there, however small, is a direction.
-            length = leading.norm(dim=1, keepdim=True).clamp_min(torch.finfo(leading.dtype).tiny)
-            direction = (leading / length).to(unfolding.dtype)
-            leading = (direction[:, None, :] @ unfolding).squeeze(1).double()
-    return leading.abs().reshape(len(features), *spatial)
+    leading = _leading_map(unfolding, spatial, ranks)
+    if unfolding.dtype != torch.float64:
+        again = leading.amin(1) > (1 - _LOW_CONTRAST) * leading.amax(1)
+        if again.any():
+            leading[again] = _leading_map(unfolding[again].double(), spatial, ranks)
+    return leading.reshape(len(features), *spatial)
+
+
+def _leading_map(
+    unfolding: Float[Tensor, "batch channels positions"], spatial: tuple[int, ...], rank: tuple[int, ...] | None
+) -> Float[Tensor, "batch positions"]:
+    if rank is not None:
+        return truncated_leading_map(unfolding, spatial, rank).abs()
+    leading = leading_eigenvector(unfolding)
+    if is_tall(unfolding):
+        return leading.abs()
+    # Only zeros have length zero: whatever is there, however small, is a direction.
+    length = leading.norm(dim=1, keepdim=True).clamp_min(torch.finfo(leading.dtype).tiny)
+    direction: Tensor = (leading / length).to(unfolding.dtype)
+    return (direction[:, None, :] @ unfolding).squeeze(1).double().abs()
 
 
 def combined_map(
@@ -133,7 +145,9 @@ def _signed_sum(
 
 
 def _centred(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor, "batch channels positions"]:
-    return unfolding - unfolding.mean(-1, keepdim=True)
+    """Subtract each channel's mean, twice: after the first time only that mean's rounding error is left of it."""
+    centred = unfolding - unfolding.mean(-1, keepdim=True)
+    return centred.sub_(centred.mean(-1, keepdim=True))
 
 
 def _energy(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor, "batch positions"]:
