@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Combine = Literal["signed", "energy"]
 # A map that varies by less than this share of its largest value shows its float32 rounding errors when it is scaled.
-_LOW_CONTRAST = 0.25
+_LOW_CONTRAST = 0.07
 # Of the largest projection: in float32 one is off by less.
 _LEAST_LEAD = 1e-6
 # Of the first squared value: a component below it moves no map by 1e-5, whatever its sign.
