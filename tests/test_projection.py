@@ -59,6 +59,13 @@ def test_the_leading_map_is_tensorlys(shape, rank, dtype):
     assert_is_the_reference(leading_map(batch, rank=rank), references.tsm, batch, rank)
 
 
+@every_dtype
+@pytest.mark.parametrize("shape", [(40, 5, 6), (12, 5, 6)])
+def test_the_truncated_map_of_noise_which_takes_many_sweeps_is_tensorlys(shape, dtype):
+    batch = torch.randn(10, *shape).to(dtype)
+    assert_is_the_reference(leading_map(batch, rank=(4, 2, 3)), references.tsm, batch, (4, 2, 3))
+
+
 @pytest.mark.parametrize("shape", [(32, 4, 4), (5, 4, 4)])
 @pytest.mark.parametrize("center", [False, True])
 def test_signs_that_float32_could_not_tell_are_those_of_float64(center, shape):
