@@ -292,21 +292,20 @@ CASES = [
         options={"combine": "sum"},
         methods=COMBINED,
     ),
-    Case(
-        "a layer that is not reached",
-        ValueError,
-        UNREACHED.format("unused"),
-        model=UNUSED,
-        layers=[UNUSED.unused],
-        images=IMAGES,
-    ),
-    Case(
-        "a container that could be called",
-        ValueError,
-        UNREACHED.format("blocks"),
-        model=LOOPING,
-        layers=[LOOPING.blocks],
-        images=IMAGES,
+    *(
+        Case(
+            name,
+            ValueError,
+            UNREACHED.format(layer),
+            model=model,
+            layers=[model.get_submodule(layer)],
+            images=IMAGES,
+        )
+        for name, model, layer in [
+            ("a layer that is not reached", UNUSED, "unused"),
+            ("a container that could be called", LOOPING, "blocks"),
+            ("a layer that another thread runs", ELSEWHERE, "conv"),
+        ]
     ),
     Case(
         "a layer that puts out a tuple",
@@ -315,14 +314,6 @@ CASES = [
         "reshape_transform",
         model=UNUSED,
         layers=[UNUSED.pool],
-        images=IMAGES,
-    ),
-    Case(
-        "a layer that another thread runs",
-        ValueError,
-        UNREACHED.format("conv"),
-        model=ELSEWHERE,
-        layers=[ELSEWHERE.conv],
         images=IMAGES,
     ),
     Case("the model itself", ValueError, NOT_MAPS.format("`Sequential`", (2, 10)), layers=[CNN], images=IMAGES),

@@ -21,22 +21,8 @@ from tucker_cam import MTSM, TSM, ChannelModes, MultivecEigenCAM
 SECONDS = 300  # TensorLy's engine takes many on a large image
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 DTYPES = [torch.float32] * 40 + [torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.complex64]
-GOOD_RANKS = [
-    *[None] * 10,
-    1,
-    2,
-    5,
-    99,
-    0.1,
-    1.0,
-    3.5,
-    "same",
-    (2, 2, 2),
-    (1, 1, 1),
-    (99, 3, 2),
-    (3, 99, 99),
-    (2, 2, 2, 2),
-]
+GOOD_RANKS = [*[None] * 10, 1, 2, 5, 99, 0.1, 1.0, 3.5, "same"]
+GOOD_RANKS += [(2, 2, 2), (1, 1, 1), (99, 3, 2), (3, 99, 99), (2, 2, 2, 2)]
 BAD_RANKS = [0, -1, float("nan"), float("inf"), "full", (), (0, 1, 1), (2, 2), (1.5, 2, 2), True, b"2", {1}, object]
 # Of these numbers a reference in float64 knows the only map.
 TELLING = ["normal", "rectified"]
