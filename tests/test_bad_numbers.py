@@ -191,3 +191,14 @@ def test_sums_that_overflow_are_no_reason_to_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         explain(TSM, torch.full((1, 4, 3, 3), 3e38))
+
+
+@pytest.mark.parametrize("raised", [1e3, 3e4])
+@both_shapes
+@every_method
+def test_a_map_of_low_contrast_is_exact_when_it_is_finished(method, reference, shape, raised):
+    maps = features(shape)
+    maps[:, 0] += raised
+    rounded = maps.float()
+    exact = [references.scaled(reference(image)) for image in rounded.double().numpy()]
+    assert_allclose(explain(method, rounded), exact, atol=1e-5)

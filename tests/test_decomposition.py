@@ -140,3 +140,10 @@ def test_features_are_not_written_to():
     for rank in (None, (4, 2, 2)):
         channel_modes(batch, rank=rank, center=True)
     assert_close(batch, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rank", [None, (3, 2, 2)])
+def test_features_that_record_a_graph_are_decomposed_by_both_engines(rank):
+    features = torch.rand(2, 8, 3, 4, requires_grad=True)
+    ours, theirs = (channel_modes(features, rank=rank, engine=engine) for engine in ("torch", "tensorly"))
+    assert_close(theirs.values, ours.values, rtol=1e-3, atol=1e-5)

@@ -75,15 +75,18 @@ _UNCOMPILED = _Uncompiled()
 class FeatureRecorder:
     """Records what each target layer puts out while the model runs.
 
-    It stands where the host's `ActivationsAndGradients` stood, and differs from it in three ways. The recorded maps
-    are copies, so that a module that works in place after the target layer cannot rewrite them; they stay on the
-    model's device; and they come in the order of `target_layers`, the first call of each, where the host's come in
-    the order of execution.
+    It stands where the host's `ActivationsAndGradients` stood, under the same names, and differs from it in three
+    ways. The recorded maps are copies, so that a module that works in place after the target layer cannot rewrite
+    them; they stay on the model's device; and they come in the order of `target_layers`, the first call of each, where
+    the host's come in the order of execution.
 
     Attributes:
         activations: after a call, the feature maps of each target layer.
         gradients: always empty; the host reads it.
+        detach: the host's flag, off: tensors are handed on as they are, without moving them to the CPU.
     """
+
+    detach = False
 
     def __init__(
         self, model: nn.Module, target_layers: Sequence[nn.Module], reshape_transform: ReshapeTransform | None
@@ -94,12 +97,12 @@ class FeatureRecorder:
         self.activations: list[Tensor] = []
         self.gradients: list[Tensor] = []
         self._running = _Running()
-        self._names = {
-            layer: name or type(layer).__name__ for name, layer in model.named_modules() if layer in self.target_layers
-        }
-        self.handles: list[RemovableHandle] = [layer.register_forward_hook(self._record) for layer in self._names]
+        self._sources = {layer: source_of(model, layer, reshape_transform) for layer in self.target_layers}
+        self.handles: list[RemovableHandle] = [
+            layer.register_forward_hook(self.save_activation) for layer in self._sources
+        ]
 
-    def __call__(self, images: Tensor) -> Any:
+    def __call__(self, images: Any) -> Any:
         self.clear()
         recorded: dict[nn.Module, Tensor] = {}
         self._running.recorded, self._running.reached = recorded, False
@@ -115,19 +118,12 @@ class FeatureRecorder:
         for layer in self.target_layers:
             if layer not in recorded:
                 raise ValueError(
-                    f"expected the forward pass to reach the target layer `{self._names[layer]}`, but its hook never "
-                    "fired in this thread: choose a layer that the model calls, one of those in it where it is a "
-                    "container that the model loops over; and call the CAM inside its `with` block, which takes the "
-                    "hooks off at its end"
+                    f"expected the forward pass to reach the target layer {source_of(self.model, layer)}, but its hook "
+                    "never fired in this thread: choose a layer that the model calls, of the very object that is "
+                    "passed as model, and one of those in it where it is a container that the model loops over; and "
+                    "call the CAM inside its `with` block, which takes the hooks off at its end"
                 )
         self.activations = [recorded[layer] for layer in self.target_layers]
-        for layer, features in zip(self.target_layers, self.activations, strict=True):
-            if len(features) != len(images):
-                raise ValueError(
-                    f"expected one set of feature maps for each of {len(images)} images from "
-                    f"`{self._names[layer]}`, got {len(features)}: choose a layer outside the part of the "
-                    "model that cuts images into windows or regions, or merge them in a reshape_transform"
-                )
         return outputs
 
     def clear(self) -> None:
@@ -140,20 +136,26 @@ class FeatureRecorder:
         while self.handles:
             self.handles.pop().remove()
 
-    def _record(self, layer: nn.Module, inputs: object, output: object) -> None:
-        # The hooks also fire when somebody else runs the model, as SESS or another thread does: not ours to record.
+    def save_activation(self, layer: nn.Module, inputs: object, output: object) -> None:
+        """Record what a layer put out; the hook."""
+        # It also fires when somebody else runs the model, as SESS or another thread does: not ours to record.
         recorded = self._running.recorded
         if recorded is not None and layer not in recorded:
             self._running.reached = True
-            recorded[layer] = feature_maps(output, self.reshape_transform, self._names[layer])
+            features = output if self.reshape_transform is None else self.reshape_transform(output)
+            source = self._sources.get(layer) or source_of(self.model, layer, self.reshape_transform)
+            recorded[layer] = feature_maps(features, source)
+
+    def save_gradient(self, layer: nn.Module, inputs: object, output: object) -> None:
+        """Do nothing: there are no gradients. The host's method records them."""
 
 
-def _explain(error: RuntimeError, model: nn.Module, images: Tensor) -> None:
+def _explain(error: RuntimeError, model: nn.Module, images: object) -> None:
     """Raise an error that names the images, where they are what the model's own error is about."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or not isinstance(images, Tensor):
         return
-    shape, parameter = tuple(images.shape), next(model.parameters(), images)
-    if shape[-1] <= 4 < shape[1] and _OF_SHAPE.search(str(error)):
+    shape, parameter = tuple(images.shape), next(iter(model.parameters()), images)
+    if len(shape) > 3 and shape[-1] <= 4 < shape[1] and _OF_SHAPE.search(str(error)):
         raise ValueError(
             f"expected images with their channels second, got {shape}, on which the model failed: "
             "if their channels are last, pass images.movedim(-1, 1)"
@@ -182,17 +184,22 @@ def record(
         recorder.release()
 
 
-def feature_maps(output: object, reshape_transform: ReshapeTransform | None, layer: str) -> Tensor:
-    """Return a layer's output as feature maps of its own memory.
+def source_of(model: object, layer: object, reshape_transform: ReshapeTransform | None = None) -> str:
+    """Return in words where feature maps come from, for messages."""
+    named = model.named_modules() if isinstance(model, nn.Module) else ()
+    name = next((name for name, module in named if module is layer), "") or type(layer).__name__
+    return f"`{name}`" if reshape_transform is None else f"the reshape_transform after `{name}`"
+
+
+def feature_maps(features: object, source: str) -> Tensor:
+    """Return what a layer, or the reshape_transform after it, put out as feature maps of their own memory.
 
     Args:
-        output: what the layer returned.
-        reshape_transform: applied to it first, as the host does; turns tokens into maps.
-        layer: the layer's name, for the messages.
+        features: what came.
+        source: where from, as of `source_of`.
 
     Returns:
-        batch x channels x height x width, or batch x channels x depth x height x width; detached, at least float32.
-        Non-finite numbers count as zero.
+        batch x channels x spatial (one axis or more); detached, at least float32. Non-finite numbers count as zero.
 
     Warns:
         RuntimeWarning: some images had non-finite numbers; it names them.
@@ -202,11 +209,9 @@ def feature_maps(output: object, reshape_transform: ReshapeTransform | None, lay
         ValueError: it has no spatial axes, or an empty one.
 
     Example:
-        >>> feature_maps(torch.ones(1, 2, 3, 4, dtype=torch.float16), None, "conv").dtype
+        >>> feature_maps(torch.ones(1, 2, 3, 4, dtype=torch.float16), "`conv`").dtype
         torch.float32
     """
-    features = output if reshape_transform is None else reshape_transform(output)
-    source = f"`{layer}`" if reshape_transform is None else f"the reshape_transform after `{layer}`"
     if not isinstance(features, Tensor):
         raise TypeError(
             f"expected one tensor of feature maps from {source}, got {type(features).__name__}: "
@@ -216,11 +221,8 @@ def feature_maps(output: object, reshape_transform: ReshapeTransform | None, lay
     if not features.is_floating_point():
         raise TypeError(f"expected floating point feature maps from {source}, got {features.dtype}")
     shape = tuple(features.shape)
-    if len(shape) not in (4, 5):
-        raise ValueError(
-            f"expected feature maps with spatial axes (B, C, H, W) or (B, C, D, H, W) from {source}, got {shape}: "
-            "choose a layer before the spatial axes are pooled, or for tokens pass a reshape_transform"
-        )
+    if len(shape) < 3:
+        raise _without_space(shape, source)
     if 0 in shape:
         raise ValueError(f"expected feature maps without an empty axis from {source}, got {shape}")
     features = features.detach().to(torch.promote_types(features.dtype, torch.float32), copy=True)
@@ -237,3 +239,34 @@ def feature_maps(output: object, reshape_transform: ReshapeTransform | None, lay
             )
             features.masked_fill_(~finite, 0)
     return features
+
+
+def check_maps_of(features: Tensor, images: Tensor, source: str) -> None:
+    """Raise ValueError unless these are one set of feature maps for each image, with the images' spatial axes.
+
+    Args:
+        features: as of `feature_maps`.
+        images: batch x channels x height x width, or batch x channels x depth x height x width.
+        source: as of `source_of`.
+    """
+    shape = tuple(features.shape)
+    if len(shape) not in (4, 5):
+        raise _without_space(shape, source)
+    if len(shape) != images.dim():
+        raise ValueError(
+            f"expected feature maps with the images' spatial axes, got {shape} for images {tuple(images.shape)}: "
+            "fold or drop the other axes in a reshape_transform"
+        )
+    if len(features) != len(images):
+        raise ValueError(
+            f"expected one set of feature maps for each of {len(images)} images from {source}, got {len(features)}: "
+            "choose a layer outside the part of the model that cuts images into windows or regions, or merge them in a "
+            "reshape_transform"
+        )
+
+
+def _without_space(shape: tuple[int, ...], source: str) -> ValueError:
+    return ValueError(
+        f"expected feature maps with spatial axes (B, C, H, W) or (B, C, D, H, W) from {source}, got {shape}: "
+        "choose a layer before the spatial axes are pooled, or for tokens pass a reshape_transform"
+    )

@@ -6,28 +6,32 @@ target layers and smooths by test-time augmentation. No other module subclasses 
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from typing import Any, Never, Self, get_args
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor, nn
+from torch.jit import TracedModule  # type: ignore[attr-defined]
 from ttach import Compose
 
-from tucker_cam.activations import FeatureRecorder, ReshapeTransform
+from tucker_cam.activations import FeatureRecorder, ReshapeTransform, check_maps_of, feature_maps, source_of
 from tucker_cam.decomposition import ChannelModes, Engine, channel_modes, check_engine, check_kind
 from tucker_cam.projection import Combine, combined_map, leading_map
 from tucker_cam.rank import Rank, check_rank
 
 # What a map may be off, as a share of its largest value: less than this is no contrast.
 _MAP_TOLERANCE = 1e-5
+_USED_OF_A_MODEL = ("__call__", "eval", "parameters")
+_SIZE_OF_THE_IMAGES = BaseCAM.get_target_width_height
 
 
-class LabelFreeCAM(BaseCAM):
+class LabelFreeCAM(BaseCAM, ABC):
     """A saliency method that reads feature maps only: no label, no gradient, no model output.
 
     Subclasses say how feature maps become one map in `saliency`. The object keeps nothing but the features and
@@ -39,6 +43,10 @@ class LabelFreeCAM(BaseCAM):
     already. `aug_smooth` works as the host's. The model's output is kept in `outputs`, never read, and may be
     anything. A call raises TypeError or ValueError for images and feature maps that have no map; what the model itself
     raises comes through as it is.
+
+    The maps are brought to the images' size, so there must be one set of feature maps for each image. Where
+    `get_target_width_height` is replaced, by a subclass or on the object, the images may be whatever the model takes,
+    and each set of feature maps becomes a map.
     """
 
     rank: Rank = None
@@ -48,19 +56,17 @@ class LabelFreeCAM(BaseCAM):
     def __init__(
         self,
         model: nn.Module,
-        target_layers: Sequence[nn.Module],
+        target_layers: Iterable[nn.Module],
         reshape_transform: ReshapeTransform | None = None,
         *,
         tta_transforms: Any = None,
-        **unknown: Never,
     ) -> None:
-        _refuse(unknown, type(self).__name__)
-        _check_construction(model, target_layers, reshape_transform, tta_transforms)
+        layers = _listed(target_layers)
+        _check_construction(model, layers, reshape_transform, tta_transforms)
         try:
-            # detach=False: the host hands the recorded tensors on as they are, without moving them to the CPU.
             super().__init__(
                 model,
-                list(target_layers),
+                layers,
                 reshape_transform,
                 uses_gradients=False,
                 tta_transforms=tta_transforms,
@@ -72,7 +78,7 @@ class LabelFreeCAM(BaseCAM):
                 "before torch.export"
             ) from error
         self.activations_and_grads.release()
-        self.activations_and_grads: FeatureRecorder = FeatureRecorder(model, target_layers, reshape_transform)
+        self.activations_and_grads: FeatureRecorder = FeatureRecorder(model, layers, reshape_transform)
 
     @abstractmethod
     def saliency(self, features: Tensor) -> Tensor:
@@ -91,9 +97,10 @@ class LabelFreeCAM(BaseCAM):
         Raises:
             TypeError, ValueError: as for a call.
         """
-        _check_images(input_tensor)
+        self._check_images(input_tensor)
         with torch.no_grad():
             self.outputs = self.activations_and_grads(input_tensor.to(self.device))
+            self._check_feature_maps(input_tensor)
             return [
                 channel_modes(features, rank=self.rank, center=self.center, engine=self.engine)
                 for features in self.activations_and_grads.activations
@@ -102,11 +109,27 @@ class LabelFreeCAM(BaseCAM):
     def forward(
         self, input_tensor: Tensor, targets: list[Any] | None = None, eigen_smooth: bool = False
     ) -> NDArray[np.float32]:
-        _check_images(input_tensor)
+        self._check_images(input_tensor)
         with torch.no_grad():
             # An empty list, since the host reads the model's output to choose targets where it is given None.
             targets = [] if targets is None else targets
             maps: NDArray[np.float32] = super().forward(input_tensor, targets, eigen_smooth)
+        return maps
+
+    def forward_augmentation_smoothing(
+        self, input_tensor: Tensor, targets: list[Any] | None = None, eigen_smooth: bool = False
+    ) -> NDArray[np.float32]:
+        self._check_images(input_tensor)  # which are transformed before forward sees them
+        maps: NDArray[np.float32] = super().forward_augmentation_smoothing(input_tensor, targets, eigen_smooth)
+        return maps
+
+    def compute_cam_per_layer(
+        self, input_tensor: Tensor, targets: list[Any] | None, eigen_smooth: bool
+    ) -> list[NDArray[np.float32]]:
+        self._check_feature_maps(input_tensor)
+        # The host's switch: with it get_cam_image is handed NumPy arrays, which is what those who override it expect.
+        self.detach = getattr(self.get_cam_image, "__func__", None) is not LabelFreeCAM.get_cam_image
+        maps: list[NDArray[np.float32]] = super().compute_cam_per_layer(input_tensor, targets, eigen_smooth)
         return maps
 
     def get_cam_image(
@@ -118,22 +141,32 @@ class LabelFreeCAM(BaseCAM):
         grads: object,
         eigen_smooth: bool = False,
     ) -> NDArray[np.float32]:
-        features = activations if isinstance(activations, Tensor) else torch.from_numpy(activations)
-        if isinstance(input_tensor, Tensor) and features.dim() != input_tensor.dim():
-            raise ValueError(
-                f"expected feature maps with the images' spatial axes, got {tuple(features.shape)} for images "
-                f"{tuple(input_tensor.shape)}: fold or drop the other axes in a reshape_transform"
-            )
+        features = self._recorded(activations, target_layer)
         # Autocast, if the caller has it on, is for the network: here it would round the products to half precision.
         device = features.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
             maps = self.saliency(features)
-        # scale_cam_image divides by the range plus 1e-7: that would flatten the maps of weak features, and spread
-        # the rounding errors of a flat one over [0, 1].
-        peaks = maps.amax(tuple(range(1, maps.dim())), keepdim=True)
-        scaled: NDArray[np.float32] = _without_flat(maps / peaks).float().cpu().numpy()
+        # scale_cam_image rounds to float32 before it subtracts the minimum, and divides by the range plus 1e-7: that
+        # would show the rounding errors of a map of low contrast, and flatten the maps of weak features.
+        maps = _without_flat(maps.cpu().double().clamp_min(0))
+        axes = tuple(range(1, maps.dim()))
+        lows = maps.amin(axes, keepdim=True)
+        ranges = maps.amax(axes, keepdim=True) - lows
+        scaled: NDArray[np.float32] = ((maps - lows) / torch.where(ranges > 0, ranges, 1)).float().numpy()
         return scaled
+
+    def _recorded(self, activations: Tensor | NDArray[np.floating[Any]], layer: nn.Module) -> Tensor:
+        """Return feature maps that are fit for `saliency`: our own recorder's are, and another's are made so."""
+        recorder = self.activations_and_grads
+        if isinstance(activations, Tensor):
+            ours = isinstance(recorder, FeatureRecorder)
+            if ours and any(activations is features for features in recorder.activations):
+                return activations
+            features = activations
+        else:
+            features = torch.from_numpy(np.ascontiguousarray(activations))
+        return feature_maps(features, source_of(self.model, layer, self.reshape_transform))
 
     def aggregate_multi_layers(self, cam_per_target_layer: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         if len(cam_per_target_layer) > 1:
@@ -150,9 +183,31 @@ class LabelFreeCAM(BaseCAM):
         aug_smooth: bool = False,
         eigen_smooth: bool = False,
     ) -> NDArray[np.float32]:
-        _check_images(input_tensor)  # the host transforms them before it calls forward
         maps: NDArray[np.float32] = super().__call__(input_tensor, targets, aug_smooth, eigen_smooth)
         return maps
+
+    def _check_images(self, images: object) -> None:
+        if not self._size_is_the_images:
+            if not hasattr(images, "to"):
+                raise TypeError(
+                    f"expected images as a torch.Tensor, or something else with a method `to` that the model takes, "
+                    f"got {type(images).__name__}"
+                )
+            return
+        _check_images(images)
+
+    def _check_feature_maps(self, images: Tensor) -> None:
+        if self._size_is_the_images:
+            for layer, features in zip(self.target_layers, self.activations_and_grads.activations, strict=False):
+                check_maps_of(features, images, source_of(self.model, layer, self.reshape_transform))
+
+    @property
+    def _size_is_the_images(self) -> bool:
+        """Whether maps are brought to the images' size; not where a user put in a `get_target_width_height`."""
+        return getattr(self.get_target_width_height, "__func__", None) is _SIZE_OF_THE_IMAGES
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *exception: object) -> None:
         """Take the hooks off the model. The host's swallows an IndexError raised in the block; this one does not."""
@@ -171,12 +226,14 @@ class LabelFreeCAM(BaseCAM):
         return copied
 
 
-class TSM(LabelFreeCAM):
+# BaseCAM is named again in the bases of each method, so that BaseCAM.__subclasses__(), of which some make their lists
+# of methods, has them.
+class TSM(LabelFreeCAM, BaseCAM):
     r"""Tucker Saliency Map (arXiv 2410.23072): $|a_1^\top F_{(1)}|$, F not centred.
 
     Args:
         model: the network; it is put into eval mode, as by every CAM class of the host.
-        target_layers: layers whose feature maps are explained; their maps are averaged.
+        target_layers: a list of the layers whose feature maps are explained; their maps are averaged.
         reshape_transform: turns a layer's output into batch x channels x height x width, e.g. for ViT tokens.
         rank: multilinear rank of the Tucker decomposition, see `channel_modes`; None is full rank, as in the paper.
         engine: "torch", or "tensorly" for TensorLy's own decomposition, one image at a time: slow, the same map.
@@ -184,10 +241,13 @@ class TSM(LabelFreeCAM):
 
     Raises:
         TypeError: `target_layers` is a single layer, or something in it is no layer; `rank` or
-            `tta_transforms` is of another kind; an argument that there is not, such as `use_cuda`.
-        ValueError: `target_layers` is empty, or holds a layer that is scripted or not part of the model; the model has
-            no parameters or no weights yet, is exported, or spread over several GPUs; `rank` or `engine` is none that
+            `tta_transforms` is of another kind.
+        ValueError: `target_layers` is empty, or holds a layer that is scripted or never called; the model has no
+            parameters or no weights yet, is exported, or spread over several GPUs; `rank` or `engine` is none that
             exists.
+
+    Warns:
+        UserWarning: `target_layers` is no list but a container of several layers, whose maps are averaged.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -199,17 +259,16 @@ class TSM(LabelFreeCAM):
     def __init__(
         self,
         model: nn.Module,
-        target_layers: Sequence[nn.Module],
+        target_layers: Iterable[nn.Module],
         reshape_transform: ReshapeTransform | None = None,
         *,
         rank: Rank = None,
         engine: Engine = "torch",
         tta_transforms: Any = None,
-        **unknown: Never,
     ) -> None:
         check_rank(rank)
         check_engine(engine)
-        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms, **unknown)
+        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
         self.rank = rank
         self.engine = engine
 
@@ -217,7 +276,7 @@ class TSM(LabelFreeCAM):
         return leading_map(features, rank=self.rank, engine=self.engine)
 
 
-class MTSM(LabelFreeCAM):
+class MTSM(LabelFreeCAM, BaseCAM):
     r"""Multivector Tucker Saliency Map (arXiv 2410.23072): $|\sum_i s_i\, a_i^\top F_{(1)}|$, F not centred.
 
     Args:
@@ -237,19 +296,18 @@ class MTSM(LabelFreeCAM):
     def __init__(
         self,
         model: nn.Module,
-        target_layers: Sequence[nn.Module],
+        target_layers: Iterable[nn.Module],
         reshape_transform: ReshapeTransform | None = None,
         *,
         rank: Rank = None,
         combine: Combine = "signed",
         engine: Engine = "torch",
         tta_transforms: Any = None,
-        **unknown: Never,
     ) -> None:
         check_rank(rank)
         check_engine(engine)
         _check_combine(combine)
-        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms, **unknown)
+        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
         self.rank = rank
         self.engine = engine
         self.combine = combine
@@ -258,7 +316,7 @@ class MTSM(LabelFreeCAM):
         return combined_map(features, combine=self.combine, rank=self.rank, engine=self.engine)
 
 
-class MultivecEigenCAM(LabelFreeCAM):
+class MultivecEigenCAM(LabelFreeCAM, BaseCAM):
     r"""Multivec-EigenCAM (arXiv 2410.23072): $|\sum_i s_i\, u_i^\top F_c|$ from the SVD of the centred unfolding $F_c$.
 
     Args:
@@ -277,15 +335,14 @@ class MultivecEigenCAM(LabelFreeCAM):
     def __init__(
         self,
         model: nn.Module,
-        target_layers: Sequence[nn.Module],
+        target_layers: Iterable[nn.Module],
         reshape_transform: ReshapeTransform | None = None,
         *,
         combine: Combine = "signed",
         tta_transforms: Any = None,
-        **unknown: Never,
     ) -> None:
         _check_combine(combine)
-        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms, **unknown)
+        super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
         self.combine = combine
 
     def saliency(self, features: Tensor) -> Tensor:
@@ -299,21 +356,36 @@ def _without_flat(maps: Tensor) -> Tensor:
     return torch.where(peaks - lows > _MAP_TOLERANCE * peaks, maps, 0)
 
 
-def _refuse(unknown: Mapping[str, object], method: str) -> None:
-    if unknown:
-        name, value = next(iter(unknown.items()))
+def _listed(target_layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the layers in a list, as the host iterates over whatever it is given."""
+    if isinstance(target_layers, nn.Module) and not isinstance(target_layers, Iterable):
         raise TypeError(
-            f"expected only the arguments of {method}, got {name}={value!r}: "
-            + ("move the model itself, model.cuda()" if name == "use_cuda" else f"help({method}) lists them")
+            f"expected target_layers as a list of layers, got the layer {type(target_layers).__name__}: put it in "
+            "brackets, [layer]"
         )
+    if isinstance(target_layers, str) or not isinstance(target_layers, Iterable):
+        raise TypeError(f"expected target_layers as a list of layers, got {type(target_layers).__name__}")
+    layers = list(target_layers)
+    if not layers:
+        raise ValueError("expected at least one target layer, got an empty list")
+    if len(layers) > 1 and not isinstance(target_layers, (list, tuple)):
+        warnings.warn(
+            f"target_layers is a {type(target_layers).__name__} of {len(layers)} layers, whose maps are averaged: "
+            "put the layers that you mean in brackets, [layer]",
+            stacklevel=4,
+        )
+    return layers
 
 
 def _check_construction(
     model: nn.Module, target_layers: Sequence[nn.Module], reshape_transform: object, tta_transforms: object
 ) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected model as a torch.nn.Module, got {type(model).__name__}")
-    parameter = next(model.parameters(), None)
+    if isinstance(model, type) or not all(callable(getattr(model, name, None)) for name in _USED_OF_A_MODEL):
+        raise TypeError(
+            "expected model as a torch.nn.Module, or something that can be called and has its methods eval and "
+            f"parameters, got {type(model).__name__}"
+        )
+    parameter = next(iter(model.parameters()), None)
     if parameter is None:
         raise ValueError(
             f"expected a model with parameters, which say what device it is on, got {type(model).__name__}"
@@ -327,33 +399,13 @@ def _check_construction(
             f"expected a model on one device, got DataParallel on {len(model.device_ids)}, whose copies run layers of "
             "their own: pass the model inside it, model.module"
         )
-    if isinstance(target_layers, nn.Module):
-        raise TypeError(
-            f"expected target_layers as a list of layers, got the layer {type(target_layers).__name__}: "
-            + (
-                "put it in brackets, [layer]"
-                if _is_called(target_layers)
-                else "it is only a container, so take one layer, [layers[-1]], or all of them, list(layers)"
-            )
-        )
-    if not isinstance(target_layers, Sequence) or isinstance(target_layers, str):
-        raise TypeError(f"expected target_layers as a list of layers, got {type(target_layers).__name__}")
-    if not target_layers:
-        raise ValueError("expected at least one target layer, got an empty list")
-    parts = set(model.modules())
     for layer in target_layers:
         if not isinstance(layer, nn.Module):
             raise TypeError(f"expected target_layers to hold torch.nn.Module objects, got {layer!r}")
-        if isinstance(layer, torch.jit.ScriptModule):
+        if isinstance(layer, torch.jit.ScriptModule) and not isinstance(layer, TracedModule):
             raise ValueError(
                 f"expected target layers of Python, got the scripted {layer.original_name}, which takes no hooks: "
                 "explain the model before torch.jit.script"
-            )
-        if layer not in parts:
-            raise ValueError(
-                f"expected target layers that are part of the model, got a {type(layer).__name__} that is not: "
-                "take the layer from the very object that is passed as model; layers that it keeps in a plain list are "
-                "none of its parts, in an nn.ModuleList they are"
             )
         if not _is_called(layer):
             raise ValueError(
@@ -376,7 +428,7 @@ def _check_combine(combine: str) -> None:
         raise ValueError(f"expected combine as one of {', '.join(map(repr, get_args(Combine)))}, got {combine!r}")
 
 
-def _check_images(images: Tensor) -> None:
+def _check_images(images: object) -> None:
     if not isinstance(images, Tensor):
         raise TypeError(
             f"expected images as a torch.Tensor, batch x channels x height x width, got {type(images).__name__}: "

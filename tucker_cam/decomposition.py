@@ -177,7 +177,7 @@ def _tensorly_factor(
     factors, norms = [], []
     # Its relative error of an image of zeros is 0 / 0; it stops after the fewest sweeps then.
     with tl.backend_context("numpy", local_threadsafe=True), np.errstate(invalid="ignore"):
-        for image in features.cpu().numpy():
+        for image in features.detach().cpu().numpy():
             core, (factor, *_) = tucker(image, rank=full_rank(image.shape) if rank is None else rank)
             factors.append(torch.from_numpy(factor))
             norms.append(torch.from_numpy(core).flatten(1).norm(dim=1))

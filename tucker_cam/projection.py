@@ -7,12 +7,12 @@ $a_i^\top F_{(1)} = s_i v_i^\top$ is an eigenvector of $G = F_{(1)}^\top F_{(1)}
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from tucker_cam.decomposition import Engine, channel_modes, signs_and_leads
+from tucker_cam.decomposition import ChannelModes, Engine, channel_modes, signs_and_leads
 from tucker_cam.gram import eigenpairs, gram, is_tall, leading_eigenvector, moderate, rows_in_float64, unfold
 from tucker_cam.hooi import truncated_leading_map
 from tucker_cam.rank import Rank, feasible_rank
@@ -52,7 +52,7 @@ def leading_map(
     spatial = features.shape[2:]
     ranks = feasible_rank(rank, tuple(features.shape[1:]))
     if engine == "tensorly":
-        return channel_modes(features, rank=rank, engine=engine).maps[:, 0].abs()
+        return _modes(features, rank=rank, engine=engine).maps[:, 0].abs()
     unfolding = unfold(features)
     leading = _leading_map(unfolding, spatial, ranks)
     if unfolding.dtype != torch.float64:
@@ -105,8 +105,8 @@ def combined_map(
     """
     features, _ = moderate(features)
     if engine == "tensorly" or feasible_rank(rank, tuple(features.shape[1:])) is not None:
-        modes = channel_modes(features, rank=rank, center=center, engine=engine)
-        weighted = modes.maps.double().flatten(2) * modes.values.double()[..., None]
+        modes = _modes(features, rank=rank, center=center, engine=engine)
+        weighted = modes.maps.flatten(2) * modes.values[..., None]
         combined = weighted.sum(1).abs() if combine == "signed" else weighted.norm(dim=1)
     else:
         unfolding = unfold(features)
@@ -115,6 +115,11 @@ def combined_map(
         else:
             combined = _energy(_centred(unfolding) if center else unfolding)
     return combined.reshape(len(features), *features.shape[2:])
+
+
+def _modes(features: Float[Tensor, "batch channels *spatial"], **options: Any) -> ChannelModes:
+    """Return `channel_modes` in float64, in which they are computed: rounded, a map of low contrast would show it."""
+    return channel_modes(unfold(features).double().reshape(features.shape), **options)
 
 
 def _signed_sum(
