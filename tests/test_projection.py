@@ -113,6 +113,23 @@ def test_a_map_of_low_contrast_is_right_after_it_is_scaled(shape, rank):
         np.testing.assert_allclose(references.scaled(saliency), expected, rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("shape", [(16, 112 * 112), (400, 120)])
+def test_a_map_with_one_very_strong_position_is_right_there(shape):
+    # The gap of the eigenvalues, 0.0101, leaves an error of the vector that is small beside its length of 1, and not
+    # beside its largest entry but one.
+    channels, positions = shape
+    generator = np.random.default_rng(12)
+    first = generator.uniform(0.5, 1, positions)
+    first[7] = 0
+    second = np.zeros(positions)
+    second[7] = 1
+    left, _ = np.linalg.qr(generator.standard_normal((channels, 2)))
+    matrix = np.outer(left[:, 0], first / np.linalg.norm(first)) + np.sqrt(1 - 0.0101) * np.outer(left[:, 1], second)
+    matrix += 1e-5 / np.sqrt(positions) * generator.standard_normal(shape)
+    batch = torch.from_numpy(matrix).float()[None]
+    assert_is_the_reference(leading_map(batch), lambda image: np.abs(references.svd_components(image)[0]), batch)
+
+
 class TF32(TorchDispatchMode):
     """Rounds the factors of float32 products to ten bits of mantissa, as CUDA does where it is allowed to."""
 

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 # The error of a Gram matrix accumulated in float32, relative to its largest eigenvalue, in the 2-norm: 2e-8 to 9e-8 was
 # measured on feature maps (2e-7 on Gaussian noise, which has no eigenvalue that stands out).
 _SINGLE_NOISE = 1e-7
-# What an eigenvector may be off, in the 2-norm: the noise over the relative gap to the next eigenvalue (Davis and
-# Kahan, 1970). So float32 is given up below a gap of 0.01.
-_VECTOR_TOLERANCE = 1e-5
+# What a map may be off, as a share of its contrast, its largest less its smallest value.
+_MAP_TOLERANCE = 1e-5
 # An image's features outside of these are scaled first: sums of their squares could leave float32's range, or lose
 # digits to its denormal numbers.
 _SMALLEST_PEAK, _LARGEST_PEAK = 1e-12, 1e12
@@ -32,8 +31,9 @@ _ROWS_AT_A_TIME = 256
 _LARGE = 128
 # Eight steps do for most feature maps; 32 resolve a relative gap of about 0.05.
 _KRYLOV_STEPS_AT_A_TIME, _KRYLOV_STEPS = 8, 32
-# Of the leading eigenvector, where no noise sets the limit.
-_RESIDUAL_TOLERANCE = 1e-6
+# Of the leading eigenvector, where no noise sets the limit: below the tolerance of a map by more than its length can be
+# above its contrast.
+_RESIDUAL_TOLERANCE = 1e-8
 
 
 def moderate(
@@ -89,49 +89,69 @@ def eigenpairs(
     return values.flip(-1).clamp_min(0), vectors.flip(-1)
 
 
-def quickly_or_carefully(
+def map_within_tolerance(
     unfolding: Float[Tensor, "batch channels positions"],
     solve: Callable[[Tensor, float], tuple[Tensor, Tensor]],
-    solve_again: Callable[[Tensor, float], tuple[Tensor, Tensor]],
-) -> Tensor:
-    """Solve a problem from the Gram matrix, accumulated in float32 for those images for which that does.
+    project: Callable[[Tensor, Tensor], Tensor],
+) -> Float[Tensor, "batch positions"]:
+    """Return each image's map, from a Gram matrix accumulated in float32 where that does, or else in float64.
 
     Args:
         unfolding: F.
         solve: from a Gram matrix and the noise in it, relative to its largest eigenvalue, to the solution of each
-            image, and whether it can be trusted.
-        solve_again: the same, for the images whose first solution cannot.
+            image, and how far the map may be off because of that noise: in the 2-norm, as a share of the map's own.
+        project: from F and the solution to the map, not negative, in float64.
     """
     tall = _as_tall(unfolding)
     noise = 0.0 if unfolding.dtype == torch.float64 else _SINGLE_NOISE
-    solution, trusted = solve((tall.mT @ tall).double(), noise)
-    if not trusted.all():
-        solution[~trusted], _ = solve_again(gram(unfolding[~trusted]), 0.0)
-    return solution
+    solution, error = solve((tall.mT @ tall).double(), noise)
+    maps = project(unfolding, solution)
+    if noise:
+        # At one position a map can be off by the whole of its error in the 2-norm.
+        off = error * maps.norm(dim=1) > _MAP_TOLERANCE * (maps.amax(1) - maps.amin(1))
+        if off.any():
+            solution, _ = solve(gram(unfolding[off]), 0.0)
+            maps[off] = project(unfolding[off].double(), solution)
+    return maps
 
 
-def leading_eigenvector(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor, "batch small"]:
-    """Return the leading eigenvector of each image's Gram matrix, times the root of its eigenvalue, in float64."""
-    large = min(unfolding.shape[1:]) >= _LARGE
-    return quickly_or_carefully(unfolding, _krylov if large else _complete, _complete)
+def leading_eigenvector(
+    matrix: Float[Tensor, "batch n n"], noise: float = 0.0
+) -> tuple[Float[Tensor, "batch n"], Float[Tensor, " batch"]]:
+    """Return each leading eigenvector, times the root of its eigenvalue, and its relative error in the 2-norm."""
+    if matrix.shape[-1] < _LARGE:
+        return _complete(matrix, noise)
+    vectors, error, converged = _krylov(matrix, noise)
+    if not converged.all():
+        if noise:
+            return vectors, error.masked_fill(~converged, torch.inf)
+        vectors[~converged], error[~converged] = _complete(matrix[~converged], noise)
+    return vectors, error
 
 
-def narrow(values: Float[Tensor, "batch n"], noise: float) -> Bool[Tensor, " batch"]:
-    """Tell whether the first eigenvalue is too near the second one for its vector, under this much noise."""
-    return _gap(values) * _VECTOR_TOLERANCE < noise * values[:, 0]
+def relative_error(values: Float[Tensor, "batch n"], noise: float) -> Float[Tensor, " batch"]:
+    """Return what noise in a matrix does to its leading eigenvector, in the 2-norm: see Davis and Kahan (1970).
+
+    It is the noise, relative to the first eigenvalue, over the gap to the second one, relative to it too.
+    """
+    return noise * values[:, 0] / _gap(values).clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def _complete(
     matrix: Float[Tensor, "batch n n"], noise: float
-) -> tuple[Float[Tensor, "batch n"], Bool[Tensor, " batch"]]:
+) -> tuple[Float[Tensor, "batch n"], Float[Tensor, " batch"]]:
     values, vectors = eigenpairs(matrix)
-    return values[:, :1].sqrt() * vectors[..., 0], ~narrow(values, noise)
+    return values[:, :1].sqrt() * vectors[..., 0], relative_error(values, noise)
 
 
 def _krylov(
     matrix: Float[Tensor, "batch n n"], noise: float
-) -> tuple[Float[Tensor, "batch n"], Bool[Tensor, " batch"]]:
-    """Find the leading eigenvector by Rayleigh-Ritz on a Krylov subspace (Lanczos with full reorthogonalisation)."""
+) -> tuple[Float[Tensor, "batch n"], Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """Find the leading eigenvector by Rayleigh-Ritz on a Krylov subspace (Lanczos with full reorthogonalisation).
+
+    Returns:
+        The vector as `leading_eigenvector` does, its error because of the noise, and whether it has converged.
+    """
     # A fixed random start: whatever is regular, ones for example, can be orthogonal to a regular eigenvector.
     generator = torch.Generator("cpu").manual_seed(0)
     start = torch.randn(matrix.shape[-1], generator=generator, dtype=matrix.dtype, device="cpu").to(matrix.device)
@@ -148,9 +168,9 @@ def _krylov(
         values, mixing = eigenpairs(basis @ images.mT)
         vector, image = ((mixing[:, None, :, 0] @ rows).squeeze(1) for rows in (basis, images))
         residual = (image - values[:, :1] * vector).norm(dim=-1)
-        trusted = (residual <= _RESIDUAL_TOLERANCE * _gap(values)) & ~narrow(values, noise)
-        if trusted.all() or basis.shape[1] > _KRYLOV_STEPS:
-            return values[:, :1].sqrt() * vector, trusted
+        converged = residual <= _RESIDUAL_TOLERANCE * _gap(values)
+        if converged.all() or basis.shape[1] > _KRYLOV_STEPS:
+            return values[:, :1].sqrt() * vector, relative_error(values, noise), converged
 
 
 def _gap(values: Float[Tensor, "batch n"]) -> Float[Tensor, " batch"]:

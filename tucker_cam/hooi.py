@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from tucker_cam.gram import eigenpairs, gram, is_tall, narrow, quickly_or_carefully
+from tucker_cam.gram import eigenpairs, gram, is_tall, map_within_tolerance, relative_error
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -39,13 +39,14 @@ class Components(NamedTuple):
         values: batch x rank, descending; $s_i$, the norms of the core's mode-1 slices.
         maps: batch x rank x positions; $a_i^\top F_{(1)}$.
         directions: the factor $A_1$ where F is wide; batch x positions x rank, with $A_1 = F_{(1)} D$, where tall.
-        trusted: batch; whether the first map is the same, to 1e-5, without the noise in the Gram matrix.
+        error: batch; how far the first map may be off because of the noise in the Gram matrix, in the 2-norm, as a
+            share of the map's own; infinite where that is not known.
     """
 
     values: Tensor
     maps: Tensor
     directions: Tensor
-    trusted: Tensor
+    error: Tensor
 
 
 def truncated_components(
@@ -60,15 +61,15 @@ def truncated_components(
 def truncated_leading_map(
     unfolding: Float[Tensor, "batch channels positions"], spatial: tuple[int, ...], rank: tuple[int, ...]
 ) -> Float[Tensor, "batch positions"]:
-    """Return the first map alone, from a float32 Gram matrix where the difference cannot be seen."""
+    """Return the absolute first map alone, from a float32 Gram matrix where the difference cannot be seen."""
     if not is_tall(unfolding):
-        return truncated_components(unfolding, spatial, rank).maps[:, 0]
+        return truncated_components(unfolding, spatial, rank).maps[:, 0].abs()
 
     def solve(matrix: Tensor, noise: float) -> tuple[Tensor, Tensor]:
         components = _iterate(matrix, spatial, rank, tall=True, noise=noise)
-        return components.maps[:, 0].clone(), components.trusted
+        return components.maps[:, 0], components.error
 
-    return quickly_or_carefully(unfolding, solve, solve)
+    return map_within_tolerance(unfolding, solve, lambda _, first: first.abs())
 
 
 def _iterate(
@@ -124,7 +125,7 @@ def _iterate(
         values,
         maps.gather(1, order[:, :, None].expand_as(maps)),
         directions.gather(2, order[:, None, :].expand_as(directions)),
-        trusted & ~narrow(values.square(), noise),
+        relative_error(values.square(), noise).masked_fill(~trusted, torch.inf),
     )
 
 

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from tucker_cam.decomposition import ChannelModes, Engine, channel_modes, signs_and_leads
-from tucker_cam.gram import eigenpairs, gram, is_tall, leading_eigenvector, moderate, rows_in_float64, unfold
+from tucker_cam.gram import (
+    eigenpairs,
+    gram,
+    is_tall,
+    leading_eigenvector,
+    map_within_tolerance,
+    moderate,
+    rows_in_float64,
+    unfold,
+)
 from tucker_cam.hooi import truncated_leading_map
 from tucker_cam.rank import Rank, feasible_rank
 
@@ -21,8 +30,6 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 Combine = Literal["signed", "energy"]
-# A map that varies by less than this share of its largest value shows its float32 rounding errors when it is scaled.
-_LOW_CONTRAST = 0.07
 # Of the largest projection: in float32 one is off by less.
 _LEAST_LEAD = 1e-6
 # Of the first squared value: a component below it moves no map by 1e-5, whatever its sign.
@@ -54,20 +61,17 @@ def leading_map(
     if engine == "tensorly":
         return _modes(features, rank=rank, engine=engine).maps[:, 0].abs()
     unfolding = unfold(features)
-    leading = _leading_map(unfolding, spatial, ranks)
-    if unfolding.dtype != torch.float64:
-        again = leading.amin(1) > (1 - _LOW_CONTRAST) * leading.amax(1)
-        if again.any():
-            leading[again] = _leading_map(unfolding[again].double(), spatial, ranks)
+    if ranks is None:
+        leading = map_within_tolerance(unfolding, leading_eigenvector, _along)
+    else:
+        leading = truncated_leading_map(unfolding, spatial, ranks)
     return leading.reshape(len(features), *spatial)
 
 
-def _leading_map(
-    unfolding: Float[Tensor, "batch channels positions"], spatial: tuple[int, ...], rank: tuple[int, ...] | None
+def _along(
+    unfolding: Float[Tensor, "batch channels positions"], leading: Float[Tensor, "batch small"]
 ) -> Float[Tensor, "batch positions"]:
-    if rank is not None:
-        return truncated_leading_map(unfolding, spatial, rank).abs()
-    leading = leading_eigenvector(unfolding)
+    """Return the map along the leading eigenvector of the Gram matrix: tall, it is the vector itself."""
     if is_tall(unfolding):
         return leading.abs()
     # Only zeros have length zero: whatever is there, however small, is a direction.
