@@ -130,6 +130,14 @@ def test_a_map_with_one_very_strong_position_is_right_there(shape):
     assert_is_the_reference(leading_map(batch), lambda image: np.abs(references.svd_components(image)[0]), batch)
 
 
+def test_long_sums_of_few_channels_are_those_of_float64():
+    # BLAS sums them one number after the other: in float32 the map would be off by 6e-6.
+    ramp = torch.linspace(-2.55, 2.55, 112 * 112).reshape(112, 112)
+    batch = torch.stack([1 + torch.rand(112, 112), ramp])[None].bfloat16()
+    exact = leading_map(batch.double())
+    assert_close(leading_map(batch), exact, rtol=0, atol=1e-9 * exact.max().item())
+
+
 class TF32(TorchDispatchMode):
     """Rounds the factors of float32 products to ten bits of mantissa, as CUDA does where it is allowed to."""
 

@@ -17,9 +17,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-# The error of a Gram matrix accumulated in float32, relative to its largest eigenvalue, in the 2-norm: 2e-8 to 9e-8 was
-# measured on feature maps (2e-7 on Gaussian noise, which has no eigenvalue that stands out).
-_SINGLE_NOISE = 1e-7
+# The error of a Gram matrix accumulated in float32, relative to its largest eigenvalue, in the 2-norm: 1e-8 to 1.3e-7
+# was measured on feature maps (4e-7 on Gaussian noise, which has no eigenvalue that stands out); but 5e-6 where fewer
+# rows than these are multiplied, which BLAS sums one number after the other.
+_SINGLE_NOISE = 2e-7
+_FEW_ROWS = 16
 # What a map may be off, as a share of its contrast, its largest less its smallest value.
 _MAP_TOLERANCE = 1e-5
 # An image's features outside of these are scaled first: sums of their squares could leave float32's range, or lose
@@ -99,20 +101,38 @@ def map_within_tolerance(
     Args:
         unfolding: F.
         solve: from a Gram matrix and the noise in it, relative to its largest eigenvalue, to the solution of each
-            image, and how far the map may be off because of that noise: in the 2-norm, as a share of the map's own.
+            image, and how far its direction may be off because of that noise, in the 2-norm.
         project: from F and the solution to the map, not negative, in float64.
     """
+    if min(unfolding.shape[1:]) < _FEW_ROWS:
+        unfolding = unfolding.double()
     tall = _as_tall(unfolding)
     noise = 0.0 if unfolding.dtype == torch.float64 else _SINGLE_NOISE
-    solution, error = solve((tall.mT @ tall).double(), noise)
+    matrix = (tall.mT @ tall).double()
+    solution, error = solve(matrix, noise)
     maps = project(unfolding, solution)
     if noise:
-        # At one position a map can be off by the whole of its error in the 2-norm.
-        off = error * maps.norm(dim=1) > _MAP_TOLERANCE * (maps.amax(1) - maps.amin(1))
+        off = error * _reach(unfolding, matrix, maps) > _MAP_TOLERANCE * (maps.amax(1) - maps.amin(1))
         if off.any():
             solution, _ = solve(gram(unfolding[off]), 0.0)
             maps[off] = project(unfolding[off].double(), solution)
     return maps
+
+
+def _reach(
+    unfolding: Float[Tensor, "batch channels positions"],
+    matrix: Float[Tensor, "batch small small"],
+    maps: Float[Tensor, "batch positions"],
+) -> Float[Tensor, " batch"]:
+    """Return by how much a map can be off at one position, for each part that its direction is off.
+
+    That is the length of the features there: tall, the root of the matrix's diagonal. Wide, they are no longer than
+    their largest number in all channels, nor is the whole map shorter than what an error of its direction adds to it.
+    """
+    if is_tall(unfolding):
+        return matrix.diagonal(dim1=-2, dim2=-1).amax(1).sqrt()
+    largest = torch.maximum(unfolding.amax((1, 2)), -unfolding.amin((1, 2))).double()
+    return torch.minimum(maps.norm(dim=1), largest * unfolding.shape[1] ** 0.5)
 
 
 def leading_eigenvector(

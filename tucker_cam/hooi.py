@@ -39,8 +39,8 @@ class Components(NamedTuple):
         values: batch x rank, descending; $s_i$, the norms of the core's mode-1 slices.
         maps: batch x rank x positions; $a_i^\top F_{(1)}$.
         directions: the factor $A_1$ where F is wide; batch x positions x rank, with $A_1 = F_{(1)} D$, where tall.
-        error: batch; how far the first map may be off because of the noise in the Gram matrix, in the 2-norm, as a
-            share of the map's own; infinite where that is not known.
+        error: batch; how far the first direction may be off because of the noise in the Gram matrix, in the 2-norm;
+            infinite where that is not known.
     """
 
     values: Tensor
