@@ -99,8 +99,6 @@ def choose_options(draw, transform):
         options["engine"] = draw.choice(["torch"] * 16 + ["tensorly"] * 3 + ["jax"])
     if method is not TSM:
         options["combine"] = draw.choice(["signed", "energy"] * 16 + ["sum", None])
-    if draw.random() < 0.03:
-        options[draw.choice(["use_cuda", "detach", "ranks"])] = True
     if draw.random() < 0.1:
         options["tta_transforms"] = ttach.Compose([ttach.Multiply([1, 2])])
     nonsense = [lambda x: x[0], lambda x: None, lambda x: x.flatten(1), "vit", 3]
