@@ -1,6 +1,7 @@
 """The benchmark scripts still run, and the README quotes what they wrote."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,16 @@ def test_the_folder_benchmark_runs_and_loses_nothing_when_it_is_killed(tmp_path)
     assert "pictures a second" in (tmp_path / "folders.md").read_text()
 
 
+def test_the_drop_in_benchmark_writes_what_stands_in_its_results(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.drop_in", "--out", tmp_path]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    written, kept = (
+        re.findall(r"^\| ([a-z-]+) ", (folder / "drop_in.md").read_text(), re.MULTILINE)
+        for folder in (tmp_path, ROOT / "benchmarks" / "results")
+    )
+    assert written == kept
+
+
 def test_the_readmes_results_are_quoted_from_what_the_benchmarks_wrote():
     readme = (ROOT / "README.md").read_text()
     section = readme.partition("## What came out\n")[2].partition("\n## ")[0]
@@ -95,7 +106,7 @@ def test_the_readmes_results_are_quoted_from_what_the_benchmarks_wrote():
         assert part in written
 
 
-@pytest.mark.parametrize("name", ["speed", "folders"])
+@pytest.mark.parametrize("name", ["speed", "folders", "drop_in"])
 def test_the_readme_quotes_all_tables_as_they_were_written(name):
     written = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
     for part in written.strip().split("\n\n"):
