@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder, VOCDetection, VOCSegmentation
 
-from tucker_cam.evaluation.datasets import find_samples, see
+from tucker_cam.evaluation.datasets import find_samples, overlooked, see
 from tucker_cam.models import Network
 
 VOC = "<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>{objects}</annotation>"
@@ -167,6 +167,7 @@ def voc(tmp_path):
 
 def test_vocs_boxes_are_those_that_torchvision_reads(voc):
     samples, kind = find_samples(voc)
+    assert not overlooked(voc)
     theirs = VOCDetection(voc, image_set="val")
     assert kind == "boxes"
     assert [str(sample.picture) for sample in samples] == theirs.images
@@ -207,6 +208,31 @@ def test_a_stray_xml_does_not_hide_the_masks(tmp_path):
     write_mask(tmp_path / "masks" / "a.png", np.full((6, 8), 255, np.uint8))
     (tmp_path / "pom.xml").write_text("<project/>")
     assert find_samples(tmp_path)[1] == "masks"
+
+
+def test_annotations_that_no_pictures_name_finds_are_counted_and_one_is_named(tmp_path):
+    write_picture(tmp_path / "images" / "a.jpg")
+    write_picture(tmp_path / "masks" / "a.png")
+    assert not overlooked(tmp_path)
+    for name in ("annots/a.xml", "masks/a_mask.png", "annotations/trimaps/a.png"):
+        write_picture(tmp_path / name, format="PNG")
+    (remark,) = overlooked(tmp_path)
+    assert f"belong to no picture: 3, {tmp_path / 'annots' / 'a.xml'} among them" in remark
+    with pytest.raises(ValueError, match="found none among 1; XML files or masks that belong to no picture: 3"):
+        find_samples(tmp_path, annotations="boxes")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1"])
+def test_masks_that_would_be_scored_as_pictures_are_named(tmp_path, mode):
+    for name in ("1", "2", "3"):
+        write_picture(tmp_path / "images" / f"{name}.jpg")
+        write_picture(tmp_path / "faces" / f"{name}.jpg")
+        write_picture(tmp_path / "grey" / f"of-{name}.jpg", mode="L")
+    assert not overlooked(tmp_path)
+    for name in ("1", "2"):
+        write_picture(tmp_path / "labels" / f"{name}.png", mode=mode)
+    (remark,) = overlooked(tmp_path)
+    assert remark.startswith(f"{tmp_path / 'labels'}: ")
 
 
 def test_suffixes_may_be_written_in_any_case(tmp_path):

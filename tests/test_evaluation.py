@@ -1,14 +1,18 @@
 """Folders through the command line: rows, tables, figures, interruptions, and pictures that cannot be used."""
 
 import csv
+import itertools
+import os
 import shutil
 import sys
 from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from matplotlib.figure import Figure
 from networks import tiny_loaded_model
 from PIL import Image
 from test_datasets import write_boxes, write_picture
@@ -254,6 +258,36 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_computed(
     assert not (tmp_path / "r.csv").exists()
 
 
+def test_outputs_that_cannot_be_written_are_found_before_the_model_is_loaded(data, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "file").write_text("the only copy")
+    for out in ("/dev/full", tmp_path / "pipe.png", tmp_path / "file" / "new" / "r.png"):
+        arguments = [("evaluate", data, "--out", out)]
+        if str(out).endswith(".png"):
+            arguments += [("spectrum", data, "--out", out)]
+            arguments += [("evaluate", data, "--out", tmp_path / "r.csv", "--report", out)]
+        for each in arguments:
+            result = run(*each, model="networks:raises")
+            assert result.exit_code == 2, each
+            assert f"{out}: expected a " in result.stderr
+            assert len(result.stderr.strip().splitlines()) == 1
+    assert (tmp_path / "file").read_text() == "the only copy"
+
+
+def test_what_this_run_prints_is_not_replaced_by_its_rows(data, tmp_path):
+    # As `--out /dev/stdout > rows.csv` does.
+    printed_to = os.dup(1)
+    with (tmp_path / "rows.csv").open("w") as rows:
+        os.dup2(rows.fileno(), 1)
+    try:
+        result = run("evaluate", data, "--out", "/dev/stdout", model="networks:raises")
+    finally:
+        os.dup2(printed_to, 1)
+        os.close(printed_to)
+    assert result.exit_code == 2
+    assert "/dev/stdout: expected a regular file for the output" in result.stderr
+
+
 def test_two_runs_do_not_write_to_one_file(data, tmp_path):
     with FileLock(tmp_path / ".r.csv.lock"):
         result = run("evaluate", data, "--out", tmp_path / "r.csv")
@@ -280,6 +314,18 @@ def test_a_model_that_returns_a_tuple_is_scored_by_its_embedding(data, tmp_path)
     result = run("evaluate", data, "--out", tmp_path / "r.csv", model="networks:tiny_tuple_model")
     assert result.exit_code == 0, result.output
     assert {row["method"] for row in read(tmp_path / "r.csv")} == METHODS | {*CONTROLS}
+
+
+def test_names_in_a_table_are_neither_markup_nor_escape_sequences(data, tmp_path):
+    arguments = ("evaluate", data, "--method", "tsm", "--metric", "localisation", "--out", tmp_path / "r.csv")
+    run(*arguments)
+    row = next(line for line in (tmp_path / "r.csv").read_text().splitlines() if ",tsm," in line)
+    with (tmp_path / "r.csv").open("a") as file:
+        file.write(row.replace(",tsm,", ",[/x] :cat: \x1b[31m,") + "\n")
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "[/x] :cat: \\x1b[31m" in result.output
+    assert "\x1b" not in result.output
 
 
 def test_an_edited_number_is_one_line_that_names_it(data, tmp_path):
@@ -336,7 +382,7 @@ def test_pictures_and_annotations_that_do_not_fit_are_named_counted_and_the_othe
         (lambda path: None, "expected a folder of pictures, found nothing of that name"),
         (lambda path: path.mkdir(), "at any depth, found none"),
         (lambda path: path.write_text(""), "found a file"),
-        (lambda path: path.mkdir() or (path / "a.jpg").write_text(""), "none of the 1 pictures could be read"),
+        (lambda path: path.mkdir() or (path / "a.jpg").write_text(""), "found 1 picture, and none could be read: "),
     ],
 )
 def test_data_without_pictures_is_one_line(tmp_path, make, message):
@@ -390,11 +436,70 @@ def test_the_report_shows_each_methods_best_median_and_worst_picture(data, tmp_p
     assert [path.name for path in report.parent.iterdir()] == ["report.png"]
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """Return a list of the figures that are written from now on."""
+    figures, savefig = [], Figure.savefig
+
+    def saved(figure, *arguments, **options):
+        figures.append(figure)
+        return savefig(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    return figures
+
+
+def example_of(mask):
+    return Example(np.ones((8, 8, 3), np.float32), np.ones((8, 8), np.float32), mask, caption("W" * 22, 0.12345))
+
+
+def test_no_two_texts_of_the_report_overlap_and_every_colour_is_named(tmp_path, drawn):
+    methods = ("eigencam", "tsm", "mtsm", "uniform")
+    rows = [
+        {"picture": picture, "method": method} | dict.fromkeys(BY_COLUMN, value)
+        for method in methods
+        for picture, value in (("a", "0.1"), ("b", "0.25"))
+    ]
+    examples = {method: dict.fromkeys(("best", "median", "worst"), example_of(np.eye(8) > 0)) for method in methods}
+    title = f"hf:{'a/long/path/' * 12}, {'a.layer.' * 12}: 2 pictures"
+    write_report(tmp_path / "r.png", title, summarise(rows, MEASURES), MEASURES, examples, BY_COLUMN["best_cut_iou"])
+    (page,) = drawn
+    (legend,) = (legend for part in page.subfigs for legend in part.legends)
+    titles = [axes.title for axes in page.axes] + [part._suptitle for part in (page, *page.subfigs)]
+    boxes = [each.get_window_extent() for each in (legend, *titles) if each is legend or (each and each.get_text())]
+    assert len(boxes) == len(MEASURES) + 12 + 3
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+    assert all(page.bbox.x0 <= box.x0 <= box.x1 <= page.bbox.x1 for box in boxes)
+    named = {patch.get_facecolor() for patch in legend.get_patches()}
+    assert named == {bar.get_facecolor() for axes in page.axes for bar in axes.patches}
+    assert len(named) == 3
+    assert [line.get_color() for line in legend.get_lines()] == ["black"]
+
+
+def test_an_objects_outline_is_closed_where_it_reaches_the_edge(tmp_path, drawn):
+    measure = BY_COLUMN["best_cut_iou"]
+    mask = np.arange(64).reshape(8, 8) % 8 > 3
+    summaries = summarise(rows_of({"eigencam": {"a": "0.1"}}), [measure])
+    write_report(tmp_path / "r.png", "", summaries, [measure], {"eigencam": {"best": example_of(mask)}}, measure)
+    (outline,) = (path for axes in drawn[0].axes for each in axes.collections for path in each.get_paths())
+    np.testing.assert_array_equal(outline.vertices[0], outline.vertices[-1])
+
+
+def test_every_box_of_the_spectrum_lies_inside_its_panel(tmp_path, drawn):
+    low = np.random.default_rng(0).uniform(0.1, 0.2, (9, 3))
+    draw_spectrum(tmp_path / "s.png", "", {"SVD, centred": low, "Tucker": low + 0.3})
+    for axes in drawn[0].axes:
+        bottom, top = axes.get_ylim()
+        heights = np.concatenate([line.get_ydata() for line in axes.lines])
+        assert bottom == 0
+        assert heights.max() < top
+
+
 def test_a_title_that_is_no_utf8_is_drawn(tmp_path):
     measure = BY_COLUMN["best_cut_iou"]
     summaries = summarise(rows_of({"eigencam": {"a": "0.1"}}), [measure])
-    example = Example(np.ones((8, 8, 3), np.float32), np.ones((8, 8), np.float32), np.zeros((8, 8), bool), "a")
-    write_report(tmp_path / "r.png", "\udcff", summaries, [measure], {"eigencam": {"best": example}}, measure)
+    examples = {"eigencam": {"best": example_of(np.zeros((8, 8), bool))}}
+    write_report(tmp_path / "r.png", "\udcff", summaries, [measure], examples, measure)
     draw_spectrum(tmp_path / "s.png", "\udcff", {"SVD, centred": np.ones((3, 2)), "Tucker": np.ones((3, 2))})
     for name in ("r.png", "s.png"):
         assert np.asarray(open_picture(tmp_path / name)).std() > 0
@@ -404,7 +509,7 @@ def test_pictures_on_which_the_network_fails_altogether_are_one_line(tmp_path):
     write_picture(tmp_path / "in" / "a.png", size=(3, 3))
     result = run("spectrum", tmp_path / "in", "--out", tmp_path / "s.png", model="networks:demanding_model")
     assert result.exit_code == 2
-    assert "none of the 1 pictures could be decomposed" in " ".join(result.stderr.split())
+    assert "found 1 picture, and none could be decomposed" in " ".join(result.stderr.split())
     assert not list(tmp_path.glob("s.*"))
 
 
@@ -484,7 +589,8 @@ def test_a_picture_whose_name_is_no_utf8_is_scored(data, tmp_path):
     result = run("evaluate", data, "--method", "tsm", "--metric", "localisation", "--out", tmp_path / "r.csv")
     assert result.exit_code == 0, result.output
     assert b"\xff.png,random," in (tmp_path / "r.csv").read_bytes()
-    assert caption("\udcff.png", 0.5) == "\\udcff.png: 0.5"
+    assert caption("\udcff.png", 0.5) == "0.5\n\\udcff.png"
+    assert len(caption("\udcff" * 22, 0.5)) == len("0.5\n") + 22
 
 
 @pytest.mark.parametrize("name", CONTROLS)
@@ -562,6 +668,41 @@ def test_the_spectrum_is_plotted_and_written(data, tmp_path):
         assert shares == sorted(shares, reverse=True)
         assert f"{name}: the first value holds" in result.output
     assert np.asarray(open_picture(tmp_path / "new" / "s.png")).std() > 10
+
+
+def test_the_spectrums_progress_counts_every_picture(data, tmp_path, monkeypatch):
+    (data / "images" / "text.jpg").write_text("no picture")
+    counted = []
+
+    @contextmanager
+    def progress(title, total):
+        yield counted.append
+        assert sum(counted) == total == 6
+
+    monkeypatch.setattr("tucker_cam.cli.spectrum.progress", progress)
+    assert run("spectrum", data, "--out", tmp_path / "s.png").exit_code == 1
+    assert counted
+
+
+def test_annotations_of_no_picture_are_named_before_the_model_is_loaded(data, tmp_path):
+    (data / "annotations").rename(data / "annots")
+    result = run("evaluate", data, "--out", tmp_path / "r.csv", model="networks:raises")
+    assert "belong to no picture: 5, " in result.stdout
+    assert "annots/0.xml among them" in result.stdout
+
+
+def test_pictures_are_looked_for_before_the_model_is_loaded(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for command, name in itertools.product(("evaluate", "spectrum"), ("missing", "empty")):
+        result = run(command, tmp_path / name, "--out", tmp_path / "o.png", model="networks:raises")
+        assert result.exit_code == 2
+        assert f"{name}: expected " in result.stderr
+
+
+def test_one_picture_is_one(data, tmp_path):
+    result = run("evaluate", data, "--limit", 1, "--metric", "localisation", "--out", tmp_path / "r.csv")
+    assert "1 picture scored" in result.stdout
+    assert "1 pictures" not in result.stdout
 
 
 def test_without_the_extra_the_command_that_installs_it_is_named(data, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -14,12 +16,12 @@ from tucker_cam.cli.methods import LABEL_DEPENDENT, METHODS, method_named
 from tucker_cam.cli.progress import progress
 from tucker_cam.evaluation.comparison import Group, Measure, Subject, measures, saliency_maps
 from tucker_cam.evaluation.controls import CONTROLS
-from tucker_cam.evaluation.datasets import Annotations, Sample, find_samples, see
+from tucker_cam.evaluation.datasets import Annotations, Sample, find_samples, overlooked, see
 from tucker_cam.evaluation.folder import Method, compare_on_folder, on_device
 from tucker_cam.evaluation.report import Example, caption, check_format, pick_examples, write_report
 from tucker_cam.evaluation.results import ResultsFile, Row
 from tucker_cam.evaluation.summary import BASELINE, Interval, Summary, summarise
-from tucker_cam.files import only_run, printable
+from tucker_cam.files import one_line, only_run, printable
 from tucker_cam.models import LoadedModel
 
 _TABLE_COLUMNS = 4
@@ -57,6 +59,8 @@ def evaluate_folder(
     # EigenCAM is what the others are compared with.
     chosen: dict[str, Method] = {name: method_named(name) for name in dict.fromkeys((BASELINE, *methods))}
     samples, kind = find_samples(data, annotations=annotations, limit=limit)
+    for remark in overlooked(data):
+        typer.echo(printable(f"note: {remark}"))
     loaded = load()
     subject = subject_of(loaded)
     check_readable(samples, loaded)
@@ -78,13 +82,11 @@ def evaluate_folder(
         others = {picture for picture, _ in results.rows} - {sample.name for sample in samples}
         if others:
             raise ValueError(
-                f"{out}: expected results of the {len(samples)} pictures of this run, found some of {min(others)}, "
+                f"{out}: expected results of the {pictures(len(samples))} of this run, found some of {min(others)}, "
                 "which is not among them: give another file, or the --limit it was written with"
             )
-        typer.echo(
-            f"{len(samples)} pictures, annotations: {kind}; {printable(loaded.description)}; "
-            f"embedding: {loaded.last_layer.name}, pooled"
-        )
+        said = f"{pictures(len(samples))}, annotations: {kind}; {loaded.description}"
+        typer.echo(printable(f"{said}; embedding: {loaded.last_layer.name}, pooled"))
         with progress("scoring", len(samples)) as advance:
             skipped, remarks = compare_on_folder(
                 samples, kind, loaded, subject, chosen, columns, results, advance=advance
@@ -95,14 +97,14 @@ def evaluate_folder(
     print_tables(summaries, columns)
     for remark in remarks:
         typer.echo(printable(f"note: {remark}"))
-    typer.echo(f"{len(samples) - len(skipped)} pictures scored, {len(skipped)} skipped; rows: {out}")
+    scored = pictures(len(samples) - len(skipped))
+    typer.echo(printable(f"{scored} scored, {len(skipped)} skipped; rows: {out}"))
     if report is not None and rows:
         ranked_by, examples = _examples(rows, columns, samples, kind, loaded, subject, chosen)
-        count = len(samples) - len(skipped)
-        title = f"{loaded.name}, {loaded.layer_names[0]}: {count} pictures; bars are means, lines their 95 % intervals"
+        title = f"{loaded.name}, {loaded.layer_names[0]}: {scored}"
         report.parent.mkdir(parents=True, exist_ok=True)
         write_report(report, title, summaries, columns, examples, ranked_by)
-        typer.echo(f"report: {report}")
+        typer.echo(printable(f"report: {report}"))
     return skipped
 
 
@@ -132,20 +134,27 @@ def subject_of(loaded: LoadedModel) -> Subject:
 
 def check_readable(samples: Sequence[Sample], loaded: LoadedModel) -> None:
     """Raise ValueError unless one picture at least can be read."""
+    errors: list[str] = []
     for sample in samples:
         try:
             see(sample, "none", loaded)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            errors.append(str(error))
             continue
         return
-    raise ValueError(f"none of the {len(samples)} pictures could be read, {samples[0].picture} among them")
+    raise ValueError(f"found {pictures(len(samples))}, and none could be read: {errors[0]}")
+
+
+def pictures(count: int) -> str:
+    """Return so many pictures in words."""
+    return f"{count} picture{'' if count == 1 else 's'}"
 
 
 def check_outputs(data: Path, outputs: Sequence[Path]) -> None:
-    """Refuse outputs that would overwrite each other, or become pictures of the data.
+    """Refuse outputs that would overwrite each other, become pictures of the data, or cannot be written.
 
     Raises:
-        ValueError: they would.
+        ValueError: they would, or are no regular files, or the folder they would be in takes no files.
     """
     resolved = [output.resolve() for output in outputs]
     if len(set(resolved)) < len(resolved):
@@ -155,22 +164,38 @@ def check_outputs(data: Path, outputs: Sequence[Path]) -> None:
             raise ValueError(f"{output}: expected an output outside of the data, {data}")
         if path.is_dir():
             raise ValueError(f"{output}: expected a file for the output, found a folder")
+        # A device or a pipe, or the file to which standard output goes: a run reads what is there, and replaces it.
+        if output.exists() and (not output.is_file() or _is_open_as(output, 1) or _is_open_as(output, 2)):
+            raise ValueError(f"{output}: expected a regular file for the output, found a device, a pipe or a stream")
+        try:
+            # The nearest folder that is there: what is missing below it can be made if this can.
+            tempfile.TemporaryDirectory(dir=next(folder for folder in path.parents if folder.exists())).cleanup()
+        except OSError as error:
+            raise ValueError(
+                f"{output}: expected a place that can be written to, found none ({one_line(error)})"
+            ) from error
+
+
+def _is_open_as(path: Path, descriptor: int) -> bool:
+    return os.path.samestat(path.stat(), os.fstat(descriptor))
 
 
 def print_tables(summaries: Mapping[str, Mapping[str, Summary]], columns: Sequence[Measure]) -> None:
     """Print a table by method for each few measures: the mean, and below it the difference from EigenCAM."""
-    console = Console()
+    # The rows may be of any method that a file names: no markup, no pictures for words between colons.
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(width=_PRINTED_WIDTH)
+        console = Console(markup=False, emoji=False, width=_PRINTED_WIDTH)
     shown = [column for column in columns if any(column.column in of_method for of_method in summaries.values())]
     for start in range(0, len(shown), _TABLE_COLUMNS):
         table = Table(show_lines=True)
         table.add_column("method", no_wrap=True)
         for column in shown[start : start + _TABLE_COLUMNS]:
-            table.add_column(f"{column.title}\n{_ARROWS[column.better]}", justify="right")
+            table.add_column(column.heading, justify="right")
         for method, by_column in summaries.items():
             table.add_row(
-                method, *(_cell(by_column.get(each.column)) for each in shown[start : start + _TABLE_COLUMNS])
+                printable(method),
+                *(_cell(by_column.get(each.column)) for each in shown[start : start + _TABLE_COLUMNS]),
             )
         console.print(table)
     console.print(
@@ -200,7 +225,7 @@ def _interval(interval: Interval, sign: str) -> str:
         else f"{number:{sign}.1f}"
         for number in interval
     ]
-    return numbers[0] if math.isnan(interval.low) else f"{numbers[0]} \\[{numbers[1]}, {numbers[2]}]"
+    return numbers[0] if math.isnan(interval.low) else f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
 
 
 def _examples(
@@ -235,6 +260,3 @@ def _examples(
                 loaded.picture(seen.network_input), saliency.cpu().numpy(), seen.mask.numpy(), caption(picture, value)
             )
     return ranked_by, examples
-
-
-_ARROWS = {"higher": "higher is better", "lower": "lower is better", "": "neither is better"}

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import track
 
-from tucker_cam.cli.evaluate import check_outputs, check_readable, subject_of
+from tucker_cam.cli.evaluate import check_outputs, check_readable, pictures, subject_of
+from tucker_cam.cli.progress import progress
 from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.spectrum import DECOMPOSITIONS, draw_spectrum, rows_of_spectrum, spectrum
-from tucker_cam.files import complete_or_absent, one_line
+from tucker_cam.files import complete_or_absent, one_line, printable
 from tucker_cam.models import LoadedModel
 
 _VALUES = 10
@@ -47,36 +46,37 @@ def write_spectrum(
     subject = subject_of(loaded)
     check_readable(samples, loaded)
     layer_name = loaded.layer_names[0]
-    skipped, pictures, parts = [], [], []
-    for sample in track(samples, "decomposing", console=Console(stderr=True)):
-        try:
-            image = see(sample, "none", loaded).network_input[None].to(loaded.device)
-        except (OSError, ValueError) as error:
-            skipped.append(str(error))
-            continue
-        try:
-            parts.append(spectrum(loaded.model, subject.layer, image, _VALUES, subject.reshape_transform))
-        except Exception as error:
-            # Networks fail in their own ways on some pictures.
-            skipped.append(f"{sample.picture}: {one_line(error)}")
-            continue
-        pictures.append(sample.name)
+    skipped, names, parts = [], [], []
+    with progress("decomposing", len(samples)) as advance:
+        for sample in samples:
+            try:
+                image = see(sample, "none", loaded).network_input[None].to(loaded.device)
+            except (OSError, ValueError) as error:
+                skipped.append(str(error))
+            else:
+                try:
+                    parts.append(spectrum(loaded.model, subject.layer, image, _VALUES, subject.reshape_transform))
+                    names.append(sample.name)
+                except Exception as error:
+                    # Networks fail in their own ways on some pictures.
+                    skipped.append(f"{sample.picture}: {one_line(error)}")
+            advance(1)
     if not parts:
-        raise ValueError(f"none of the {len(samples)} pictures could be decomposed: {skipped[0]}")
+        raise ValueError(f"found {pictures(len(samples))}, and none could be decomposed: {skipped[0]}")
     shares = {name: np.concatenate([part[name] for part in parts]) for name in DECOMPOSITIONS}
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw_spectrum(out, f"{loaded.name}, {layer_name}, {len(pictures)} pictures", shares)
+    draw_spectrum(out, f"{loaded.name}, {layer_name}, {pictures(len(names))}", shares)
     with (
         complete_or_absent(table) as unfinished,
         unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_HEADER)
-        writer.writerows(rows_of_spectrum(pictures, shares))
+        writer.writerows(rows_of_spectrum(names, shares))
     for name, share in shares.items():
         if np.isnan(share[:, 0]).all():
             raise ValueError(f"expected features of {layer_name} with singular values, found only zeros")
         low, middle, high = np.nanpercentile(share[:, 0], [25, 50, 75])
         typer.echo(f"{name}: the first value holds {middle:.3f} of the sum [quartiles {low:.3f}, {high:.3f}]")
-    typer.echo(f"plot: {out}\nnumbers: {table}")
+    typer.echo(printable(f"plot: {out}\nnumbers: {table}"))
     return skipped

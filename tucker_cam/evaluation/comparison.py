@@ -35,6 +35,11 @@ class Measure(NamedTuple):
     title: str
     better: Literal["higher", "lower", ""]
 
+    @property
+    def heading(self) -> str:
+        """Its title, and below it which of two numbers is better."""
+        return f"{self.title}\n{self.better or 'neither'} is better"
+
 
 MEASURES = (
     Measure("energy_in_mask", "localisation", "energy in the object", "higher"),

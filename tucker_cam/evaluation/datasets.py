@@ -7,7 +7,7 @@ follow its resizing and cropping to the pixel.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,7 +27,10 @@ from tucker_cam.models.families import preprocessed
 
 Annotations = Literal["boxes", "masks", "none"]
 
+_Role = Literal["pictures", "boxes", "masks", "misplaced", "objects"]
+
 _ORIENTATION = 0x0112
+_MODES_OF_MASKS = ("1", "L", "P")
 _VOID = 255
 
 
@@ -89,19 +92,10 @@ def find_samples(
         raise NotADirectoryError(f"{folder}: expected a folder of pictures, found {_what_is(folder)}")
     if limit is not None and limit < 1:
         raise ValueError(f"expected a limit of at least 1 picture, got {limit}")
-    files = sorted(files_below(folder, {*IMG_EXTENSIONS, ".xml"}))
-    pictures = [path for path in files if path.suffix.lower() != ".xml" and not _in_annotation_folder(path, folder)]
+    files = _files(folder)
+    pictures, files_of = files["pictures"], _by_name(files)
     if not pictures:
         raise ValueError(f"{folder}: expected pictures ({' '.join(IMG_EXTENSIONS)}) at any depth, found none")
-    files_of: dict[Annotations, dict[Path, Path]] = {
-        "boxes": {path.with_suffix(""): path for path in files if path.suffix.lower() == ".xml"},
-        "masks": {
-            path.with_suffix(""): path
-            for path in files
-            if path.suffix.lower() in IMG_EXTENSIONS and _in_annotation_folder(path, folder) == "masks"
-        },
-        "none": {},
-    }
     found: dict[Annotations, list[Sample]] = {
         kind: [
             Sample(path.relative_to(folder).as_posix(), path, _annotation(path, folder, kind, of_kind))
@@ -115,10 +109,39 @@ def find_samples(
     if annotations in ("boxes", "masks"):
         samples = [sample for sample in samples if sample.annotation is not None]
         if not samples:
-            raise ValueError(f"{folder}: expected pictures with {annotations}, found none among {len(pictures)}")
+            remarks = "".join(f"; {remark}" for remark in overlooked(folder))
+            message = f"{folder}: expected pictures with {annotations}, found none among {len(pictures)}{remarks}"
+            raise ValueError(message)
     if limit is not None:
         samples = sorted(random.Random(seed).sample(samples, len(samples))[:limit], key=lambda sample: sample.name)  # noqa: S311
     return samples, kind
+
+
+def overlooked(folder: Path) -> list[str]:
+    """Return a line on annotations of no picture, and one on each folder of pictures that look like masks.
+
+    The first lie in another folder than is looked into, or have other names than their pictures. The others are scored
+    as pictures: they are grey or of colour numbers, and another folder has pictures of all their names in colour.
+    """
+    files = _files(folder)
+    found = {
+        _annotation(picture, folder, kind, of_kind)
+        for kind, of_kind in _by_name(files).items()
+        for picture in files["pictures"]
+    }
+    unused = [file for kind in ("boxes", "masks", "misplaced") for file in files[kind] if file not in found]
+    remarks = []
+    if unused:
+        remarks.append(f"XML files or masks that belong to no picture: {len(unused)}, {unused[0]} among them: {_WHERE}")
+    in_folder: dict[Path, dict[str, Path]] = {}
+    for picture in files["pictures"]:
+        in_folder.setdefault(picture.parent, {})[picture.stem] = picture
+    first = {parent: _mode(next(iter(by_name.values()))) for parent, by_name in in_folder.items()}
+    coloured = [in_folder[parent].keys() for parent, mode in first.items() if mode == "RGB"]
+    for parent, mode in first.items():
+        if mode in _MODES_OF_MASKS and any(in_folder[parent].keys() <= names for names in coloured):
+            remarks.append(f"{parent}: taken for pictures, though these look like masks of others: {_WHERE}")
+    return remarks
 
 
 def see(sample: Sample, annotations: Annotations, network: Network) -> Seen:
@@ -159,6 +182,29 @@ def see(sample: Sample, annotations: Annotations, network: Network) -> Seen:
         why = "its object is cropped away or too small for the network, so not scored on localisation"
         remarks = [*remarks, f"{sample.annotation}: {why}"]
     return Seen(network_input, mask, remarks)
+
+
+def _files(folder: Path) -> dict[_Role, list[Path]]:
+    files: dict[_Role, list[Path]] = {"pictures": [], "boxes": [], "masks": [], "misplaced": [], "objects": []}
+    for path in sorted(files_below(folder, {*IMG_EXTENSIONS, ".xml"})):
+        files[_role(path, folder)].append(path)
+    return files
+
+
+def _by_name(files: Mapping[_Role, Sequence[Path]]) -> dict[Annotations, dict[Path, Path]]:
+    """Return the annotations of each kind by their paths without the suffix."""
+    boxes, masks = ({path.with_suffix(""): path for path in files[kind]} for kind in _ANNOTATION_FOLDERS)
+    return {"boxes": boxes, "masks": masks, "none": {}}
+
+
+def _mode(picture: Path) -> str | None:
+    """Return how a picture holds its colours, as Pillow names it; None where it cannot be read."""
+    try:
+        with open_image(picture) as opened:
+            return opened.mode
+    except Exception:
+        # Pillow's decoders raise nearly anything.
+        return None
 
 
 def _draw_boxes(file: Path, size: tuple[int, int], picture: Path) -> tuple[NDArray[np.bool_], list[str]]:
@@ -240,23 +286,33 @@ def _annotation(picture: Path, folder: Path, kind: Annotations, files: Mapping[P
     candidates = [picture.with_suffix("")] if kind == "boxes" else []
     for depth in range(len(below.parts) - 1, -1, -1):
         ancestor, rest = folder.joinpath(*below.parts[:depth]), below.parts[depth:]
-        for name in _ANNOTATION_FOLDERS.get(kind, ()):
+        for name in () if kind == "none" else _ANNOTATION_FOLDERS[kind]:
             candidates += [ancestor.joinpath(name, *rest), ancestor.joinpath(name, *rest[1:])]
     return next((files[candidate] for candidate in candidates if candidate in files), None)
 
 
-_ANNOTATION_FOLDERS: dict[Annotations, tuple[str, ...]] = {
+_ANNOTATION_FOLDERS: dict[Literal["boxes", "masks"], tuple[str, ...]] = {
     "boxes": ("annotations", "Annotations"),
     "masks": ("masks", "Masks", "SegmentationClass"),
 }
 
+_WHERE = (
+    "those of a picture's name are found, boxes beside it or in a folder annotations, masks in masks or "
+    "SegmentationClass"
+)
 
-def _in_annotation_folder(path: Path, folder: Path) -> str | None:
-    """Return what kind of annotations the folder holds in which a file lies; None if it is an ordinary folder."""
+
+def _role(path: Path, folder: Path) -> _Role:
+    """Tell by its suffix and the folders above what a file is: misplaced is a picture where boxes are looked for."""
+    if path.suffix.lower() == ".xml":
+        return "boxes"
     parts = set(path.relative_to(folder).parts[:-1])
     if parts & {*_ANNOTATION_FOLDERS["masks"]}:
         return "masks"
-    return "boxes" if parts & {*_ANNOTATION_FOLDERS["boxes"], "SegmentationObject"} else None
+    # VOC's masks of single objects, which are known and not needed.
+    if "SegmentationObject" in parts:
+        return "objects"
+    return "misplaced" if parts & {*_ANNOTATION_FOLDERS["boxes"]} else "pictures"
 
 
 def _what_is(path: Path) -> str:

@@ -8,8 +8,11 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from pytorch_grad_cam.utils.image import show_cam_on_image
 
@@ -22,7 +25,7 @@ from tucker_cam.files import complete_or_absent, printable
 _FORMATS = (".png", ".jpg", ".pdf", ".svg")
 PLACES = ("best", "median", "worst")
 _COLUMNS = 4
-_NAME_LENGTH = 24
+_NAME_LENGTH = 22
 
 
 class Example(NamedTuple):
@@ -31,8 +34,8 @@ class Example(NamedTuple):
     Attributes:
         picture: what the network saw, height x width x 3 in [0, 1].
         saliency: the map, height x width in [0, 1].
-        mask: bool, height x width; its outline is drawn.
-        caption: the picture's name and its score.
+        mask: bool, height x width; its outline is drawn, inside the picture.
+        caption: the picture's score, and below it its name.
     """
 
     picture: NDArray[np.float32]
@@ -61,9 +64,10 @@ def pick_examples(rows: Sequence[Row], measure: Measure) -> dict[str, dict[str, 
 
 
 def caption(picture: str, value: float) -> str:
-    """Return a picture's name, cut to what fits above an overlay, and its value."""
-    short = printable(picture if len(picture) <= _NAME_LENGTH else f"...{picture[-_NAME_LENGTH + 3 :]}")
-    return f"{short}: {value:.3g}"
+    """Return a picture's value, and below it its name, cut to what fits above an overlay."""
+    shown = printable(picture)
+    short = shown if len(shown) <= _NAME_LENGTH else f"...{shown[-_NAME_LENGTH + 3 :]}"
+    return f"{value:.3g}\n{short}"
 
 
 def check_format(path: Path) -> None:
@@ -101,12 +105,12 @@ def write_report(
     check_format(path)
     shown = [column for column in columns if any(column.column in of_method for of_method in summaries.values())]
     bar_rows = -(-len(shown) // _COLUMNS)
-    bar_height = 1.0 + 0.24 * len(summaries)
+    bar_height = 1.2 + 0.24 * len(summaries)
     sheet_height = 2.6 * -(-len(examples) // 2) + 0.6
     # File names may hold dollar signs, which are no formulas.
     with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
-        figure = Figure(figsize=(15, bar_rows * bar_height + sheet_height + 0.5), layout="constrained")
-        figure.suptitle(printable(title))
+        figure = Figure(figsize=(15, bar_rows * bar_height + sheet_height + 0.9), layout="constrained")
+        figure.suptitle(printable(title), wrap=True)
         halves = figure.add_gridspec(2, 1, height_ratios=[bar_rows * bar_height, sheet_height])
         bars, sheet = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
         _draw_bars(bars, summaries, shown, bar_rows)
@@ -124,43 +128,63 @@ def _draw_bars(
         for position, method in enumerate(methods):
             summary = summaries[method].get(column.column)
             if summary is None:
+                # A bar of length 0 would look the same.
+                axes.text(0, position, " not scored", fontsize=7, color="gray", verticalalignment="center")
                 continue
             mean, low, high = summary.value
-            axes.barh(position, mean, color=_colour(method))
+            axes.barh(position, mean, color=_COLOURS[_kind(method)])
             if not np.isnan(low):
                 axes.plot([low, high], [position, position], color="black", linewidth=1.2)
-        axes.set_title(f"{column.title}{_ARROWS[column.better]}", fontsize=9)
-        axes.set_yticks(range(len(methods)), methods)
+        axes.set_title(column.heading, fontsize=9)
+        axes.set_yticks(range(len(methods)), [printable(method) for method in methods])
+        axes.locator_params(axis="x", nbins=5)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(shown) :]:
         axes.axis("off")
     grid[0].invert_yaxis()
+    kinds = dict.fromkeys(_kind(method) for method in methods)
+    handles: list[Artist] = [Patch(color=_COLOURS[kind], label=f"mean of {kind}") for kind in kinds]
+    if any(not np.isnan(each.value.low) for of_method in summaries.values() for each in of_method.values()):
+        handles.append(Line2D([], [], color="black", linewidth=1.2, label="95 % bootstrap interval"))
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
 
 
 def _draw_examples(figure: SubFigure, examples: Mapping[str, Mapping[str, Example]], ranked_by: Measure) -> None:
-    figure.suptitle(f"each method's best, median and worst picture by {ranked_by.title}", fontsize=10)
+    outlined = "; white: the object's outline" if _any_mask(examples) else ""
+    title = f"each method's best, median and worst picture by {ranked_by.title}{outlined}"
+    figure.suptitle(title, fontsize=10)
     # Two methods side by side: a page that is not endless.
     grid = figure.subplots(-(-len(examples) // 2), 2 * len(PLACES), squeeze=False)
+    for axes in grid.flatten():
+        axes.axis("off")
     slots = grid.reshape(-1, len(PLACES))
     for slot, (method, by_place) in zip(slots, examples.items(), strict=False):
         for axes, (place, example) in zip(slot, by_place.items(), strict=False):
-            _draw_example(axes, f"{method}, {place}\n{example.caption}", example)
-    for axes in slots[len(examples) :].flatten():
-        axes.axis("off")
+            _draw_example(axes, f"{printable(method)}, {place}: {example.caption}", example)
 
 
 def _draw_example(axes: Axes, title: str, example: Example) -> None:
     axes.imshow(show_cam_on_image(example.picture, example.saliency, use_rgb=True))
-    if example.mask.any():
-        axes.contour(example.mask, levels=[0.5], colors="white", linewidths=1)
+    # Without the outermost pixels, or the outline would be open where the object reaches the picture's edge.
+    inner = np.zeros_like(example.mask)
+    inner[1:-1, 1:-1] = example.mask[1:-1, 1:-1]
+    if inner.any():
+        axes.contour(inner, levels=[0.5], colors="white", linewidths=1.5)
     axes.set_title(title, fontsize=8)
-    axes.axis("off")
 
 
-def _colour(method: str) -> str:
+def _any_mask(examples: Mapping[str, Mapping[str, Example]]) -> bool:
+    return any(example.mask.any() for by_place in examples.values() for example in by_place.values())
+
+
+def _kind(method: str) -> str:
     if method in CONTROLS:
-        return "tab:gray"
-    return "tab:orange" if method == BASELINE else "tab:blue"
+        return "a control, which knows nothing of the picture"
+    return BASELINE if method == BASELINE else "another method"
 
 
-_ARROWS = {"higher": " (higher is better)", "lower": " (lower is better)", "": ""}
+_COLOURS = {
+    BASELINE: "tab:orange",
+    "another method": "tab:blue",
+    "a control, which knows nothing of the picture": "tab:gray",
+}

@@ -66,13 +66,15 @@ def draw_spectrum(path: Path, title: str, shares: dict[str, NDArray[np.float64]]
         OSError: it cannot be written.
     """
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    figure.suptitle(printable(title), parse_math=False)
+    explained = "boxes: quartiles and median; whiskers: 5 and 95 %; points: pictures beyond"
+    figure.suptitle(f"{printable(title)}\n{explained}", fontsize=11, parse_math=False, wrap=True)
     for axes, (name, share) in zip(figure.subplots(1, len(shares), sharey=True), shares.items(), strict=True):
         finite = [column[np.isfinite(column)] for column in share.T]
         axes.boxplot(finite, whis=(5, 95), flierprops={"markersize": 2})
         axes.set_title(name)
         axes.set_xlabel("index of the singular value")
-        axes.set_ylim(bottom=0)
+    # Last: a limit that is set ends the scaling of both panels, which share their axis.
+    figure.axes[0].set_ylim(bottom=0)
     figure.axes[0].set_ylabel("share of the sum of all")
     with complete_or_absent(path) as unfinished:
         figure.savefig(unfinished, dpi=120, format="png")
