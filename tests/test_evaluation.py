@@ -316,11 +316,12 @@ def test_a_model_that_returns_a_tuple_is_scored_by_its_embedding(data, tmp_path)
     assert {row["method"] for row in read(tmp_path / "r.csv")} == METHODS | {*CONTROLS}
 
 
-def test_names_in_a_table_are_neither_markup_nor_escape_sequences(data, tmp_path):
-    arguments = ("evaluate", data, "--method", "tsm", "--metric", "localisation", "--out", tmp_path / "r.csv")
+def test_names_in_a_table_or_a_line_are_neither_markup_nor_escape_sequences(data, tmp_path):
+    out = tmp_path / "\x1b[31m.csv"
+    arguments = ("evaluate", data, "--method", "tsm", "--metric", "localisation", "--out", out)
     run(*arguments)
-    row = next(line for line in (tmp_path / "r.csv").read_text().splitlines() if ",tsm," in line)
-    with (tmp_path / "r.csv").open("a") as file:
+    row = next(line for line in out.read_text().splitlines() if ",tsm," in line)
+    with out.open("a") as file:
         file.write(row.replace(",tsm,", ",[/x] :cat: \x1b[31m,") + "\n")
     result = run(*arguments)
     assert result.exit_code == 0, result.output

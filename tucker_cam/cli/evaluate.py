@@ -21,7 +21,7 @@ from tucker_cam.evaluation.folder import Method, compare_on_folder, on_device
 from tucker_cam.evaluation.report import Example, caption, check_format, pick_examples, write_report
 from tucker_cam.evaluation.results import ResultsFile, Row
 from tucker_cam.evaluation.summary import BASELINE, Interval, Summary, summarise
-from tucker_cam.files import one_line, only_run, printable
+from tucker_cam.files import only_run, printable
 from tucker_cam.models import LoadedModel
 
 _TABLE_COLUMNS = 4
@@ -172,7 +172,7 @@ def check_outputs(data: Path, outputs: Sequence[Path]) -> None:
             tempfile.TemporaryDirectory(dir=next(folder for folder in path.parents if folder.exists())).cleanup()
         except OSError as error:
             raise ValueError(
-                f"{output}: expected a place that can be written to, found none ({one_line(error)})"
+                f"{output}: expected a place that can be written to, found none ({error.strerror})"
             ) from error
 
 
