@@ -27,6 +27,7 @@ from torch import Tensor
 from benchmarks.reporting import environment, interval, table
 from tucker_cam.activations import record
 from tucker_cam.cli.methods import LABEL_DEPENDENT, METHODS
+from tucker_cam.decomposition.projection import leading_map
 from tucker_cam.evaluation.comparison import MEASURES, Group, Subject, measures
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.datasets import find_samples, see
@@ -35,7 +36,6 @@ from tucker_cam.evaluation.results import ResultsFile
 from tucker_cam.evaluation.spectrum import draw_spectrum, spectrum
 from tucker_cam.evaluation.summary import Summary, summarise
 from tucker_cam.models import LoadedModel, load_model
-from tucker_cam.projection import leading_map
 
 SEED = 0
 LAYERS = {"blocks.6": "the last block's output, 320x7x7", "bn2": "after the head, 1280x7x7"}

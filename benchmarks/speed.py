@@ -39,8 +39,8 @@ from torch import Tensor, nn
 
 from benchmarks.reporting import environment, memory_mib, table
 from tucker_cam import MTSM, TSM
+from tucker_cam.decomposition.projection import combined_map, leading_map
 from tucker_cam.models import load_model
-from tucker_cam.projection import combined_map, leading_map
 
 SEED = 0
 # For one method on one case; it gets one round at least.

@@ -18,9 +18,10 @@ from threadpoolctl import threadpool_limits
 typing.TYPE_CHECKING = True
 try:
     with install_import_hook(
-        [f"tucker_cam.{name}" for name in ("rank", "gram", "hooi", "decomposition", "projection")], "shape_checks.check"
+        [f"tucker_cam.decomposition.{name}" for name in ("rank", "gram", "hooi", "modes", "projection")],
+        "shape_checks.check",
     ):
-        import tucker_cam  # noqa: F401
+        import tucker_cam.decomposition.projection  # noqa: F401
 finally:
     typing.TYPE_CHECKING = False
 

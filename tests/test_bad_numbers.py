@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 from pytorch_grad_cam.utils.image import scale_cam_image
 
 from tucker_cam import MTSM, TSM, MultivecEigenCAM
-from tucker_cam.projection import combined_map, leading_map
+from tucker_cam.decomposition.projection import combined_map, leading_map
 
 METHODS = {
     "TSM": (TSM, references.tsm),

@@ -12,7 +12,8 @@ from numpy.testing import assert_allclose
 from pytorch_grad_cam.utils.image import scale_cam_image
 from torch import nn
 
-from tucker_cam import MTSM, TSM, MultivecEigenCAM, decomposition
+from tucker_cam import MTSM, TSM, MultivecEigenCAM
+from tucker_cam.decomposition import modes
 
 METHODS = {
     "TSM": TSM,
@@ -316,8 +317,8 @@ def test_both_engines_give_the_same_map(method, rank):
 @pytest.mark.parametrize("method", [TSM, MTSM])
 def test_the_tensorly_engine_is_tensorly(method, rank, expected, monkeypatch):
     decomposed = []
-    tucker = decomposition.tucker
-    monkeypatch.setattr(decomposition, "tucker", lambda x, rank: (decomposed.append(rank), tucker(x, rank))[1])
+    tucker = modes.tucker
+    monkeypatch.setattr(modes, "tucker", lambda x, rank: (decomposed.append(rank), tucker(x, rank))[1])
     model = networks.small_cnn()
     method(model, [model[2]], rank=rank, engine="tensorly")(images())
     assert decomposed == [expected] * 2

@@ -8,8 +8,8 @@ import torch
 from numpy.testing import assert_allclose
 from PIL import Image
 
+from tucker_cam.decomposition.projection import combined_map, leading_map
 from tucker_cam.models import find_target_layer, load_model
-from tucker_cam.projection import combined_map, leading_map
 
 PHOTOGRAPHS = ["coffee", "chelsea", "astronaut"]
 TOLERANCE = 1e-4

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from tucker_cam import channel_modes
-from tucker_cam.projection import combined_map, leading_map
+from tucker_cam.decomposition.projection import combined_map, leading_map
 
 ROUNDING = 1e-8
 MAPS = {

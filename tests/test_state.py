@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from tucker_cam import MTSM, TSM, MultivecEigenCAM, channel_modes, decomposition
-from tucker_cam.projection import combined_map, leading_map
+from tucker_cam import MTSM, TSM, MultivecEigenCAM, channel_modes
+from tucker_cam.decomposition import modes
+from tucker_cam.decomposition.projection import combined_map, leading_map
 
 METHODS = {
     "TSM": TSM,
@@ -122,8 +123,8 @@ def test_after_a_call_that_fails_in_the_mathematics_all_is_as_before(method, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "eigh", interrupted)
-        patch.setattr("tucker_cam.decomposition.tucker", interrupted)
-        patch.setattr("tucker_cam.projection.gram", interrupted)
+        patch.setattr("tucker_cam.decomposition.modes.tucker", interrupted)
+        patch.setattr("tucker_cam.decomposition.projection.gram", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cam(batch)
     assert state(model) == before
@@ -282,14 +283,14 @@ def test_a_copy_and_its_original_do_not_take_each_others_hooks(method):
 
 
 def test_the_tensorly_engine_changes_the_backend_of_its_own_thread_only(monkeypatch):
-    seen, tucker = [], decomposition.tucker
+    seen, tucker = [], modes.tucker
 
     def spy(image, rank):
         with ThreadPoolExecutor(1) as pool:
             seen.append((tl.get_backend(), pool.submit(tl.get_backend).result()))
         return tucker(image, rank)
 
-    monkeypatch.setattr(decomposition, "tucker", spy)
+    monkeypatch.setattr(modes, "tucker", spy)
     tl.set_backend("pytorch")
     try:
         channel_modes(torch.randn(2, 6, 3, 4), rank=2, engine="tensorly")

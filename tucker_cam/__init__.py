@@ -1,7 +1,31 @@
 """Tucker saliency maps for pytorch-grad-cam: where a convolutional network looks, without a label or a gradient."""
 
-from tucker_cam.cams import MTSM, TSM, MultivecEigenCAM
-from tucker_cam.decomposition import ChannelModes, channel_modes
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tucker_cam.cams import MTSM, TSM, MultivecEigenCAM
+    from tucker_cam.decomposition.modes import ChannelModes, channel_modes
 
 __all__ = ["MTSM", "TSM", "ChannelModes", "MultivecEigenCAM", "channel_modes"]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "MTSM": "cams",
+    "TSM": "cams",
+    "MultivecEigenCAM": "cams",
+    "ChannelModes": "decomposition.modes",
+    "channel_modes": "decomposition.modes",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name where it is first asked for: PyTorch and the host take seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tucker_cam.decomposition import check_kind
+from tucker_cam.decomposition.modes import check_kind
 
 ReshapeTransform = Callable[[Any], Tensor]
 

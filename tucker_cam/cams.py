@@ -21,9 +21,9 @@ from torch.jit import TracedModule  # type: ignore[attr-defined]
 from ttach import Compose
 
 from tucker_cam.activations import FeatureRecorder, ReshapeTransform, check_maps_of, feature_maps, source_of
-from tucker_cam.decomposition import ChannelModes, Engine, channel_modes, check_engine, check_kind
-from tucker_cam.projection import Combine, combined_map, leading_map
-from tucker_cam.rank import Rank, check_rank
+from tucker_cam.decomposition.modes import ChannelModes, Engine, channel_modes, check_engine, check_kind
+from tucker_cam.decomposition.projection import Combine, combined_map, leading_map
+from tucker_cam.decomposition.rank import Rank, check_rank
 
 # What a map may be off, as a share of its largest value: less than this is no contrast.
 _MAP_TOLERANCE = 1e-5

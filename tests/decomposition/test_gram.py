@@ -3,9 +3,9 @@ import torch
 from torch.testing import assert_close
 
 from tucker_cam import channel_modes
-from tucker_cam import gram as gram_module
-from tucker_cam.gram import gram, moderate, unfold
-from tucker_cam.projection import leading_map
+from tucker_cam.decomposition import gram as gram_module
+from tucker_cam.decomposition.gram import gram, moderate, unfold
+from tucker_cam.decomposition.projection import leading_map
 
 
 def spectrum(values, rows, columns, batch=2):

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from tucker_cam import channel_modes
-from tucker_cam.decomposition import signs
+from tucker_cam.decomposition.modes import signs
 
 TALL, WIDE, SQUARE, VOLUME = (20, 3, 4), (5, 4, 6), (12, 3, 4), (9, 2, 3, 4)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tensorly.tucker_tensor import validate_tucker_rank
 
-from tucker_cam.rank import feasible_rank
+from tucker_cam.decomposition.rank import feasible_rank
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import torch
 from tensorly.decomposition import tucker
 from torch import Tensor
 
-from tucker_cam.gram import is_tall, moderate, unfold
-from tucker_cam.hooi import truncated_components
-from tucker_cam.rank import Rank, feasible_rank, full_rank
+from tucker_cam.decomposition.gram import is_tall, moderate, unfold
+from tucker_cam.decomposition.hooi import truncated_components
+from tucker_cam.decomposition.rank import Rank, feasible_rank, full_rank
 
 if TYPE_CHECKING:
     from jaxtyping import Float

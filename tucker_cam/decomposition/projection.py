@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from tucker_cam.decomposition import ChannelModes, Engine, channel_modes, signs_and_leads
-from tucker_cam.gram import (
+from tucker_cam.decomposition.gram import (
     eigenpairs,
     gram,
     is_tall,
@@ -23,8 +22,9 @@ from tucker_cam.gram import (
     rows_in_float64,
     unfold,
 )
-from tucker_cam.hooi import truncated_leading_map
-from tucker_cam.rank import Rank, feasible_rank
+from tucker_cam.decomposition.hooi import truncated_leading_map
+from tucker_cam.decomposition.modes import ChannelModes, Engine, channel_modes, signs_and_leads
+from tucker_cam.decomposition.rank import Rank, feasible_rank
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from tucker_cam.gram import eigenpairs, gram, is_tall, map_within_tolerance, relative_error
+from tucker_cam.decomposition.gram import eigenpairs, gram, is_tall, map_within_tolerance, relative_error
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tucker_cam import channel_modes
-from tucker_cam.projection import combined_map, leading_map
+from tucker_cam.decomposition.projection import combined_map, leading_map
 
 SHAPES = [
     (20, 3, 4),
@@ -229,7 +229,7 @@ def test_at_full_rank_the_maps_come_without_a_factor(monkeypatch):
     def never(*_, **__):
         raise AssertionError("a decomposition was computed")
 
-    monkeypatch.setattr("tucker_cam.projection.channel_modes", never)
+    monkeypatch.setattr("tucker_cam.decomposition.projection.channel_modes", never)
     for shape in ((20, 3, 4), (5, 4, 6)):
         leading_map(features(shape))
         for combine in ("signed", "energy"):

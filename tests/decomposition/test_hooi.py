@@ -7,8 +7,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tucker_cam import hooi
-from tucker_cam.hooi import truncated_components, truncated_leading_map
+from tucker_cam.decomposition import hooi
+from tucker_cam.decomposition.hooi import truncated_components, truncated_leading_map
 
 CASES = [
     ((40, 5, 6), (4, 2, 3)),
