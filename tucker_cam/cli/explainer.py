@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor
 
-from tucker_cam import MTSM
+from tucker_cam.decomposition.modes import channel_modes
+from tucker_cam.explanations.maps import OnePass
 from tucker_cam.files import one_line
 from tucker_cam.models import LoadedModel
 
@@ -84,18 +85,14 @@ class Explainer:
     def _explain(self, images: Tensor) -> list[Explanation]:
         loaded = self.loaded
         images = images.to(loaded.device)
-        # Without targets the host reads the output, which need not be a tensor where the model does not classify.
-        targets: list[object] | None = None if loaded.classifies else []
-        maps = {}
-        for name, build in self.methods.items():
-            with build(loaded.model, loaded.target_layers, loaded.reshape_transform) as cam:
-                maps[name] = cam(images, targets=targets, aug_smooth=self.aug_smooth)
-        if self.components:
-            with MTSM(loaded.model, loaded.target_layers, loaded.reshape_transform) as cam:
-                modes = cam.modes(images)[-1]
-            components, values = modes.maps[:, :_COMPONENTS].cpu().numpy(), modes.values.cpu().numpy()
-        else:
-            components = values = np.zeros((len(images), 0), np.float32)
+        components = values = np.zeros((len(images), 0), np.float32)
+        with OnePass(
+            loaded.model, loaded.target_layers, loaded.reshape_transform, images, aug_smooth=self.aug_smooth
+        ) as one_pass:
+            maps = {name: one_pass.maps(build) for name, build in self.methods.items()}
+            if self.components:
+                modes = channel_modes(one_pass.features()[-1])
+                components, values = modes.maps[:, :_COMPONENTS].cpu().numpy(), modes.values.cpu().numpy()
         return [
             Explanation({name: each[index] for name, each in maps.items()}, components[index], values[index])
             for index in range(len(images))

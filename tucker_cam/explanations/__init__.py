@@ -1,0 +1,1 @@
+"""Pictures, a model and methods in, explanations out."""
