@@ -251,9 +251,9 @@ def find_two_objects(model: nn.Sequential, scenes: Scenes, seed: int) -> dict[st
     subject = Subject(model, model.block5, model.block5, classifies=False)
     images = scenes.normalised()
     names = [f"scene {index:04d}" for index in range(len(images))]
-    found = {
-        method: both_found(maps, scenes.squares) for method, maps in saliency_maps(images, names, subject, METHODS)
-    }
+    with subject.one_pass(images) as one_pass:
+        maps_of = saliency_maps(one_pass, names, METHODS)
+        found = {method: both_found(maps, scenes.squares) for method, maps in maps_of}
     found["two components of cam.modes"] = components_find_both(model, images, scenes.squares)
     return {method: mean_interval(each.astype(float), seed) for method, each in found.items()}
 

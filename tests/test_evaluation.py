@@ -30,6 +30,7 @@ from tucker_cam.evaluation.results import ResultsFile
 from tucker_cam.evaluation.spectrum import draw_spectrum, spectrum
 from tucker_cam.evaluation.summary import summarise
 from tucker_cam.files import open_picture
+from tucker_cam.models import load_model
 
 METHODS = {"eigencam", "tsm", "mtsm", "mtsm-energy", "multivec-eigencam", "kpca-cam", "fem"}
 BY_COLUMN = {measure.column: measure for measure in MEASURES}
@@ -406,6 +407,16 @@ def test_a_picture_on_which_the_network_fails_is_named_and_the_others_are_done(d
         assert "Kernel size can't be greater than actual input size" in result.stderr.replace("\n", " ")
         rows = read(out.with_suffix(".csv"))
         assert {row["picture"] for row in rows} == {f"images/{index}.png" for index in range(5)}
+
+
+def test_a_picture_takes_one_pass_for_all_methods_two_with_gradients_and_two_for_each_map(data, tmp_path, monkeypatch):
+    loaded, seen = load_model("networks:tiny_loaded_model"), Counter()
+    loaded.model.register_forward_hook(lambda module, inputs, output: seen.update(images=len(output)))
+    monkeypatch.setattr("tucker_cam.cli.load_model", lambda *_, **__: loaded)
+    assert run("evaluate", data, "--metric", "drop", "--out", tmp_path / "results.csv").exit_code == 0
+    maps = len(METHODS) + 2 + len(CONTROLS)
+    # The uniform map is scored once: it is its own area-matched one.
+    assert seen["images"] / 5 == 1 + 2 + 2 * maps - 1 <= 26.5
 
 
 def test_pictures_too_large_to_be_scored_together_are_scored_one_by_one(data, tmp_path, monkeypatch):

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 import ttach
+from pytorch_grad_cam import EigenCAM, GradCAM
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
-from tucker_cam import channel_modes
+from tucker_cam import TSM, channel_modes
 from tucker_cam.cli.explainer import Explainer
 from tucker_cam.cli.methods import METHODS
 from tucker_cam.explanations.maps import OnePass
@@ -54,13 +56,29 @@ def test_the_model_runs_once_for_all_methods_or_once_for_each_transform(aug_smoo
     assert model.seen == [2] * passes
 
 
-def test_features_are_those_of_the_images_themselves():
+def test_output_and_features_are_those_of_the_images_themselves():
     model, batch = networks.small_cnn(), images()
     expected = model.eval()[:3](batch).detach()
     for aug_smooth in (False, True):
         with OnePass(model, [model[2]], None, batch, aug_smooth=aug_smooth) as one_pass:
             one_pass.maps(METHODS["eigencam"])
-            assert torch.equal(one_pass.features()[0], expected)
+            output, (features,) = one_pass.output_and_features()
+        assert torch.equal(features, expected)
+        torch.testing.assert_close(output, model(batch))
+        assert not output.requires_grad
+
+
+def test_a_method_with_gradients_runs_the_model_by_itself_for_the_predicted_class():
+    model, batch = Counting(networks.small_cnn()), images()
+    layers = [model.model[2]]
+    expected = GradCAM(model, layers)(batch, targets=[ClassifierOutputTarget(c) for c in model(batch).argmax(1)])
+    model.seen.clear()
+    with OnePass(model, layers, None, batch) as one_pass:
+        for method in (TSM, GradCAM, EigenCAM):
+            maps = one_pass.maps(method)
+            if method is GradCAM:
+                np.testing.assert_allclose(maps, expected, atol=1e-6)
+    assert model.seen == [2, 2]
 
 
 def test_a_method_that_fails_halfway_leaves_the_others_their_maps():

@@ -253,9 +253,8 @@ def _examples(
             images, _ = on_device([seen], loaded)
             wanted = {method: methods[method]} if method in methods else {}
             # Lazily: the controls come last, and are not made for a method's example.
-            saliency = next(
-                maps[0] for name, maps in saliency_maps(images, [picture], subject, wanted) if name == method
-            )
+            with subject.one_pass(images) as one_pass:
+                saliency = next(maps[0] for name, maps in saliency_maps(one_pass, [picture], wanted) if name == method)
             examples[method][place] = Example(
                 loaded.picture(seen.network_input), saliency.cpu().numpy(), seen.mask.numpy(), caption(picture, value)
             )

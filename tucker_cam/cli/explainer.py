@@ -91,7 +91,7 @@ class Explainer:
         ) as one_pass:
             maps = {name: one_pass.maps(build) for name, build in self.methods.items()}
             if self.components:
-                modes = channel_modes(one_pass.features()[-1])
+                modes = channel_modes(one_pass.output_and_features()[1][-1])
                 components, values = modes.maps[:, :_COMPONENTS].cpu().numpy(), modes.values.cpu().numpy()
         return [
             Explanation({name: each[index] for name, each in maps.items()}, components[index], values[index])

@@ -16,6 +16,7 @@ from tucker_cam.evaluation import metrics
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
 from tucker_cam.evaluation.metrics import Score
 from tucker_cam.evaluation.scores import embedding_similarity, probability_and_similarity
+from tucker_cam.explanations.maps import OnePass
 
 Group = Literal["localisation", "drop", "curves", "road", "statistics"]
 
@@ -91,11 +92,20 @@ class Subject:
     def score_names(self) -> tuple[str, ...]:
         return ("probability", "similarity") if self.classifies else ("similarity",)
 
-    def score(self, images: Tensor) -> Score:
-        """Return the score by which maps of these images are judged, batch x `score_names`."""
+    def one_pass(self, images: Tensor) -> OnePass:
+        """Return the forward pass of these images that all methods share."""
+        return OnePass(self.model, [self.layer], self.reshape_transform, images)
+
+    def score(self, one_pass: OnePass) -> Score:
+        """Return the score by which maps of a pass's images are judged, batch x `score_names`."""
+        images, layer, transform = one_pass.images, self.embedding_layer, self.embedding_transform
+        if layer is self.layer and transform == self.reshape_transform:
+            output, (features,) = one_pass.output_and_features()
+        else:
+            output, features = record(self.model, layer, images, transform)
         if self.classifies:
-            return probability_and_similarity(self.model, images, self.embedding_layer, self.embedding_transform)
-        similarity = embedding_similarity(self.model, images, self.embedding_layer, self.embedding_transform)
+            return probability_and_similarity(self.model, images, layer, transform, known=(output, features))
+        similarity = embedding_similarity(self.model, images, layer, transform, known=(output, features))
         return lambda these: similarity(these)[:, None]
 
 
@@ -110,22 +120,20 @@ def measures(groups: Collection[Group], score_names: Sequence[str]) -> list[Meas
 
 
 def saliency_maps(
-    images: Tensor, names: Sequence[str], subject: Subject, methods: Mapping[str, Callable[..., BaseCAM]]
+    one_pass: OnePass, names: Sequence[str], methods: Mapping[str, Callable[..., BaseCAM]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the maps of each method, in order, then those of the controls; float32 in [0, 1], on the images' device.
 
     A method that fails on these features, since its decomposition does not converge, gives NaN.
     """
-    # Without targets the host reads the output, which need not be a tensor where the model does not classify.
-    targets: list[object] | None = None if subject.classifies else []
+    images = one_pass.images
     for name, build in methods.items():
         try:
-            with build(subject.model, [subject.layer], subject.reshape_transform) as cam:
-                maps = torch.as_tensor(cam(images, targets=targets), dtype=torch.float32, device=images.device)
+            maps = torch.as_tensor(one_pass.maps(build), device=images.device)
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             maps = torch.full_like(images[:, 0], torch.nan)
         yield name, maps
-    _, features = record(subject.model, subject.layer, images[:1], subject.reshape_transform)
+    _, (features,) = one_pass.output_and_features()
     height, width = features.shape[-2:]
     size = (images.shape[-2], images.shape[-1])
     for name in CONTROLS:
@@ -151,10 +159,11 @@ def compare(
         methods: classes of the host's kind, by name.
         columns: as of `measures`; NaN for a map with values that are not finite.
     """
-    score = subject.score(images)
-    whole = score(images)
-    for name, maps in saliency_maps(images, names, subject, methods):
-        yield name, maps, _values(maps, images, masks, score, whole, subject.score_names, columns)
+    with subject.one_pass(images) as one_pass:
+        score = subject.score(one_pass)
+        whole = score(images)
+        for name, maps in saliency_maps(one_pass, names, methods):
+            yield name, maps, _values(maps, images, masks, score, whole, subject.score_names, columns)
 
 
 def _values(
@@ -180,8 +189,11 @@ def _values(
         }
     scored: dict[str, Tensor] = {}
     if "drop" in groups:
+        change = None
         for suffix, shown in (("", maps), ("_area_matched", metrics.area_matched(maps))):
-            change = metrics.confidence_change(images, shown, score, whole=whole)
+            # The uniform map is its own area-matched one.
+            if change is None or not torch.equal(shown, maps):
+                change = metrics.confidence_change(images, shown, score, whole=whole)
             scored |= {f"{kind}{suffix}": each for kind, each in change._asdict().items()}
     if "curves" in groups:
         scored["insertion"] = metrics.insertion_auc(images, maps, score, baseline=metrics.blurred(images))

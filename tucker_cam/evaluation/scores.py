@@ -32,7 +32,12 @@ def class_probability(model: nn.Module, classes: Tensor) -> Score:
 
 
 def embedding_similarity(
-    model: nn.Module, images: Tensor, layer: nn.Module | None = None, reshape_transform: ReshapeTransform | None = None
+    model: nn.Module,
+    images: Tensor,
+    layer: nn.Module | None = None,
+    reshape_transform: ReshapeTransform | None = None,
+    *,
+    known: tuple[object, object] | None = None,
 ) -> Score:
     """Score images by the cosine similarity of their embedding with that of the whole `images`, in [-1, 1].
 
@@ -44,6 +49,7 @@ def embedding_similarity(
         layer: whose feature maps, averaged over their positions, are the embedding; None for the model's output,
             batch x features or batch x channels x spatial.
         reshape_transform: as of the CAM classes, for the layer's tokens.
+        known: the model's output for `images` and the layer's feature maps, where a forward pass has been made.
 
     Returns:
         A score, batch; 1 for `images` themselves.
@@ -58,12 +64,17 @@ def embedding_similarity(
                 return _pooled(model(these))
             return _pooled(record(model, layer, these, reshape_transform)[1])
 
-    whole = embedding(images)
-    return lambda these: cosine_similarity(embedding(these), whole)
+    whole = embedding(images) if known is None else _pooled(known[1])
+    return lambda these: cosine_similarity(whole if these is images else embedding(these), whole)
 
 
 def probability_and_similarity(
-    model: nn.Module, images: Tensor, layer: nn.Module, reshape_transform: ReshapeTransform | None = None
+    model: nn.Module,
+    images: Tensor,
+    layer: nn.Module,
+    reshape_transform: ReshapeTransform | None = None,
+    *,
+    known: tuple[object, object] | None = None,
 ) -> Score:
     """Give both scores, of the classes predicted for `images` and of the layer's embedding, from one forward pass.
 
@@ -72,6 +83,7 @@ def probability_and_similarity(
         images: see `embedding_similarity`.
         layer: see `embedding_similarity`.
         reshape_transform: see `embedding_similarity`.
+        known: see `embedding_similarity`.
 
     Returns:
         A score, batch x 2: the probability and the similarity.
@@ -79,11 +91,11 @@ def probability_and_similarity(
     Raises:
         TypeError: see `class_probability`.
     """
-    logits, features = record(model, layer, images, reshape_transform)
-    classes, whole = _logits(logits).argmax(1), _pooled(features)
+    of_images: tuple[object, object] = known or record(model, layer, images, reshape_transform)
+    classes, whole = _logits(of_images[0]).argmax(1), _pooled(of_images[1])
 
     def score(these: Tensor) -> Tensor:
-        output, features = record(model, layer, these, reshape_transform)
+        output, features = of_images if these is images else record(model, layer, these, reshape_transform)
         return torch.stack([_probability(output, classes), cosine_similarity(_pooled(features), whole)], dim=1)
 
     return score

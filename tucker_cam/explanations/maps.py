@@ -16,7 +16,7 @@ from tucker_cam.activations import FeatureRecorder, ReshapeTransform
 
 
 class OnePass:
-    """Explains a batch of images by several methods, for which the model runs once.
+    """Explains a batch of images by several methods, for which, where they need no gradient, the model runs once.
 
     Under test-time augmentation it runs once for each transform. The maps are those of the methods' own classes; where
     a module rewrites a layer's output in place, the host's get the output as it was.
@@ -47,25 +47,32 @@ class OnePass:
         self._recorder = FeatureRecorder(model, target_layers, reshape_transform)
 
     def maps(self, method: Callable[..., BaseCAM]) -> NDArray[np.float32]:
-        """Return the maps of a label-free method, batch x spatial, float32 in [0, 1].
+        """Return a method's maps, batch x spatial, float32 in [0, 1].
+
+        One that uses gradients runs the model by itself, and explains the class that it predicts.
 
         Raises:
             TypeError, ValueError: see `TSM`. What the model, or the host, raises comes through.
         """
-        with method(self.model, self.target_layers, self.reshape_transform) as cam, torch.no_grad():
-            cam.activations_and_grads.release()
-            cam.activations_and_grads = _Replayed(self._recorder, self.passes)
-            # Without targets the host would read the output, which need not be a tensor.
-            maps: NDArray[np.float32] = cam(self.images, targets=[], aug_smooth=self.aug_smooth)
+        with method(self.model, self.target_layers, self.reshape_transform) as cam:
+            targets: list[Any] | None = None
+            if not cam.uses_gradients:
+                cam.activations_and_grads.release()
+                cam.activations_and_grads = _Replayed(self._recorder, self.passes)
+                # Without targets the host would read the output, which need not be a tensor.
+                targets = []
+            maps: NDArray[np.float32] = cam(self.images, targets=targets, aug_smooth=self.aug_smooth)
         return maps
 
-    def features(self) -> list[Tensor]:
-        """Return each target layer's feature maps of the images themselves, as `FeatureRecorder` records them."""
-        with torch.no_grad():
-            if self.aug_smooth or not self.passes:
-                self._recorder(self.images)
-                return self._recorder.activations
-            return self.passes[0][1]
+    def output_and_features(self) -> tuple[Any, list[Tensor]]:
+        """Return what the model puts out for the images themselves, and each target layer's feature maps of them."""
+        if self.aug_smooth or not self.passes:
+            with torch.no_grad():
+                output = self._recorder(self.images)
+            if self.aug_smooth:
+                return output, self._recorder.activations
+            self.passes.append((output, self._recorder.activations))
+        return self.passes[0]
 
     def __enter__(self) -> Self:
         return self
@@ -83,7 +90,8 @@ class _Replayed(FeatureRecorder):
 
     def __call__(self, images: Any) -> Any:
         if self._calls == len(self._passes):
-            outputs = self._recorder(images)
+            with torch.no_grad():
+                outputs = self._recorder(images)
             self._passes.append((outputs, self._recorder.activations))
         outputs, self.activations = self._passes[self._calls]
         self._calls += 1
