@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from tucker_cam.extras import install
 from tucker_cam.files import one_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -109,11 +110,28 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
                 raise
             extra = {"demo": "demo", "hf": "hf"}.get(family, "models")
             raise ModuleNotFoundError(
-                f"the model {spec} needs the package {error.name}: pip install 'tucker-cam[{extra}]'", name=error.name
+                f"the model {spec} needs the package {error.name}: {install(extra)}", name=error.name
             ) from error
     if family not in _FAMILIES and family and rest.isidentifier():
         return _own(family, rest)
-    raise ValueError(f"expected a model named {SPECIFICATIONS}, got {spec!r}")
+    meant = " or ".join(_with_a_family(spec)) if ":" not in spec else ""
+    raise ValueError(f"expected a model named {SPECIFICATIONS}, got {spec!r}{meant and f': did you mean {meant}?'}")
+
+
+def _with_a_family(name: str) -> Iterator[str]:
+    """Yield the specifications of the libraries' models of this name; a library that is not there has none."""
+    with suppress(ModuleNotFoundError):
+        import timm
+
+        if timm.is_model(name.lower().partition(".")[0]):
+            yield f"timm:{name.lower()}"
+    with suppress(ModuleNotFoundError):
+        from torchvision import models
+
+        if name.lower() in models.list_models():
+            yield f"torchvision:{name.lower()}"
+    if name.count("/") == 1:
+        yield f"hf:{name}"
 
 
 def _demo(_: str, pretrained: bool) -> Network:
@@ -309,8 +327,8 @@ def _torch_hub(name: str, pretrained: bool) -> Network:
             model = load()
     except OSError as error:
         raise _no_weights(f"hub:{name}", pretrained, error) from error
-    except RuntimeError as error:
-        raise ValueError(f"hub:{name} could not be built: {one_line(error)}") from error
+    except (RuntimeError, SystemExit) as error:
+        raise ValueError(f"hub:{name} could not be built: {_described(error)}") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module from hub:{name}, got {type(model).__name__}")
     return Network(model)
@@ -328,15 +346,16 @@ def _own(module_name: str, function_name: str) -> Network:
         raise ValueError(
             f"expected a model named {SPECIFICATIONS}, and there is no module {error.name!r} here"
         ) from error
-    except Exception as error:
-        raise ValueError(f"{module_name} could not be imported ({type(error).__name__}: {error})") from error
+    except (Exception, SystemExit) as error:
+        # A script that does its work, or reads its arguments, when it is imported ends the program so.
+        raise ValueError(f"{module_name} could not be imported ({_described(error)})") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"{module_name} has no function {function_name!r}")
     try:
         built = function()
-    except Exception as error:
-        raise ValueError(f"{module_name}:{function_name} failed ({type(error).__name__}: {error})") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{module_name}:{function_name} failed ({_described(error)})") from error
     if isinstance(built, nn.Module):
         return Network(built)
     if not isinstance(built, Network):
@@ -345,6 +364,11 @@ def _own(module_name: str, function_name: str) -> Network:
             f"{type(built).__name__}"
         )
     return built
+
+
+def _described(error: BaseException) -> str:
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _near(name: str, known: list[str]) -> str:
