@@ -277,11 +277,12 @@ def test_the_work_is_done_to_its_end_when_nobody_reads_what_it_prints(monkeypatc
     command = ["tucker-cam", "explain", photograph, "--model", "networks:tiny_loaded_model", "--out", tmp_path / "out"]
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "w") as pipe, pytest.raises(SystemExit) as ended:
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    with open(writer, "w") as pipe:
         for name in ("stdout", "stderr"):
             monkeypatch.setattr(sys, name, pipe)
-        main()
+        with pytest.raises(SystemExit) as ended:
+            main()
     assert ended.value.code == 0
     assert (tmp_path / "out" / "coffee_tsm.png").is_file()
 
