@@ -263,7 +263,7 @@ def test_without_the_extra_the_command_that_installs_it_is_named():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr == (
-        "the command line needs the package typer: pip install '.[cli]' in a checkout of tucker_cam\n"
+        "the command line needs the package typer: pip install '.[demo]' in a checkout of tucker_cam\n"
     )
 
 

@@ -35,7 +35,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in _OF_THE_COMMAND_LINE:
             raise
-        sys.exit(f"the command line needs the package {error.name}: {install('cli')}")
+        sys.exit(f"the command line needs the package {error.name}: {install('demo')}")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(_INTERRUPTED)
