@@ -1,5 +1,6 @@
 """Tiny seeded networks, one for each habit of a model that a label-free method has to put up with."""
 
+import sys
 from dataclasses import replace
 
 import torch
@@ -164,6 +165,16 @@ def raises():
 
 def exits_with_a_key():
     raise KeyError("conv1")
+
+
+def exits():
+    sys.exit()
+
+
+def model_with_a_buffer_on_meta():
+    model = small_cnn()
+    model.register_buffer("unused", torch.zeros(2, device="meta"))
+    return model
 
 
 def bare_model():

@@ -2,7 +2,9 @@
 
 import argparse
 import io
+import os
 import re
+import time
 
 import numpy as np
 import pytest
@@ -320,6 +322,21 @@ def test_a_file_that_is_no_checkpoint_is_one_clear_line(tmp_path, suffix, conten
     with pytest.raises((OSError, ValueError), match=message) as error:
         load_checkpoint(seeded(resnet, 3), file, frozenset())
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "w.pth")
+    with pytest.raises(OSError, match="expected a file of weights, found a folder, a pipe or a device"):
+        load_checkpoint(seeded(resnet, 3), tmp_path / "w.pth", frozenset())
+
+
+def test_twenty_thousand_prefixes_are_answered_at_once(tmp_path):
+    one = torch.zeros(4)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"found 0 of its \d+ entries"):
+        load(seeded(resnet, 3), {f"part{index}.weight": one for index in range(20_000)}, tmp_path)
+    assert time.monotonic() - start < 10
 
 
 @pytest.mark.parametrize("legacy", [True, False])

@@ -1,4 +1,5 @@
 import os
+import runpy
 import subprocess
 import sys
 
@@ -6,10 +7,15 @@ import numpy as np
 import pytest
 import skimage.data
 from PIL import Image
+from rich.table import Table
 from typer.testing import CliRunner
 
+import tucker_cam
 from tucker_cam import TSM
+from tucker_cam.__main__ import main
 from tucker_cam.cli import app
+from tucker_cam.cli.console import PlainConsole, say
+from tucker_cam.cli.progress import progress
 from tucker_cam.files import complete_or_absent, open_picture
 from tucker_cam.models import load_model
 
@@ -29,12 +35,37 @@ def test_the_demo_writes_its_panel_and_prints_its_table(tmp_path):
     out = tmp_path / "new" / "folder[/x]"  # not markup
     result = run("demo", "--out", out)
     assert result.exit_code == 0, result.output
-    for word in ("EigenCAM", "TSM", "Multivec-EigenCAM", "MTSM", "decomposition", "one thread", "demo.png"):
+    for word in ("EigenCAM", "TSM", "Multivec-EigenCAM", "MTSM", "decomposition [ms]", "one thread", "demo.png"):
         assert word in result.output
     panel = np.asarray(open_picture(out / "demo.png"))
     assert panel.shape[1] > 1000
     assert panel.std() > 30
     assert [path.name for path in out.iterdir()] == ["demo.png"]
+
+
+def test_a_folder_that_the_demo_cannot_write_to_is_found_before_the_work(tmp_path, monkeypatch):
+    def work(*_):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(sys.modules["tucker_cam.cli.demo"], "load_model", work)
+    (tmp_path / "file").touch()
+    (tmp_path / "taken" / "demo.png").mkdir(parents=True)
+    for out in (tmp_path / "file" / "below", tmp_path / "taken"):
+        result = run("demo", "--out", out)
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_names_in_tables_and_lines_are_neither_markup_nor_commands_to_the_terminal(capsys):
+    name = "run[red].pth [/x] :cat: \x1b[31m"
+    table = Table(title=name)
+    table.add_column(name)
+    table.add_row(name)
+    PlainConsole(width=60).print(table)
+    PlainConsole(width=60).print(name)
+    say(name)
+    shown = name.replace("\x1b", r"\x1b")
+    assert capsys.readouterr().out.count(shown) == 5
 
 
 def test_an_overlay_and_a_map_are_written_for_each_picture_and_method(photograph, tmp_path):
@@ -142,6 +173,9 @@ def test_pictures_of_the_same_name_do_not_overwrite_each_other(photograph, tmp_p
     ("arguments", "message"),
     [
         (["--method", "tms"], "no method 'tms'; near it: tsm"),
+        (["--method", "TSM"], "no method 'TSM'; near it: tsm"),
+        (["--method", "MTSM_energy"], "no method 'MTSM_energy'; near it: mtsm-energy"),
+        (["--model", "resnet50"], "did you mean timm:resnet50 or torchvision:resnet50?"),
         (["--model", "timm:resnet1"], "near it: resnet18"),
         (["--layer", "bn3"], "no layer 'bn3'; near it: bn2"),
         (["--layer", "classifier"], "expected a layer with a spatial map, and `classifier` has none"),
@@ -158,6 +192,12 @@ def test_a_bad_option_is_one_line_and_exit_code_2(photograph, tmp_path, argument
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize("name", ["localization", "Localisation"])
+def test_a_metric_in_another_spelling_is_answered_with_the_right_one(tmp_path, name):
+    result = run("evaluate", tmp_path, "--metric", name)
+    assert (result.exit_code, result.stderr) == (2, f"error: there is no metric {name!r}; near it: localisation\n")
 
 
 def test_a_turned_picture_is_turned_back_and_any_mode_becomes_rgb(tmp_path):
@@ -222,10 +262,73 @@ def test_without_the_extra_the_command_that_installs_it_is_named():
     code = "import sys; sys.modules['typer'] = None; from tucker_cam.__main__ import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr.strip() == "the command line needs the package typer: pip install 'tucker-cam[demo]'"
+    assert result.stderr == (
+        "the command line needs the package typer: pip install '.[demo]' in a checkout of tucker_cam\n"
+    )
 
 
 def test_the_module_runs_as_the_command_does():
     result = subprocess.run([sys.executable, "-m", "tucker_cam", "--help"], capture_output=True, text=True, check=True)
     assert "explain" in result.stdout
     assert "demo" in result.stdout
+
+
+def test_the_work_is_done_to_its_end_when_nobody_reads_what_it_prints(monkeypatch, photograph, tmp_path):
+    command = ["tucker-cam", "explain", photograph, "--model", "networks:tiny_loaded_model", "--out", tmp_path / "out"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    with open(writer, "w") as pipe:
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, pipe)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 0
+    assert (tmp_path / "out" / "coffee_tsm.png").is_file()
+
+
+def test_an_interrupt_while_python_imports_is_one_word():
+    # The public names, and with them torch, are imported where they are asked for: by then somebody listens.
+    code = """
+import sys
+from tucker_cam.__main__ import main
+assert "torch" not in sys.modules
+class Interrupted:
+    def find_spec(name, *_):
+        if name == "torch":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted)
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (130, "stopped\n")
+
+
+def test_the_public_names_are_there_when_they_are_asked_for():
+    # In the tests' process they are there already, see conftest.py.
+    fresh = runpy.run_path(tucker_cam.__file__, run_name="tucker_cam")
+    assert set(fresh["__all__"]) <= set(fresh["__dir__"]())
+    for name in fresh["__all__"]:
+        assert name not in fresh
+        assert fresh["__getattr__"](name) is getattr(tucker_cam, name)
+    with pytest.raises(AttributeError, match="module 'tucker_cam' has no attribute 'TMS'"):
+        fresh["__getattr__"]("TMS")
+
+
+def test_a_redirected_run_says_a_line_now_and_then(capsys):
+    now = 0
+    with progress("explaining", 1000, clock=lambda: now) as advance:
+        for now in range(1, 101):  # noqa: B007
+            advance(10)
+    assert capsys.readouterr().err.splitlines() == [
+        "explaining: 300 of 1000, 10 pictures/s, time left 0:01:10",
+        "explaining: 600 of 1000, 10 pictures/s, time left 0:00:40",
+        "explaining: 900 of 1000, 10 pictures/s, time left 0:00:10",
+    ]
+
+
+def test_a_terminal_shows_a_bar(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress("explaining", 20) as advance:
+        advance(20)
+    assert "20/20" in capsys.readouterr().err

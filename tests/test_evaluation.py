@@ -721,7 +721,7 @@ def test_without_the_extra_the_command_that_installs_it_is_named(data, monkeypat
     monkeypatch.setitem(sys.modules, "tucker_cam.cli.evaluate", None)
     result = run("evaluate", data)
     assert result.exit_code == 2
-    assert "pip install 'tucker-cam[evaluation]'" in result.stderr
+    assert "pip install '.[evaluation]'" in result.stderr
 
 
 def test_a_picture_on_which_the_preprocessing_fails_and_a_huge_mask_are_named_and_the_others_scored(tmp_path):

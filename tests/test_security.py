@@ -3,8 +3,11 @@
 import ast
 import io
 import json
+import re
 import socket
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
+from repositories import make_repositories
+from transformers import AutoConfig, AutoModel, BitImageProcessorPil, ViTConfig
 from typer.testing import CliRunner
 
 from tucker_cam.cli import app
@@ -50,7 +55,8 @@ def test_no_code_is_made_from_text_and_no_pickle_is_read(path):
             assert options.get("weights_only") == "True"
         assert options.get("allow_pickle", "False") == "False"
         assert options.get("shell", "False") == "False"
-        assert options.get("trust_remote_code", "False") == "False"
+        if name.startswith("Auto"):
+            assert options.get("trust_remote_code") == "False"
 
 
 class RunsCode:
@@ -225,6 +231,15 @@ def test_a_pillow_that_lacks_a_format_opens_the_others(monkeypatch):
         _known_formats.cache_clear()
 
 
+def test_no_pickle_is_run_where_an_older_timm_asks_for_it(tmp_path, monkeypatch):
+    torch.save({"x": RunsCode(tmp_path / "ran")}, tmp_path / "w.pth")
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: torch.load(tmp_path / "w.pth", weights_only=False))
+    result = run("layers", "timm:resnet18")
+    assert result.exit_code == 2
+    assert "could not be had" in " ".join(result.output.split())
+    assert not (tmp_path / "ran").exists()
+
+
 def test_no_pickle_in_torchvisions_cache_is_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
@@ -233,3 +248,58 @@ def test_no_pickle_in_torchvisions_cache_is_run(tmp_path, monkeypatch):
     assert result.exit_code == 2
     assert "could not be had" in " ".join(result.output.split())
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture
+def repository_with_code(tmp_path):
+    """Return a folder of transformers' kind whose configuration and processor are classes of its own file."""
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own:\n    pass\n")
+    automatic = dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor"), "own.Own")
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": automatic}))
+    processor = {"image_processor_type": "Own", "auto_map": automatic}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def test_no_code_of_a_repository_is_run_whatever_stands_on_standard_input(repository_with_code, tmp_path):
+    command = [sys.executable, "-m", "tucker_cam", "layers", f"hf:{repository_with_code}", "--no-pretrained"]
+    result = subprocess.run(command, input="y\n" * 20, capture_output=True, text=True, check=False)
+    assert not (tmp_path / "ran").exists()
+    assert (result.returncode, result.stdout) == (2, "")
+    assert re.fullmatch("error: hf:.* needs code of a repository, and none is run: .*MODULE:CALLABLE\n", result.stderr)
+
+
+def test_nor_that_of_a_processor_alone(repository_with_code, tmp_path):
+    ViTConfig().save_pretrained(repository_with_code)
+    command = ["layers", f"hf:{repository_with_code}", "--no-pretrained"]
+    result = CliRunner().invoke(app, command, input="y\n" * 20)
+    assert not (tmp_path / "ran").exists()
+    assert result.exit_code == 2
+    assert "needs code of a repository, and none is run" in result.stderr
+
+
+def test_nor_where_one_repository_names_another(repository_with_code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def build(_, **__):
+        # As transformers builds a model whose backbone is another repository.
+        return AutoConfig.from_pretrained(repository_with_code)
+
+    make_repositories()
+    monkeypatch.setattr(AutoModel, "from_config", build)
+    result = CliRunner().invoke(app, ["layers", "hf:microsoft/resnet-50", "--no-pretrained"], input="y\n" * 20)
+    assert not (tmp_path / "ran").exists()
+    assert result.exit_code == 2
+    assert "needs code of a repository, and none is run" in result.stderr
+
+
+def test_nor_a_kernel_of_a_repository(tmp_path):
+    ViTConfig(attn_implementation="nobody/kernel").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attn_implementation": "nobody/kernel"}))
+    BitImageProcessorPil().save_pretrained(tmp_path)
+    result = run("layers", f"hf:{tmp_path}", "--no-pretrained")
+    assert result.exit_code == 2
+    assert "attention by nobody/kernel, and no code of a repository is run" in result.stderr

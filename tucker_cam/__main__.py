@@ -1,16 +1,44 @@
 """The command line's entry: ``tucker-cam`` and ``python -m tucker_cam``."""
 
+import io
 import sys
+from typing import Any
+
+from tucker_cam.extras import install
+
+_OF_THE_COMMAND_LINE = ("filelock", "rich", "threadpoolctl", "typer")
+_INTERRUPTED = 130
+
+
+class _UnlessClosed(io.FileIO):
+    """Drops what is written to a pipe that nobody reads any more: after ``| head -1`` the work goes on."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
 
 
 def main() -> None:
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and not stream.isatty():
+            raw = io.BufferedWriter(_UnlessClosed(stream.fileno(), "w", closefd=False))
+            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
+            setattr(sys, name, text)
     try:
+        # Python is a few seconds at this, in which a user may think better of it.
         from tucker_cam.cli import app
+
+        app()
     except ModuleNotFoundError as error:
-        if error.name not in ("typer", "rich"):
+        if error.name not in _OF_THE_COMMAND_LINE:
             raise
-        sys.exit(f"the command line needs the package {error.name}: pip install 'tucker-cam[demo]'")
-    app()
+        sys.exit(f"the command line needs the package {error.name}: {install('demo')}")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
 
+from tucker_cam.cli.console import say
 from tucker_cam.cli.demo import run_demo
 from tucker_cam.cli.explain import explain_pictures
 from tucker_cam.cli.layers import print_layers
-from tucker_cam.cli.methods import METHODS
+from tucker_cam.cli.methods import METHODS, check_name
+from tucker_cam.extras import install
 from tucker_cam.files import printable
 from tucker_cam.models import LoadedModel, load_model
 
@@ -26,15 +28,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-
-class MetricGroup(StrEnum):
-    """The metrics that can be asked for."""
-
-    LOCALISATION = "localisation"
-    DROP = "drop"
-    CURVES = "curves"
-    ROAD = "road"
 
 
 class AnnotationKind(StrEnum):
@@ -82,6 +75,8 @@ Weights = Annotated[
     typer.Option(help="A checkpoint, of torch.save or .safetensors; the backbone is found in it.", show_default=False),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps ... (default: cuda if there is one)")]
+# Of `Group`, those that can be asked for; its module is imported when there is something to score.
+_METRICS: tuple[Literal["localisation", "drop", "curves", "road"], ...] = ("localisation", "drop", "curves", "road")
 _USER_ERROR = 2
 _SOME_FAILED = 1
 _INTERRUPTED = 130
@@ -93,7 +88,7 @@ def _quiet_libraries() -> None:
     # The hub's retries without a network would bury the one line that says what to do.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # One line, without a path in a package and a line of its source.
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"{printable(f'warning: {message}')}\n"
 
 
 @app.command()
@@ -196,8 +191,10 @@ def evaluate(
     model: ModelName = "demo",
     layer: LayerName = None,
     metric: Annotated[
-        list[MetricGroup] | None,
-        typer.Option(help="May be repeated; curves and road are slow. (default: localisation and drop)"),
+        list[str] | None,
+        typer.Option(
+            help=f"May be repeated: {', '.join(_METRICS)}; curves and road are slow. (default: localisation and drop)"
+        ),
     ] = None,
     annotations: Annotated[
         AnnotationKind | None, typer.Option(help="Score only pictures with these. (default: what there is)")
@@ -225,7 +222,7 @@ def evaluate(
             data,
             load=partial(_load, model, [layer] if layer else [], weights, not no_pretrained, device),
             methods=method or list(METHODS),
-            groups=[each.value for each in metric] if metric else ["localisation", "drop"],
+            groups=[check_name("metric", each, _METRICS) for each in metric or ["localisation", "drop"]],
             annotations=annotations.value if annotations else None,
             limit=limit,
             out=out,
@@ -277,16 +274,16 @@ def _user_errors(extra: str = "demo", *, goes_on: bool = False) -> Iterator[list
     except ModuleNotFoundError as error:
         ours = " " in str(error.msg) and "pip install" in str(error)
         extra = _EXTRAS.get((error.name or "").partition(".")[0], extra)
-        missing = f"this needs the package {error.name}: pip install 'tucker-cam[{extra}]'"
+        missing = f"this needs the package {error.name}: {install(extra)}"
         problems.append(str(error) if ours else missing)
         code = _USER_ERROR
     except (ImportError, OSError, TypeError, ValueError) as error:
         problems.append(str(error))
         code = _USER_ERROR
     except KeyboardInterrupt:
-        typer.echo(f"stopped{'; the same command goes on where it was' if goes_on else ''}", err=True)
+        say(f"stopped{'; the same command goes on where it was' if goes_on else ''}", error=True)
         raise typer.Exit(_INTERRUPTED) from None
     for problem in problems:
-        typer.echo(printable(f"error: {problem}"), err=True)
+        say(f"error: {problem}", error=True)
     if problems:
         raise typer.Exit(code)

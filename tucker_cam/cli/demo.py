@@ -14,11 +14,12 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pytorch_grad_cam.utils.image import show_cam_on_image
-from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
+from tucker_cam.cli.console import PlainConsole, say
 from tucker_cam.cli.methods import METHODS
+from tucker_cam.extras import install
 from tucker_cam.files import complete_or_absent, open_picture
 from tucker_cam.models import load_model
 
@@ -32,11 +33,22 @@ def run_demo(out: Path) -> None:
         ModuleNotFoundError: the demo's packages are missing; the message holds the command that installs them.
         OSError: `out` cannot be written.
     """
+    photograph = _photograph()
+    panel = out / "demo.png"
+    out.mkdir(parents=True, exist_ok=True)
+    with complete_or_absent(panel) as unfinished:
+        # A folder that cannot be written to says so before the work.
+        unfinished.touch()
+        table = _compare(photograph, unfinished)
+    PlainConsole().print(table)
+    say(f"panel: {panel}")
+
+
+def _compare(photograph: Path, panel: Path) -> Table:
     loaded = load_model("demo")
-    network_input = loaded.preprocess(open_picture(_photograph()))
+    network_input = loaded.preprocess(open_picture(photograph))
     images = network_input[None]
     (layer,) = loaded.layers
-    out.mkdir(parents=True, exist_ok=True)
 
     maps, milliseconds = {}, {}
     # One thread for torch and BLAS alike: what several gain depends on what else the machine is doing.
@@ -57,8 +69,7 @@ def run_demo(out: Path) -> None:
     with matplotlib.rc_context({"font.size": 13}):
         figure = _panel(picture, {_TITLES[method]: saliency for method, saliency in maps.items()})
         figure.suptitle(f"tf_efficientnet_lite0, layer {layer.name} ({channels} x {height} x {width}), no label given")
-        with complete_or_absent(out / "demo.png") as unfinished:
-            figure.savefig(unfinished, dpi=100, format="png")
+        figure.savefig(panel, dpi=100, format="png")
 
     table = Table(title=f"forward pass {forward:.1f} ms, one thread")
     table.add_column("method")
@@ -66,9 +77,7 @@ def run_demo(out: Path) -> None:
     table.add_column("share of the forward pass", justify="right")
     for method, title in _TITLES.items():
         table.add_row(title, f"{milliseconds[method]:.2f}", f"{milliseconds[method] / forward:.1%}")
-    console = Console()
-    console.print(table)
-    console.print(f"panel: {out / 'demo.png'}", soft_wrap=True, markup=False)
+    return table
 
 
 def _photograph() -> Path:
@@ -76,8 +85,7 @@ def _photograph() -> Path:
         import skimage
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the demo's photograph is in the package scikit-image: pip install 'tucker-cam[demo]'",
-            name=error.name,
+            f"the demo's photograph is in the package scikit-image: {install('demo')}", name=error.name
         ) from error
     return Path(skimage.__file__).parent / "data" / "coffee.png"
 

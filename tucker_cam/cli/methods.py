@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from functools import partial
+from typing import TypeVar
 
 import pytorch_grad_cam
 from pytorch_grad_cam import FEM, KPCA_CAM, EigenCAM, GradCAM
 from pytorch_grad_cam.base_cam import BaseCAM
 
 from tucker_cam import MTSM, TSM, MultivecEigenCAM
+
+Name = TypeVar("Name", bound=str)
 
 METHODS: dict[str, Callable[..., BaseCAM]] = {
     "eigencam": EigenCAM,
@@ -36,7 +39,17 @@ def method_named(name: str) -> Callable[..., BaseCAM]:
     Raises:
         ValueError: there is none; the message holds the nearest names.
     """
-    if name not in METHODS:
-        near = get_close_matches(name, METHODS, n=2, cutoff=0.3) or list(METHODS)
-        raise ValueError(f"there is no method {name!r}; near it: {', '.join(near)}")
-    return METHODS[name]
+    return METHODS[check_name("method", name, METHODS)]
+
+
+def check_name(kind: str, name: str, known: Collection[Name]) -> Name:
+    """Return the known name that was meant.
+
+    Raises:
+        ValueError: it is not; the message holds the nearest names.
+    """
+    for each in known:
+        if each == name:
+            return each
+    near: list[str] = get_close_matches(name.lower().replace("_", "-"), known, n=2, cutoff=0.3) or list(known)
+    raise ValueError(f"there is no {kind} {name!r}; near it: {', '.join(near)}")

@@ -1,13 +1,21 @@
-"""A bar that says how many pictures are done, how fast it goes and how long it will take."""
+"""How many pictures are done, how fast it goes and how long it will take: a bar, or where nobody watches a line.
+
+Rich prints its bar into a file once, at the end; a run of hours would say nothing before.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from tucker_cam.cli.console import PlainConsole, say
+
+SECONDS_BETWEEN_LINES = 30
 
 
 class _PicturesPerSecond(ProgressColumn):
@@ -17,8 +25,18 @@ class _PicturesPerSecond(ProgressColumn):
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Give a function that is told how many more pictures are done."""
+def progress(title: str, total: int, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[int], None]]:
+    """Give a function that is told how many more pictures are done.
+
+    Args:
+        title: what is done to them.
+        total: how many there are.
+        clock: gives the time in seconds.
+    """
+    console = PlainConsole(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(title, total, clock).advance
+        return
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -26,8 +44,25 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         _PicturesPerSecond(),
         TextColumn("time left"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
     )
     with bar:
         task = bar.add_task(title, total=total)
         yield lambda done: bar.advance(task, done)
+
+
+class _Lines:
+    def __init__(self, title: str, total: int, clock: Callable[[], float]) -> None:
+        self.title, self.total, self.clock = title, total, clock
+        self.done, self.start = 0, clock()
+        self.printed = self.start
+
+    def advance(self, done: int) -> None:
+        self.done += done
+        now = self.clock()
+        if now - self.printed < SECONDS_BETWEEN_LINES or self.done >= self.total:
+            return
+        self.printed = now
+        each = (now - self.start) / self.done
+        left = timedelta(seconds=round(each * (self.total - self.done)))
+        say(f"{self.title}: {self.done} of {self.total}, {1 / each:.3g} pictures/s, time left {left}", error=True)

@@ -154,6 +154,9 @@ def _best(file: Path, found: Mapping[str, dict[str, Tensor]], needed: Collection
 
 
 def _read(file: Path) -> object:
+    if file.exists() and not file.is_file():
+        # Reading a pipe could wait for ever.
+        raise OSError(f"{file}: expected a file of weights, found a folder, a pipe or a device")
     try:
         with file.open("rb") as opened:
             start = opened.read(256).lstrip()
@@ -219,16 +222,17 @@ def _candidates(model: nn.Module, state: State, *, at_least: int) -> Iterator[tu
 
     Where there are fewer than `at_least` entries there is no backbone.
     """
-    prefixes = {"": None}
-    for name in state:
-        parts = name.split(".")
-        for depth in range(1, min(_DEEPEST_PREFIX + 1, len(parts))):
-            prefixes[".".join(parts[:depth]) + "."] = None
+    under: dict[str, dict[str, Tensor]] = {"": dict(state)}
+    for name, value in state.items():
+        prefix, rest = "", name
+        while "." in rest and prefix.count(".") < _DEEPEST_PREFIX:
+            part, dot, rest = rest.partition(".")
+            prefix += part + dot
+            under.setdefault(prefix, {})[rest] = value
     children = [name for name, _ in model.named_children()]
     module = sys.modules[type(model).__module__]
     remap = getattr(module, "checkpoint_filter_fn", None) if module.__name__.startswith("timm.") else None
-    for prefix in prefixes:
-        inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    for prefix, inside in under.items():
         if len(inside) < at_least:
             continue
         yield prefix, inside

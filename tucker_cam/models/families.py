@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from tucker_cam.extras import install
 from tucker_cam.files import one_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -109,11 +110,28 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
                 raise
             extra = {"demo": "demo", "hf": "hf"}.get(family, "models")
             raise ModuleNotFoundError(
-                f"the model {spec} needs the package {error.name}: pip install 'tucker-cam[{extra}]'", name=error.name
+                f"the model {spec} needs the package {error.name}: {install(extra)}", name=error.name
             ) from error
     if family not in _FAMILIES and family and rest.isidentifier():
         return _own(family, rest)
-    raise ValueError(f"expected a model named {SPECIFICATIONS}, got {spec!r}")
+    meant = " or ".join(_with_a_family(spec)) if ":" not in spec else ""
+    raise ValueError(f"expected a model named {SPECIFICATIONS}, got {spec!r}{meant and f': did you mean {meant}?'}")
+
+
+def _with_a_family(name: str) -> Iterator[str]:
+    """Yield the specifications of the libraries' models of this name; a library that is not there has none."""
+    with suppress(ModuleNotFoundError):
+        import timm
+
+        if timm.is_model(name.lower().partition(".")[0]):
+            yield f"timm:{name.lower()}"
+    with suppress(ModuleNotFoundError):
+        from torchvision import models
+
+        if name.lower() in models.list_models():
+            yield f"torchvision:{name.lower()}"
+    if name.count("/") == 1:
+        yield f"hf:{name}"
 
 
 def _demo(_: str, pretrained: bool) -> Network:
@@ -127,6 +145,21 @@ def _demo(_: str, pretrained: bool) -> Network:
     return _with_timm_preprocessing(model)
 
 
+@contextmanager
+def _only_tensors() -> Iterator[None]:
+    """Make torch.load run no pickle, also where a library asks it to: files in its cache are not checked."""
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
+
+
+@_only_tensors()
 def _timm(name: str, pretrained: bool) -> Network:
     import timm
 
@@ -134,7 +167,7 @@ def _timm(name: str, pretrained: bool) -> Network:
         raise ValueError(f"timm has no model {name!r}; {_near(name, timm.list_models())}")
     try:
         model = timm.create_model(name, pretrained=pretrained)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnpicklingError) as error:
         raise _no_weights(f"timm:{name}", pretrained, error) from error
     return _with_timm_preprocessing(model)
 
@@ -149,20 +182,7 @@ def _with_timm_preprocessing(model: nn.Module) -> Network:
     return Network(model, transform, config["mean"], config["std"], classifies)
 
 
-@contextmanager
-def _only_tensors() -> Iterator[None]:
-    """Make torch.load run no pickle, also where torchvision asks it to: files in its cache are not checked."""
-    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(variable)
-    os.environ[variable] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(variable)
-        if before is not None:
-            os.environ[variable] = before
-
-
+@_only_tensors()
 def _torchvision(name: str, pretrained: bool) -> Network:
     from torchvision import models
 
@@ -178,8 +198,7 @@ def _torchvision(name: str, pretrained: bool) -> Network:
     # A backbone's weights are part of the whole model's.
     arguments = {"weights_backbone": None} if name in with_backbones else {}
     try:
-        with _only_tensors():
-            model = models.get_model(name, weights=weights if pretrained else None, **arguments)
+        model = models.get_model(name, weights=weights if pretrained else None, **arguments)
     except (OSError, RuntimeError, UnpicklingError) as error:
         raise _no_weights(f"torchvision:{name}", pretrained, error) from error
     transform: Any = weights.transforms()
@@ -202,28 +221,57 @@ class _Clip:
         return self.transform(torch.stack([pil_to_tensor(frame) for frame in frames]))
 
 
+@contextmanager
+def _no_questions() -> Iterator[None]:
+    """Make transformers answer "no" itself where it would ask on standard input whether to run a repository's code.
+
+    It asks where it was told nothing, and where one repository names another it forgets what it was told.
+    """
+    from transformers import dynamic_module_utils
+
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
+
+
+@_only_tensors()
+@_no_questions()
 def _hugging_face(name: str, pretrained: bool) -> Network:
-    # The Auto classes run no code of the repository unless they are asked to.
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     try:
-        config = AutoConfig.from_pretrained(name)
-        processor = AutoImageProcessor.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        _refuse_code(name, error)
         raise OSError(
             f"hf:{name} could not be had: expected a repository of the hub, or a folder with config.json and "
             f"preprocessor_config.json ({one_line(error)})"
         ) from error
+    for part in _parts(config):
+        # What has a slash is a kernel on the hub.
+        if "/" in (kernel := str(getattr(part, "_attn_implementation", None))):
+            raise ValueError(
+                f"hf:{name} asks for attention by {kernel}, and no code of a repository is run: remove "
+                "attn_implementation from its config.json"
+            )
     if hasattr(config, "mask_ratio"):
         raise ValueError(
             f"hf:{name} hides or shuffles the patches of a picture, as masked autoencoders do in training: load its "
             "encoder as a plain ViT, timm's say"
         )
     try:
-        model = AutoModel.from_pretrained(name) if pretrained else AutoModel.from_config(config)
+        if pretrained:
+            model = AutoModel.from_pretrained(name, trust_remote_code=False)
+        else:
+            model = AutoModel.from_config(config, trust_remote_code=False)
     except OSError as error:
         raise _no_weights(f"hf:{name}", pretrained, error) from error
     except Exception as error:
+        _refuse_code(name, error)
         # Whatever a configuration that does not fit together leads to.
         raise ValueError(f"hf:{name} could not be built ({type(error).__name__}: {one_line(error)})") from error
     if hasattr(config, "vision_config"):
@@ -236,6 +284,21 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
         tuple(processor.image_mean) if normalises else (0.0,) * 3,
         tuple(processor.image_std) if normalises else (1.0,) * 3,
     )
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    yield config
+    for name in getattr(config, "sub_configs", ()):
+        if (part := getattr(config, name, None)) is not None:
+            yield from _parts(part)
+
+
+def _refuse_code(name: str, error: Exception) -> None:
+    if "custom code" in str(error):
+        raise ValueError(
+            f"hf:{name} needs code of a repository, and none is run: if you trust it, load the model in a function of "
+            "your own and give MODULE:CALLABLE"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -264,8 +327,8 @@ def _torch_hub(name: str, pretrained: bool) -> Network:
             model = load()
     except OSError as error:
         raise _no_weights(f"hub:{name}", pretrained, error) from error
-    except RuntimeError as error:
-        raise ValueError(f"hub:{name} could not be built: {one_line(error)}") from error
+    except (RuntimeError, SystemExit) as error:
+        raise ValueError(f"hub:{name} could not be built: {_described(error)}") from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module from hub:{name}, got {type(model).__name__}")
     return Network(model)
@@ -283,15 +346,16 @@ def _own(module_name: str, function_name: str) -> Network:
         raise ValueError(
             f"expected a model named {SPECIFICATIONS}, and there is no module {error.name!r} here"
         ) from error
-    except Exception as error:
-        raise ValueError(f"{module_name} could not be imported ({type(error).__name__}: {error})") from error
+    except (Exception, SystemExit) as error:
+        # A script that does its work, or reads its arguments, when it is imported ends the program so.
+        raise ValueError(f"{module_name} could not be imported ({_described(error)})") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"{module_name} has no function {function_name!r}")
     try:
         built = function()
-    except Exception as error:
-        raise ValueError(f"{module_name}:{function_name} failed ({type(error).__name__}: {error})") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{module_name}:{function_name} failed ({_described(error)})") from error
     if isinstance(built, nn.Module):
         return Network(built)
     if not isinstance(built, Network):
@@ -300,6 +364,11 @@ def _own(module_name: str, function_name: str) -> Network:
             f"{type(built).__name__}"
         )
     return built
+
+
+def _described(error: BaseException) -> str:
+    first, *_ = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _near(name: str, known: list[str]) -> str:

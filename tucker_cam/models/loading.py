@@ -103,6 +103,11 @@ def load_model(
     if not pretrained and weights is None and spec.partition(":")[0] not in ("timm", "torchvision", "hf", "hub"):
         raise ValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
     model = network.model.eval()
+    if absent := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
+        raise ValueError(
+            f"{spec}: expected weights and buffers that hold numbers, found none in {', '.join(absent[:3])}: build the "
+            "model without torch.device('meta')"
+        )
     run = _dry_run(spec, network)
     chosen = choose_layers(model, run, layers) if layers else [target_of(model, run)]
     common_transform(chosen)
@@ -150,7 +155,8 @@ def _device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:
+        # Each backend that is not there says so with an error of its own kind.
         raise ValueError(f"there is no device {str(device)!r} here ({one_line(error)}): use cpu") from error
     if found.type == "meta":
         raise ValueError("expected a device that holds numbers, got 'meta': use cpu")
