@@ -57,6 +57,11 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
+def sources_in(arguments):
+    found, _ = find_sources(arguments)
+    return found
+
+
 def expected_map(path, method=TSM):
     loaded = load_model("networks:tiny_loaded_model")
     with method(loaded.model, loaded.target_layers) as cam:
@@ -83,7 +88,11 @@ def test_a_folder_is_explained_at_any_depth_and_the_manifest_says_what_is_what(p
     assert manifest["model"] == "networks:tiny_loaded_model"
     assert manifest["layers"] == ["3"]
     path = pictures / "deeper" / "p001.png"
-    assert manifest["pictures"][str(path)] == {"name": "deeper/p001", "modified": path.stat().st_mtime_ns}
+    assert manifest["pictures"][str(path)] == {
+        "name": "deeper/p001",
+        "modified": path.stat().st_mtime_ns,
+        "size": path.stat().st_size,
+    }
     assert {"tucker-cam", "torch", "grad-cam", "numpy"} <= manifest["versions"].keys()
     assert not list(out.rglob("*.unfinished"))
     assert not list(out.rglob("*.lock"))
@@ -103,15 +112,15 @@ def test_a_map_depends_neither_on_the_workers_nor_on_where_a_run_was_interrupted
 
 def test_files_globs_and_folders_name_each_picture_once(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = find_sources(["pictures/p00[12].png", "pictures/p001.png", "pictures", "pictures/**/p000.png"])
+    found = sources_in(["pictures/p00[12].png", "pictures/p001.png", "pictures", "pictures/**/p000.png"])
     assert [source.name for source in found[:3]] == ["p001", "p002", "deeper/p000"]
     assert len(found) == len({source.path for source in found}) == 11
-    assert len(find_sources(["pictures", str(pictures)])) == 11
+    assert len(sources_in(["pictures", str(pictures)])) == 11
     with pytest.raises(ValueError, match=r"nowhere\*: expected pictures or Parquet files, found none"):
-        find_sources(["nowhere*"])
+        sources_in(["nowhere*"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: expected pictures"):
-        find_sources(["empty"])
+        sources_in(["empty"])
 
 
 def test_a_run_does_not_explain_what_an_earlier_one_wrote(pictures, monkeypatch):
@@ -134,7 +143,7 @@ def test_control_characters_and_bytes_that_are_no_utf8_are_shown_as_escapes():
 def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
     make_pictures(tmp_path, 1)
     odd = (tmp_path / "p000.png").rename(tmp_path / "a[1]*.png")
-    assert [source.path for source in find_sources([str(odd)])] == [str(odd)]
+    assert [source.path for source in sources_in([str(odd)])] == [str(odd)]
 
 
 def test_pictures_are_read_from_any_file_system(pictures):
@@ -143,23 +152,23 @@ def test_pictures_are_read_from_any_file_system(pictures):
     memory = fsspec.filesystem("memory")
     for name in ("a/x.png", "a/b/y.png", "a/notes.txt"):
         memory.pipe_file(f"/explain/{name}", (pictures / "p000.png").read_bytes())
-    found = find_sources(["memory://explain/a"])
+    found = sources_in(["memory://explain/a"])
     assert [source.name for source in found] == ["b/y", "x"]
-    assert find_sources(["memory://explain/a/*.png"])[0].name == "x"
+    assert sources_in(["memory://explain/a/*.png"])[0].name == "x"
     for pattern in ("?/x.png", "[a]/x.png"):
-        assert find_sources([f"memory://explain/{pattern}"])[0].name == "a/x"
+        assert sources_in([f"memory://explain/{pattern}"])[0].name == "a/x"
     assert found[0].read().size == (40, 30)
     with pytest.raises(OSError, match="nothing"):
-        find_sources(["memory://explain/nothing.png"])[0].read()
+        sources_in(["memory://explain/nothing.png"])[0].read()
 
 
 def test_pictures_are_read_from_archives_and_what_cannot_be_reached_costs_no_other(pictures, tmp_path):
     archive = f"zip://*.png::{shutil.make_archive(str(tmp_path / 'all'), 'zip', pictures)}"
-    found = find_sources([archive])
+    found = sources_in([archive])
     assert [source.name for source in found] == [f"p{index:03}" for index in range(9)]
     assert found[4].read().tobytes() == open_picture(pictures / "p004.png").tobytes()
     one = archive.replace("*.png", "deeper/p001.png")
-    (source,) = find_sources([one])
+    (source,) = sources_in([one])
     assert source.name == "p001"
     assert source.read().tobytes() == open_picture(pictures / "deeper" / "p001.png").tobytes()
     (tmp_path / "cut.zip").write_bytes(b"no archive")
@@ -215,7 +224,7 @@ def test_parquet_files_are_read_row_by_row(pictures, tmp_path):
 def test_hugging_faces_image_column_is_read_and_other_tables_are_refused(pictures, tmp_path):
     struct = [{"bytes": (pictures / "p000.png").read_bytes(), "path": "x.png"}, {"bytes": None, "path": "y.png"}]
     pq.write_table(pa.table({"image": struct}), tmp_path / "hf.parquet")
-    first, second = find_sources([str(tmp_path / "hf.parquet")])
+    first, second = sources_in([str(tmp_path / "hf.parquet")])
     assert first.name == "hf-0-0"
     assert first.read().size == (40, 30)
     with pytest.raises(OSError, match="expected an encoded picture, found NoneType"):
@@ -227,8 +236,8 @@ def test_a_name_that_is_no_text_or_no_file_can_have_costs_no_picture_its_map(pic
     names = pa.Array.from_buffers(pa.string(), 3, pa.array([b"good", b"b\xff/d", b"n/" * 3000], pa.binary()).buffers())
     pq.write_table(pa.table({"image": encoded, "name": names}), tmp_path / "t.parquet")
     result = run(tmp_path / "t.parquet", "x" * 300, *MODEL, "--format", "npy", "--out", tmp_path / "out")
-    assert f"{'x' * 300}: expected a file to read, found no such file" in result.stderr.replace("\n", "")
-    assert "4 pictures: 3 explained, 0 there already, 1 failed" in result.output
+    assert f"{'x' * 300}: expected pictures or Parquet files, found none: no such file" in result.stderr.replace("\n", "")
+    assert "3 pictures: 3 explained, 0 there already, 0 failed" in result.output
     found = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.npy"))
     assert found[0] == "good_tsm.npy"
     assert found[1].startswith("n-n-n-n")
@@ -247,13 +256,13 @@ def test_rows_whose_name_cannot_be_read_have_one_by_their_place(pictures, tmp_pa
         b"\xff" * chunk.total_compressed_size
     )
     file.write_bytes(content)
-    assert [source.name for source in find_sources([str(file)])] == ["a", "b", "t-1-0", "d", "t-2-0", "t-2-1"]
+    assert [source.name for source in sources_in([str(file)])] == ["a", "b", "t-1-0", "d", "t-2-0", "t-2-1"]
     dates = pa.array([2**31 - 1], pa.int32()).cast(pa.date32())
     pq.write_table(pa.table({"image": encoded[:1], "name": dates}), tmp_path / "dates.parquet")
-    assert [source.name for source in find_sources([str(tmp_path / "dates.parquet")])] == ["dates-0-0"]
+    assert [source.name for source in sources_in([str(tmp_path / "dates.parquet")])] == ["dates-0-0"]
     pq.write_table(table[:0], file)
     with pytest.raises(ValueError, match=r"t.parquet: expected pictures or Parquet files with rows, found none"):
-        find_sources([str(file)])
+        sources_in([str(file)])
 
 
 def test_a_table_that_is_none_costs_no_picture_of_its_folder_its_map(pictures, tmp_path):
@@ -515,7 +524,7 @@ def test_a_clip_is_explained_frame_by_frame_and_its_overlay_moves(tmp_path):
     assert np.load(tmp_path / "out" / "clip_tsm.npy").shape == (4, 16, 24)
     with Image.open(tmp_path / "out" / "clip_tsm.png") as overlay:
         assert (overlay.n_frames, overlay.size) == (4, (24, 16))
-    (source,) = find_sources([str(tmp_path / "clip.gif")])
+    (source,) = sources_in([str(tmp_path / "clip.gif")])
     greens = [np.asarray(frame)[0, 0, 1] for frame in source.read(frames=4)]
     np.testing.assert_allclose(greens, [0, 60, 130, 190], atol=4)
     refused = run(tmp_path / "clip.gif", *options, "--gallery")
