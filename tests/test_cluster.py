@@ -101,6 +101,10 @@ def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is
     single = run(*inputs, "--format", "npy", "--out", tmp_path / "single")
     assert "24 pictures: 22 explained, 0 there already, 2 failed" in single.output
     out = tmp_path / "cluster"
+    out.mkdir()
+    # Of a run of another layer, which came to no map.
+    other_layer = {"engine": "ray", "model": "x", "weights": "", "layers": ["1"], "aug_smooth": False}
+    (out / "manifest.json").write_text(json.dumps(other_layer))
     clustered = run(*inputs, "--engine", "ray", "--workers", 2, "--out", out)
     assert "24 pictures: 22 explained, 0 there already, 2 failed" in clustered.output, clustered.output
     assert clustered.exit_code == 1
@@ -145,12 +149,14 @@ def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is
 
 
 @pytest.mark.usefixtures("_cluster")
-def test_the_readmes_command_runs(tmp_path, monkeypatch):
+def test_the_readmes_command_runs(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("ray.data._internal.util"), "handlers", [caplog.handler])
     (block,) = blocks("sh", "### You have a cluster", "## Check it on your own pictures")
     monkeypatch.chdir(tmp_path)
     encoded = [{"image": path.read_bytes()} for path in make_pictures(tmp_path / "pictures", 2).iterdir()]
     pq.write_table(pa.Table.from_pylist(encoded), "pictures.parquet")
     result = run(*shlex.split(block)[2:])
     assert "2 pictures: 2 explained, 0 there already, 0 failed; in maps-on-ray" in result.output, result.output
+    assert "deprecated" not in caplog.text
     maps, _ = maps_in(tmp_path / "maps-on-ray")
     assert {saliency.shape for saliency in maps.values()} == {(224, 224)}
