@@ -203,13 +203,14 @@ class GalleryParts(Output):
     def _merged(self, paths: Sequence[Path]) -> dict[str, Any]:
         entry, *others = [self._entry(path) for path in paths]
         for other in others:
-            entry["methods"] = other["methods"] | entry["methods"]
+            entry["methods"] |= other["methods"]
         return entry
 
     def _entry(self, path: Path) -> dict[str, Any]:
         try:
             entry: dict[str, Any] = json.loads(path.read_text("utf-8"))
-            dict(entry["methods"])
+            entry["picture"]
+            entry["methods"] = dict(entry["methods"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: expected a part of the gallery, found a broken one: delete it") from error
         return entry
