@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from filelock import FileLock
+from fsspec.implementations.local import LocalFileSystem
 from test_explain import MODEL, make_pictures, run
 from test_readme import blocks
 
@@ -68,6 +70,26 @@ def test_tables_of_somebody_else_are_left_alone(tmp_path):
     assert mine.read_text() == "mine"
 
 
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".manifest.json.lock"):
+        result = run(make_pictures(tmp_path / "p", 1), *MODEL, "--engine", "ray", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "another run is writing to it" in result.stderr
+
+
+def test_a_manifest_that_cannot_be_written_whole_is_not_written(tmp_path, monkeypatch):
+    def on_a_full_disk(self, path, value):
+        Path(path).write_bytes(value[:20])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LocalFileSystem, "pipe_file", on_a_full_disk)
+    result = run(make_pictures(tmp_path / "p", 1), *MODEL, "--engine", "ray", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "No space left on device" in result.stderr
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 @pytest.mark.usefixtures("_cluster")
 def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is_gone_on_with(tmp_path):
     pictures = make_pictures(tmp_path / "pictures", 14)
@@ -79,6 +101,10 @@ def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is
     single = run(*inputs, "--format", "npy", "--out", tmp_path / "single")
     assert "24 pictures: 22 explained, 0 there already, 2 failed" in single.output
     out = tmp_path / "cluster"
+    out.mkdir()
+    # Of a run of another layer, which came to no map.
+    other_layer = {"engine": "ray", "model": "x", "weights": "", "layers": ["1"], "aug_smooth": False}
+    (out / "manifest.json").write_text(json.dumps(other_layer))
     clustered = run(*inputs, "--engine", "ray", "--workers", 2, "--out", out)
     assert "24 pictures: 22 explained, 0 there already, 2 failed" in clustered.output, clustered.output
     assert clustered.exit_code == 1
@@ -91,16 +117,28 @@ def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is
     for (picture, method), saliency in maps.items():
         np.testing.assert_array_equal(saliency, np.load(tmp_path / "single" / f"{names[picture]['name']}_{method}.npy"))
 
-    # What a killed run leaves: one table missing, one half-written.
-    first, second, *_ = sorted(out.glob("maps-*.parquet"))
-    lost = len(pq.read_table(first)) + len(pq.read_table(second))
-    assert lost > 0
+    # What a killed run leaves, one table missing, one half-written; and a third with a damaged page.
+    first, second, third, *_ = sorted(out.glob("maps-*.parquet"))
+    assert all(len(pq.read_table(path)) for path in (first, second, third))
     first.unlink()
     second.write_bytes(second.read_bytes()[:-20])
+    chunk = pq.ParquetFile(third).metadata.row_group(0).column(0)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    content = bytearray(third.read_bytes())
+    content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    third.write_bytes(content)
+    kept = {path: path.read_bytes() for path in (second, third, out / "manifest.json")}
+    made = (out / "manifest.json").stat().st_mtime_ns
     make_pictures(tmp_path / "pictures" / "new", 1, seed=5)
     again = run(*inputs, "--engine", "ray", "--workers", 2, "--out", out)
     assert "25 pictures: " in again.output
     assert again.output.count(" 2 failed") == 1
+    # Another run might be writing them: they stay.
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert (out / "manifest.json").stat().st_mtime_ns == made
+    for path in (second, third):
+        assert f"note: {path}: expected a whole table" in again.output
+        path.unlink()
     remade, _ = maps_in(out)
     assert len(remade) == 46
     assert all(np.array_equal(remade[key], saliency) for key, saliency in maps.items())
@@ -111,12 +149,14 @@ def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is
 
 
 @pytest.mark.usefixtures("_cluster")
-def test_the_readmes_command_runs(tmp_path, monkeypatch):
+def test_the_readmes_command_runs(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("ray.data._internal.util"), "handlers", [caplog.handler])
     (block,) = blocks("sh", "### You have a cluster", "## Check it on your own pictures")
     monkeypatch.chdir(tmp_path)
     encoded = [{"image": path.read_bytes()} for path in make_pictures(tmp_path / "pictures", 2).iterdir()]
     pq.write_table(pa.Table.from_pylist(encoded), "pictures.parquet")
     result = run(*shlex.split(block)[2:])
     assert "2 pictures: 2 explained, 0 there already, 0 failed; in maps-on-ray" in result.output, result.output
+    assert "deprecated" not in caplog.text
     maps, _ = maps_in(tmp_path / "maps-on-ray")
     assert {saliency.shape for saliency in maps.values()} == {(224, 224)}

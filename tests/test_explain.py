@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from tucker_cam.cli import app
 from tucker_cam.cli.explain import batch_size_for
 from tucker_cam.cli.explainer import Explainer
 from tucker_cam.cli.outputs import Manifest
-from tucker_cam.cli.sources import find_sources
+from tucker_cam.cli.sources import Source, find_sources
 from tucker_cam.evaluation.datasets import find_samples
 from tucker_cam.files import open_picture, printable
 from tucker_cam.models import load_model
@@ -57,6 +58,11 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
+def sources_in(arguments):
+    found, _ = find_sources(arguments)
+    return found
+
+
 def expected_map(path, method=TSM):
     loaded = load_model("networks:tiny_loaded_model")
     with method(loaded.model, loaded.target_layers) as cam:
@@ -83,7 +89,11 @@ def test_a_folder_is_explained_at_any_depth_and_the_manifest_says_what_is_what(p
     assert manifest["model"] == "networks:tiny_loaded_model"
     assert manifest["layers"] == ["3"]
     path = pictures / "deeper" / "p001.png"
-    assert manifest["pictures"][str(path)] == {"name": "deeper/p001", "modified": path.stat().st_mtime_ns}
+    assert manifest["pictures"][str(path)] == {
+        "name": "deeper/p001",
+        "modified": path.stat().st_mtime_ns,
+        "size": path.stat().st_size,
+    }
     assert {"tucker-cam", "torch", "grad-cam", "numpy"} <= manifest["versions"].keys()
     assert not list(out.rglob("*.unfinished"))
     assert not list(out.rglob("*.lock"))
@@ -103,15 +113,15 @@ def test_a_map_depends_neither_on_the_workers_nor_on_where_a_run_was_interrupted
 
 def test_files_globs_and_folders_name_each_picture_once(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = find_sources(["pictures/p00[12].png", "pictures/p001.png", "pictures", "pictures/**/p000.png"])
+    found = sources_in(["pictures/p00[12].png", "pictures/p001.png", "pictures", "pictures/**/p000.png"])
     assert [source.name for source in found[:3]] == ["p001", "p002", "deeper/p000"]
     assert len(found) == len({source.path for source in found}) == 11
-    assert len(find_sources(["pictures", str(pictures)])) == 11
+    assert len(sources_in(["pictures", str(pictures)])) == 11
     with pytest.raises(ValueError, match=r"nowhere\*: expected pictures or Parquet files, found none"):
-        find_sources(["nowhere*"])
+        sources_in(["nowhere*"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty: expected pictures"):
-        find_sources(["empty"])
+        sources_in(["empty"])
 
 
 def test_a_run_does_not_explain_what_an_earlier_one_wrote(pictures, monkeypatch):
@@ -134,7 +144,7 @@ def test_control_characters_and_bytes_that_are_no_utf8_are_shown_as_escapes():
 def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
     make_pictures(tmp_path, 1)
     odd = (tmp_path / "p000.png").rename(tmp_path / "a[1]*.png")
-    assert [source.path for source in find_sources([str(odd)])] == [str(odd)]
+    assert [source.path for source in sources_in([str(odd)])] == [str(odd)]
 
 
 def test_pictures_are_read_from_any_file_system(pictures):
@@ -143,23 +153,23 @@ def test_pictures_are_read_from_any_file_system(pictures):
     memory = fsspec.filesystem("memory")
     for name in ("a/x.png", "a/b/y.png", "a/notes.txt"):
         memory.pipe_file(f"/explain/{name}", (pictures / "p000.png").read_bytes())
-    found = find_sources(["memory://explain/a"])
+    found = sources_in(["memory://explain/a"])
     assert [source.name for source in found] == ["b/y", "x"]
-    assert find_sources(["memory://explain/a/*.png"])[0].name == "x"
+    assert sources_in(["memory://explain/a/*.png"])[0].name == "x"
     for pattern in ("?/x.png", "[a]/x.png"):
-        assert find_sources([f"memory://explain/{pattern}"])[0].name == "a/x"
+        assert sources_in([f"memory://explain/{pattern}"])[0].name == "a/x"
     assert found[0].read().size == (40, 30)
     with pytest.raises(OSError, match="nothing"):
-        find_sources(["memory://explain/nothing.png"])[0].read()
+        sources_in(["memory://explain/nothing.png"])[0].read()
 
 
 def test_pictures_are_read_from_archives_and_what_cannot_be_reached_costs_no_other(pictures, tmp_path):
     archive = f"zip://*.png::{shutil.make_archive(str(tmp_path / 'all'), 'zip', pictures)}"
-    found = find_sources([archive])
+    found = sources_in([archive])
     assert [source.name for source in found] == [f"p{index:03}" for index in range(9)]
     assert found[4].read().tobytes() == open_picture(pictures / "p004.png").tobytes()
     one = archive.replace("*.png", "deeper/p001.png")
-    (source,) = find_sources([one])
+    (source,) = sources_in([one])
     assert source.name == "p001"
     assert source.read().tobytes() == open_picture(pictures / "deeper" / "p001.png").tobytes()
     (tmp_path / "cut.zip").write_bytes(b"no archive")
@@ -215,7 +225,7 @@ def test_parquet_files_are_read_row_by_row(pictures, tmp_path):
 def test_hugging_faces_image_column_is_read_and_other_tables_are_refused(pictures, tmp_path):
     struct = [{"bytes": (pictures / "p000.png").read_bytes(), "path": "x.png"}, {"bytes": None, "path": "y.png"}]
     pq.write_table(pa.table({"image": struct}), tmp_path / "hf.parquet")
-    first, second = find_sources([str(tmp_path / "hf.parquet")])
+    first, second = sources_in([str(tmp_path / "hf.parquet")])
     assert first.name == "hf-0-0"
     assert first.read().size == (40, 30)
     with pytest.raises(OSError, match="expected an encoded picture, found NoneType"):
@@ -227,8 +237,10 @@ def test_a_name_that_is_no_text_or_no_file_can_have_costs_no_picture_its_map(pic
     names = pa.Array.from_buffers(pa.string(), 3, pa.array([b"good", b"b\xff/d", b"n/" * 3000], pa.binary()).buffers())
     pq.write_table(pa.table({"image": encoded, "name": names}), tmp_path / "t.parquet")
     result = run(tmp_path / "t.parquet", "x" * 300, *MODEL, "--format", "npy", "--out", tmp_path / "out")
-    assert f"{'x' * 300}: expected a file to read, found no such file" in result.stderr.replace("\n", "")
-    assert "4 pictures: 3 explained, 0 there already, 1 failed" in result.output
+    assert f"{'x' * 300}: expected pictures or Parquet files, found none: no such file" in result.stderr.replace(
+        "\n", ""
+    )
+    assert "3 pictures: 3 explained, 0 there already, 0 failed" in result.output
     found = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.npy"))
     assert found[0] == "good_tsm.npy"
     assert found[1].startswith("n-n-n-n")
@@ -247,13 +259,13 @@ def test_rows_whose_name_cannot_be_read_have_one_by_their_place(pictures, tmp_pa
         b"\xff" * chunk.total_compressed_size
     )
     file.write_bytes(content)
-    assert [source.name for source in find_sources([str(file)])] == ["a", "b", "t-1-0", "d", "t-2-0", "t-2-1"]
+    assert [source.name for source in sources_in([str(file)])] == ["a", "b", "t-1-0", "d", "t-2-0", "t-2-1"]
     dates = pa.array([2**31 - 1], pa.int32()).cast(pa.date32())
     pq.write_table(pa.table({"image": encoded[:1], "name": dates}), tmp_path / "dates.parquet")
-    assert [source.name for source in find_sources([str(tmp_path / "dates.parquet")])] == ["dates-0-0"]
+    assert [source.name for source in sources_in([str(tmp_path / "dates.parquet")])] == ["dates-0-0"]
     pq.write_table(table[:0], file)
     with pytest.raises(ValueError, match=r"t.parquet: expected pictures or Parquet files with rows, found none"):
-        find_sources([str(file)])
+        sources_in([str(file)])
 
 
 def test_a_table_that_is_none_costs_no_picture_of_its_folder_its_map(pictures, tmp_path):
@@ -266,6 +278,105 @@ def test_a_table_that_is_none_costs_no_picture_of_its_folder_its_map(pictures, t
     assert "two.parquet, row 0 of group 0: expected one column image, found image, image" in result.stderr
     assert "broken.parquet, row 0 of group 0: expected a Parquet file" in result.stderr
     assert "14 pictures: 11 explained, 0 there already, 3 failed" in result.output
+
+
+@pytest.mark.parametrize("kind", ["missing folder", "empty folder", "glob", "url", "out", "table"])
+def test_an_argument_that_cannot_be_used_costs_a_line_and_alone_the_run_before_the_model_is_loaded(
+    pictures, tmp_path, monkeypatch, kind
+):
+    import fsspec
+
+    def without_aiohttp(url):
+        raise ImportError("HTTPFileSystem requires aiohttp to be installed")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", without_aiohttp)
+    (tmp_path / "empty").mkdir()
+    pq.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "rows.parquet")
+    out = tmp_path / "out"
+    out.mkdir()
+    argument, message = {
+        "missing folder": (tmp_path / "nowhere", "expected pictures or Parquet files, found none"),
+        "empty folder": (tmp_path / "empty", "expected pictures or Parquet files, found none"),
+        "glob": (tmp_path / "*.jpg", "expected pictures or Parquet files, found none"),
+        "table": (tmp_path / "rows.parquet", "expected pictures or Parquet files with rows, found none"),
+        "url": ("http://127.0.0.1/x.png", "requires aiohttp"),
+        "out": (out, "expected another folder for the results"),
+    }[kind]
+    among_others = run(pictures, argument, *MODEL, "--out", out)
+    assert among_others.exit_code == 1, among_others.output
+    assert message in among_others.stderr
+    assert "11 pictures: 11 explained, 0 there already, 0 failed" in among_others.output
+    alone = run(argument, "--model", "no:model", "--out", out)
+    assert alone.exit_code == 2
+    assert message in alone.stderr
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(pictures, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    result = run(pictures, "--model", "no:model", "--out", tmp_path / "file" / "out")
+    assert result.exit_code == 2
+    assert "Not a directory" in result.stderr
+
+
+def test_a_table_whose_column_is_named_in_no_utf8_costs_a_line(pictures, tmp_path):
+    file = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"image": [b"x"], "zzzz": [1]}), file, store_schema=False)
+    file.write_bytes(file.read_bytes().replace(b"zzzz", b"zz\xffz"))
+    result = run(file, pictures, *MODEL, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "t.parquet, row 0 of group 0: expected a Parquet file" in result.stderr
+    assert "12 pictures: 11 explained, 0 there already, 1 failed" in result.output
+
+
+def test_a_broken_link_is_named(pictures, tmp_path):
+    (pictures / "link.png").symlink_to("nowhere.png")
+    for argument in (pictures, f"{pictures}/*.png"):
+        result = run(argument, *MODEL, "--out", tmp_path / "out")
+        assert result.exit_code == 1
+        assert "link.png: expected a file to read, found a link that leads nowhere" in result.stderr.replace("\n", " ")
+    samples, _ = find_samples(pictures)
+    assert "link.png" in [sample.name for sample in samples]
+
+
+def test_names_of_a_table_do_not_stand_in_the_way_of_our_files(pictures, tmp_path):
+    names = [
+        "good", "good_tsm.png/x", "good_tsm.npy/x", ".good_tsm.png.unfinished/x", ".manifest.json.unfinished/x",
+        "manifest.json/x", "gallery.html/x", "maps.zarr/x", ".gallery/x", "good.json/x", ".x",
+    ]  # fmt: skip
+    image = (pictures / "p000.png").read_bytes()
+    pq.write_table(pa.table({"image": [image] * len(names), "name": names}), tmp_path / "t.parquet")
+    formats = ("--format", "overlay", "--format", "npy", "--format", "zarr", "--gallery")
+    for already in (0, len(names)):
+        result = run(tmp_path / "t.parquet", *MODEL, *formats, "--out", tmp_path / "out")
+        assert result.exit_code == 0, result.output
+        assert f"{len(names) - already} explained, {already} there already, 0 failed" in result.output
+    assert len(list((tmp_path / "out").rglob("*_tsm.npy"))) == len(names)
+
+
+def test_ten_thousand_pictures_of_one_name_are_named_and_removed_without_a_search(tmp_path):
+    sources = [Source("cat", "t.parquet", (0, row)) for row in range(10_000)]
+    manifest = Manifest(tmp_path, load_model("networks:tiny_loaded_model"), aug_smooth=False)
+    started = time.process_time()
+    names = manifest.add(sources)
+    for source in sources[-1000:]:
+        manifest.remove_files(source)
+    assert time.process_time() - started < 3
+    assert list(names.values()) == ["cat", *(f"cat-{number}" for number in range(2, 10_001))]
+
+
+def test_a_zarr_store_of_the_older_format_whose_codec_unpickles_is_not_read(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("numcodecs.pickles.ALLOW_UNSAFE_PICKLE_DECODE", True, raising=False)
+    out = tmp_path / "out"
+    assert run(pictures / "p000.png", *MODEL, "--out", out).exit_code == 0
+    array = out / "maps.zarr" / "tsm"
+    array.mkdir(parents=True)
+    (array.parent / ".zgroup").write_text('{"zarr_format": 2}')
+    filters = [{"id": "vlen-utf8"}, {"id": "pickle"}]
+    kept = {"shape": [1, 24, 24], "chunks": [2, 24, 24], "dtype": "|O", "fill_value": "", "order": "C"}
+    (array / ".zarray").write_text(json.dumps({"zarr_format": 2, "compressor": None, "filters": filters, **kept}))
+    (array / "0.0.0").write_bytes(f"cposix\nmkdir\n(V{tmp_path / 'ran'}\ntR.".encode())
+    run(pictures / "p000.png", *MODEL, "--format", "zarr", "--out", out)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_zarr_store_has_the_maps_in_the_order_of_the_manifest(pictures, tmp_path):
@@ -362,6 +473,56 @@ def test_a_picture_that_changed_is_explained_again(pictures, tmp_path):
     assert all(
         after[name] == content for name, content in others.items() if name not in ("manifest.json", "gallery.html")
     )
+
+
+def test_a_picture_of_the_same_time_and_another_size_is_explained_again(pictures, tmp_path):
+    out, picture = tmp_path / "out", pictures / "p002.png"
+    assert run(pictures, *MODEL, "--format", "npy", "--out", out).exit_code == 0
+    # As older versions wrote it.
+    manifest = json.loads((out / "manifest.json").read_text())
+    for entry in manifest["pictures"].values():
+        entry.pop("size", None)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert "0 explained, 11 there already" in run(pictures, *MODEL, "--format", "npy", "--out", out).output
+    time_before = picture.stat().st_mtime_ns
+    Image.new("RGB", (30, 40), "red").save(picture)
+    os.utime(picture, ns=(time_before, time_before))
+    assert "1 explained, 10 there already" in run(pictures, *MODEL, "--format", "npy", "--out", out).output
+    np.testing.assert_allclose(np.load(out / "p002_tsm.npy"), expected_map(picture), atol=1e-5)
+
+
+def test_a_run_that_came_to_no_map_leaves_the_folder_to_another_model(pictures, tmp_path):
+    out = tmp_path / "out"
+    options = ("--format", "zarr", "--format", "npy", "--gallery", "--out", out)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    assert run(tmp_path / "broken.png", *MODEL, *options).exit_code == 1
+    result = run(pictures, *MODEL, "--layer", "1", *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads((out / "manifest.json").read_text())["layers"] == ["1"]
+    assert zarr.open_group(out / "maps.zarr", mode="r").attrs["layers"] == ["1"]
+    for kept in ("*.npy", "deeper/*.npy", "gallery.html", "manifest.json"):
+        assert "(layers: ['1'], now ['3'])" in run(pictures, *MODEL, *options).stderr, kept
+        for path in out.glob(kept):
+            path.unlink()
+
+
+def test_a_folder_of_the_other_engine_is_refused_and_left_as_it_is(pictures, tmp_path):
+    out = tmp_path / "out"
+    assert run(pictures, *MODEL, "--out", out).exit_code == 0
+    before = contents(out)
+    result = run(pictures, *MODEL, "--engine", "ray", "--out", out)
+    assert result.exit_code == 2
+    assert "holds the maps of another run (engine: torch, now ray): give another --out" in result.stderr
+    assert contents(out) == before
+    # As older versions of either engine wrote it.
+    content = json.loads((out / "manifest.json").read_text())
+    del content["engine"]
+    (out / "manifest.json").write_text(json.dumps(content))
+    assert "(engine: torch, now ray)" in run(pictures, *MODEL, "--engine", "ray", "--out", out).stderr
+    assert "11 there already" in run(pictures, *MODEL, "--out", out).output
+    content = {key: value for key, value in content.items() if key != "pictures"}
+    (out / "manifest.json").write_text(json.dumps(content))
+    assert "(engine: ray, now torch)" in run(pictures, *MODEL, "--out", out).stderr
 
 
 def test_a_folder_of_another_run_is_refused_and_left_as_it_is(pictures, tmp_path):
@@ -515,7 +676,7 @@ def test_a_clip_is_explained_frame_by_frame_and_its_overlay_moves(tmp_path):
     assert np.load(tmp_path / "out" / "clip_tsm.npy").shape == (4, 16, 24)
     with Image.open(tmp_path / "out" / "clip_tsm.png") as overlay:
         assert (overlay.n_frames, overlay.size) == (4, (24, 16))
-    (source,) = find_sources([str(tmp_path / "clip.gif")])
+    (source,) = sources_in([str(tmp_path / "clip.gif")])
     greens = [np.asarray(frame)[0, 0, 1] for frame in source.read(frames=4)]
     np.testing.assert_allclose(greens, [0, 60, 130, 190], atol=4)
     refused = run(tmp_path / "clip.gif", *options, "--gallery")
@@ -536,6 +697,19 @@ def test_a_gallery_is_written_and_grows_when_a_run_is_gone_on_with(pictures, tmp
     assert '"p001-2"' in page
     assert '"p008"' in page
     assert '"p008"' not in small
+
+
+def test_a_gallery_shows_the_methods_and_pictures_of_all_runs(pictures, tmp_path):
+    options = (*MODEL, "--gallery", "--out", tmp_path / "out")
+    assert run(pictures / "deeper", *options, "--method", "tsm").exit_code == 0
+    assert run(pictures, *options, "--method", "mtsm", "--method", "fem").exit_code == 0
+    assert run(pictures / "p003.png", *options, "--method", "tsm").exit_code == 0
+    page = (tmp_path / "out" / "gallery.html").read_text()
+    blocks = re.findall(r'<script type="application/json">(.*?)</script>', page)
+    methods = {entry["name"]: set(entry["methods"]) for entry in map(json.loads, blocks)}
+    assert len(methods) == 11
+    assert methods["p000"] == methods["p003"] == {"tsm", "mtsm", "fem"}
+    assert methods["p004"] == {"mtsm", "fem"}
 
 
 def test_a_batch_is_sized_to_the_memory_of_a_gpu(monkeypatch):

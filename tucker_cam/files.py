@@ -46,7 +46,9 @@ def open_file(path: str) -> BinaryIO:
     # Unlike pathlib's, these tell no from yes for a name that no file can have, too.
     if not os.path.isfile(path):
         found = "no such file, or none that may be read"
-        if os.path.isdir(path):
+        if os.path.islink(path) and not os.path.exists(path):
+            found = "a link that leads nowhere"
+        elif os.path.isdir(path):
             found = "a folder" if os.access(path, os.R_OK) else "a folder that may not be entered"
         raise FileNotFoundError(f"{path}: expected a file to read, found {found}")
     return Path(path).open("rb")
@@ -61,8 +63,6 @@ def _open_url(url: str) -> BinaryIO:
             with fsspec.open(url, "rb") as file:
                 return io.BytesIO(file.read())
         opened: BinaryIO = fsspec.open(url, "rb").open()
-    except ImportError:
-        raise
     except Exception as error:
         # A file system of another kind fails in its own ways.
         raise OSError(f"{url}: could not be opened ({one_line(error)})") from error
@@ -72,20 +72,21 @@ def _open_url(url: str) -> BinaryIO:
 def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
     """Return the files in a folder, at any depth, whose names end so in any case; hidden ones are left out.
 
-    A folder that may not be entered stands for what is in it, and a file that may not be looked at is there: opening
-    it says so.
+    A folder that may not be entered stands for what is in it, and a file that may not be looked at, or a link that
+    leads nowhere, is there: opening it says so.
     """
     closed: list[OSError] = []
     found: list[Path] = []
     for parent, folders, names in os.walk(folder, onerror=closed.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in suffixes and _may_be_file(path)]
+        found += [path for path in paths if path.suffix.lower() in suffixes and may_be_file(path)]
     return found + [Path(error.filename) for error in closed]
 
 
-def _may_be_file(path: Path) -> bool:
-    return os.path.isfile(path) or not os.path.lexists(path)
+def may_be_file(path: Path) -> bool:
+    """Tell whether a path that a folder lists is a file, or something that only opening it can tell."""
+    return os.path.isfile(path) or not os.path.exists(path)
 
 
 def decode_picture(file: BinaryIO, name: str) -> Image.Image:

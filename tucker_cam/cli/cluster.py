@@ -1,29 +1,32 @@
 """Pictures in, Parquet tables of maps out: the same work on a Ray cluster, by a pool of actors.
 
 Ray Data runs it and writes the tables, here or on any file system fsspec knows; the tables themselves tell a later run
-what is done.
+what is done. What one run has written, another never changes: of two at once, neither can destroy the other's.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet as pq
 import ray
 import typer
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from ray.data.datasource import FilenameProvider
 
 from tucker_cam.cli.explain import CPU_BATCH, counted, in_batches, read_input
 from tucker_cam.cli.explainer import Explainer
 from tucker_cam.cli.methods import method_named
-from tucker_cam.cli.outputs import check_run, identity, not_of_a_run, versions
+from tucker_cam.cli.outputs import identity, is_of_run, not_of_a_run, read_manifest, versions
 from tucker_cam.cli.sources import MANIFEST, Source, find_sources
-from tucker_cam.files import printable
+from tucker_cam.files import is_url, only_run, printable
 from tucker_cam.models import LoadedModel
 
 _PREFIX = "maps-"
@@ -65,7 +68,8 @@ def explain_on_ray(
         workers: actors; None for one fewer than the cluster has CPUs.
 
     Returns:
-        One line for each picture that could not be read or explained; all others are done.
+        One line for each argument that names no picture, and each picture that could not be read or explained; all
+        others are done.
 
     Raises:
         ValueError: as for `explain_pictures`; or no actor is to do the work.
@@ -77,44 +81,58 @@ def explain_on_ray(
         method_named(name)
     if workers == 0:
         raise ValueError("expected at least one actor to explain the pictures, got --workers 0")
-    sources = find_sources(images)
-    loaded = load()
-    typer.echo(printable(loaded.description))
+    sources, unusable = find_sources(images, out=None if is_url(out) else Path(out))
     filesystem, folder = url_to_fs(out)
     filesystem.makedirs(folder, exist_ok=True)
-    _claim_folder(filesystem, folder, out, identity(loaded, aug_smooth=aug_smooth))
-    before, _ = _read_tables(filesystem, folder)
-    size = batch_size or CPU_BATCH
-    items = [_item(batch, classes, before) for batch in in_batches(sources, size)]
-    items = [item for item in items if any(item["missing"])]
-    if items:
-        if not ray.is_initialized():
-            ray.init(log_to_driver=False, logging_level=logging.WARNING)
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
-        actors = workers or max(int(ray.cluster_resources().get("CPU", 1)) - 1, 1)
-        explained = ray.data.from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS)).map_batches(
-            _Actor,
-            fn_constructor_args=(load, classes, aug_smooth),
-            batch_size=1,
-            batch_format="pyarrow",
-            concurrency=min(actors, len(items)),
-            num_gpus=int(loaded.device.type == "cuda"),
+    # Elsewhere there is no lock that all file systems keep.
+    local = isinstance(filesystem, LocalFileSystem)
+    with only_run(Path(folder, MANIFEST)) if local else nullcontext():
+        loaded = load()
+        typer.echo(printable(loaded.description))
+        earlier = _read_tables(filesystem, folder)
+        _claim_folder(filesystem, folder, out, identity(loaded, "ray", aug_smooth=aug_smooth), earlier)
+        before = earlier.done
+        size = batch_size or CPU_BATCH
+        items = [_item(batch, classes, before) for batch in in_batches(sources, size)]
+        items = [item for item in items if any(item["missing"])]
+        if items:
+            if not ray.is_initialized():
+                ray.init(log_to_driver=False, logging_level=logging.WARNING)
+            logging.getLogger("ray.data").setLevel(logging.WARNING)
+            actors = workers or max(int(ray.cluster_resources().get("CPU", 1)) - 1, 1)
+            explained = ray.data.from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS)).map_batches(
+                _Actor,
+                fn_constructor_args=(load, classes, aug_smooth),
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=min(actors, len(items))),
+                num_gpus=int(loaded.device.type == "cuda"),
+            )
+            explained.write_parquet(
+                folder,
+                filesystem=filesystem,
+                filename_provider=_Names(file_format="parquet"),
+                # Writing must not wait for a core while the actors hold them all.
+                ray_remote_args={"num_cpus": 0},
+            )
+        new = _read_tables(filesystem, folder, known=earlier.paths)
+    after = before | new.done
+    for path in earlier.broken + new.broken:
+        typer.echo(
+            printable(
+                f"note: {path}: expected a whole table, found a damaged one, or one that a run is still writing: left "
+                "out, and its maps made again; delete it when no run is writing"
+            )
         )
-        explained.write_parquet(
-            folder,
-            filesystem=filesystem,
-            filename_provider=_Names(file_format="parquet"),
-            # Writing must not wait for a core while the actors hold them all.
-            ray_remote_args={"num_cpus": 0},
-        )
-    after, errors = _read_tables(filesystem, folder)
     already = sum(all((source.key, name) in before for name in classes) for source in sources)
     failed = [source for source in sources if not all((source.key, name) in after for name in classes)]
     typer.echo(
         f"{counted(len(sources))}: {len(sources) - already - len(failed)} explained, {already} there already, "
         f"{len(failed)} failed; in {out}"
     )
-    return [errors.get(source.key, f"{source}: it is in no table; the same command tries again") for source in failed]
+    return unusable + [
+        new.errors.get(source.key, f"{source}: it is in no table; the same command tries again") for source in failed
+    ]
 
 
 class _Actor:
@@ -163,29 +181,53 @@ def _item(batch: Sequence[Source], methods: Sequence[str], done: set[tuple[str, 
     }
 
 
-def _claim_folder(filesystem: Any, folder: str, out: str, run: Mapping[str, Any]) -> None:
+class _Tables(NamedTuple):
+    """What the tables of a folder hold.
+
+    Attributes:
+        paths: of all of them.
+        done: pictures and methods.
+        errors: by picture, why there is no map.
+        broken: the tables that cannot be read. They stay where they are: a run may still be writing them.
+    """
+
+    paths: list[str]
+    done: set[tuple[str, str]]
+    errors: dict[str, str]
+    broken: list[str]
+
+
+def _claim_folder(filesystem: Any, folder: str, out: str, run: Mapping[str, Any], tables: _Tables) -> None:
+    """Write the manifest of a new folder; in one of this run there is nothing to do."""
     path = f"{folder}/{MANIFEST}"
     if filesystem.exists(path):
-        check_run(filesystem.cat_file(path).decode(errors="surrogateescape"), run, out)
-    # Tables are read, and what a killed run left half of one is removed: they must be a run's.
-    elif taken := filesystem.glob(f"{folder}/{_PREFIX}*.parquet"):
-        raise not_of_a_run(taken[0])
-    filesystem.pipe_file(path, json.dumps({**run, "versions": versions()}, indent=1).encode())
+        content = read_manifest(filesystem.cat_file(path).decode(errors="surrogateescape"), run, out)
+        if is_of_run(content, run, out, lambda: bool(tables.done or tables.broken)):
+            return
+    # Tables are read: they must be a run's.
+    elif tables.paths:
+        raise not_of_a_run(tables.paths[0])
+    unfinished = f"{folder}/.{MANIFEST}.unfinished"
+    filesystem.pipe_file(unfinished, json.dumps({**run, "versions": versions()}, indent=1).encode())
+    filesystem.mv(unfinished, path)
 
 
-def _read_tables(filesystem: Any, folder: str) -> tuple[set[tuple[str, str]], dict[str, str]]:
-    """Return the pictures and methods that are done, and why others failed; what a killed run left half is removed."""
-    done, errors = set(), {}
-    for path in sorted(filesystem.glob(f"{folder}/{_PREFIX}*.parquet")):
+def _read_tables(filesystem: Any, folder: str, *, known: Collection[str] = ()) -> _Tables:
+    """Read all tables but those that are known."""
+    # Ray writes them behind its back.
+    filesystem.invalidate_cache()
+    tables = _Tables(sorted({*filesystem.glob(f"{folder}/{_PREFIX}*.parquet")}.difference(known)), set(), {}, [])
+    columns = ["picture", "method", "error"]
+    for path in tables.paths:
         try:
             with filesystem.open(path, "rb") as file:
-                table = pq.read_table(file, columns=["picture", "method", "error"])
-        except pyarrow.ArrowInvalid:
-            filesystem.rm_file(path)
+                rows = pq.read_table(file, columns=columns).select(columns).to_pylist()
+        except (OSError, ValueError, KeyError, pyarrow.ArrowException):
+            tables.broken.append(path)
             continue
-        for row in table.to_pylist():
+        for row in rows:
             if row["error"] is None:
-                done.add((row["picture"], row["method"]))
+                tables.done.add((row["picture"], row["method"]))
             else:
-                errors[row["picture"]] = row["error"]
-    return done, errors
+                tables.errors[row["picture"]] = row["error"]
+    return tables

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate
@@ -69,25 +69,27 @@ def explain_pictures(
         workers: processes that read pictures ahead; None for one less than there are cores, and none for few pictures.
 
     Returns:
-        One line for each picture, and the gallery, that could not be read, explained or written; all others are done.
+        One line for each argument that names no picture, and each picture, and the gallery, that could not be read,
+        explained or written; all others are done.
 
     Raises:
-        ValueError: an unknown method, model, layer or device; a folder without pictures; maps of another run in `out`.
+        ValueError: an unknown method, model, layer or device; no pictures; another run in `out`, or its maps.
         ModuleNotFoundError: a package is missing.
         OSError: weights could not be had, `out` could not be written, or a reading process was killed.
     """
     classes = {name: method_named(name) for name in dict.fromkeys(methods)}
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: expected a folder for what is written, found a file")
-    sources = find_sources(images, out=out)
-    loaded = load()
-    typer.echo(printable(loaded.description))
+    sources, unusable = find_sources(images, out=out)
+    # What takes long comes last: the pictures are there, and the folder can be written to.
     out.mkdir(parents=True, exist_ok=True)
     with only_run(out / MANIFEST):
+        loaded = load()
+        typer.echo(printable(loaded.description))
         manifest = Manifest(out, loaded, aug_smooth=aug_smooth)
         manifest.claim_folder()
-        names, earlier = manifest.add(sources), dict(manifest.modified)
-        manifest.modified |= {source.key: source.modified for source in sources}
+        names, earlier = manifest.add(sources), dict(manifest.stamps)
+        manifest.stamps |= {source.key: source.stamp for source in sources}
         page = GalleryParts(out, list(classes)) if gallery else None
         outputs = _outputs(out, formats, list(classes), manifest)
         outputs += [] if page is None else [page]
@@ -96,14 +98,14 @@ def explain_pictures(
             before = earlier.get(source.key, NOT_OURS)
             paths = [path for output in outputs for path in output.paths(names[source])] if before == NOT_OURS else []
             if taken := [path for path in paths if path.exists()]:
-                manifest.modified[source.key] = NOT_OURS
+                manifest.stamps[source.key] = NOT_OURS
                 problems.append(f"{source}: {taken[0]} is there already, and not of a run in this folder")
                 continue
-            if before not in (NOT_OURS, manifest.modified[source.key]):
+            if before != NOT_OURS and before.differs(manifest.stamps[source.key]):
                 try:
                     manifest.remove_files(source)
                 except OSError as error:
-                    manifest.modified[source.key] = before
+                    manifest.stamps[source.key] = before
                     problems.append(f"{source}: what an earlier run wrote could not be removed ({error})")
                     continue
             missing[source] = [output for output in outputs if not output.has(names[source])]
@@ -113,16 +115,16 @@ def explain_pictures(
         batches = [batch for batch in in_batches(sources, size) if any(missing.get(source) for source in batch)]
         if batches:
             problems += _run(explainer, batches, names, missing, workers)
-        unfinished = [] if page is None else _finish(page, (names[source] for source in sources), loaded)
+        unfinished = [] if page is None else _finish(page, manifest.names.values(), loaded)
     there = sum(not outputs for outputs in missing.values())
     typer.echo(
         f"{counted(len(sources))}: {len(sources) - there - len(problems)} explained, {there} there already, "
         f"{len(problems)} failed; in {out}" + (f"; gallery: {page.page}" if page is not None and not unfinished else "")
     )
-    return problems + unfinished
+    return unusable + problems + unfinished
 
 
-def _finish(page: GalleryParts, names: Iterator[str], loaded: LoadedModel) -> list[str]:
+def _finish(page: GalleryParts, names: Iterable[str], loaded: LoadedModel) -> list[str]:
     try:
         page.finish(names, f"{loaded.name}, {', '.join(loaded.layer_names)}")
     except (OSError, ValueError) as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from glob import escape
 from importlib.metadata import version
-from pathlib import Path
+from itertools import chain
+from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,14 +22,17 @@ from tucker_cam import __version__
 from tucker_cam.cli.explainer import Explanation
 from tucker_cam.cli.gallery import gallery_entry, write_gallery
 from tucker_cam.cli.methods import METHODS
-from tucker_cam.cli.sources import MANIFEST, Source, safe_name
+from tucker_cam.cli.sources import MANIFEST, Source, Stamp, safe_name
 from tucker_cam.files import complete_or_absent, printable
 from tucker_cam.models import LoadedModel
 
-NOT_OURS = -1
+NOT_OURS = Stamp(-1, None)
 """Stands in a manifest for a picture whose files were there before, and are somebody else's."""
+Engine = Literal["torch", "ray"]
 Picture = Callable[[], NDArray[np.float32]]
 _PACKAGES = ("torch", "numpy", "grad-cam", "pillow")
+_SUFFIXES = (".png", ".npy", ".json", ".html", ".zarr")
+"""Each file and folder of ours has one, unless it is hidden."""
 
 
 class Output(Protocol):
@@ -115,7 +120,8 @@ class ZarrStore(Output):
         self.path = out / self.file_name
         self.lock = Lock()
         try:
-            self.group: Any = zarr.open_group(self.path, mode="a", attributes=dict(attributes))
+            # The older format knows a codec that unpickles.
+            self.group: Any = zarr.open_group(self.path, mode="a", zarr_format=3, attributes=dict(attributes))
             earlier: Any = self.group.attrs.get("pictures", [])
             now = [printable(name) for name in names]
             if now[: len(earlier)] != earlier:
@@ -161,7 +167,10 @@ class ZarrStore(Output):
 
 
 class GalleryParts(Output):
-    """``gallery.html``, one page, put together of a part for each picture, which a later run takes up again."""
+    """``gallery.html``, one page, put together of a part for each picture, which a later run takes up again.
+
+    It shows what all runs wrote: pictures and methods.
+    """
 
     file_name = "gallery.html"
 
@@ -186,13 +195,22 @@ class GalleryParts(Output):
             OSError: it cannot be written.
             ValueError: a part is broken.
         """
-        paths = (self._path(name) for name in names)
-        write_gallery(self.page, title, (self._entry(path) for path in paths if path.exists()))
+        # This run's methods first.
+        folders = dict.fromkeys([self.parts, *sorted(self.parts.parent.glob("*/"))])
+        parts = ([path for folder in folders if (path := folder / f"{name}.json").is_file()] for name in names)
+        write_gallery(self.page, title, (self._merged(paths) for paths in parts if paths))
+
+    def _merged(self, paths: Sequence[Path]) -> dict[str, Any]:
+        entry, *others = [self._entry(path) for path in paths]
+        for other in others:
+            entry["methods"] |= other["methods"]
+        return entry
 
     def _entry(self, path: Path) -> dict[str, Any]:
         try:
             entry: dict[str, Any] = json.loads(path.read_text("utf-8"))
             entry["picture"]
+            entry["methods"] = dict(entry["methods"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: expected a part of the gallery, found a broken one: delete it") from error
         return entry
@@ -205,7 +223,7 @@ class Manifest:
     """``manifest.json``: what the files in a folder are: of which model and layers, made with which versions.
 
     It also keeps the pictures' names, so that a later run, with more pictures or fewer, gives each the same one again,
-    and when each was written, so that a picture that changed since is explained again.
+    and when each was written and its size, so that a picture that changed since is explained again.
 
     Args:
         out: the folder.
@@ -213,48 +231,65 @@ class Manifest:
         aug_smooth: whether maps are smoothed.
 
     Raises:
-        ValueError: the folder holds the maps of another model, of other weights, layers or smoothing; or its
-            manifest is none.
+        ValueError: the folder holds the maps of another model, of other weights, layers or smoothing, or of another
+            engine; or its manifest is none.
     """
 
     def __init__(self, out: Path, loaded: LoadedModel, *, aug_smooth: bool) -> None:
-        self.out, self.path, self.run = out, out / MANIFEST, identity(loaded, aug_smooth=aug_smooth)
+        self.out, self.path, self.run = out, out / MANIFEST, identity(loaded, "torch", aug_smooth=aug_smooth)
         self.names: dict[str, str] = {}
-        self.modified: dict[str, int] = {}
+        self.stamps: dict[str, Stamp] = {}
+        self._is_ours = False
         if self.path.exists():
-            content = check_run(self.path.read_text("utf-8", errors="surrogateescape"), self.run, str(out))
+            content = read_manifest(self.path.read_text("utf-8", errors="surrogateescape"), self.run, str(out))
             try:
                 for key, picture in content["pictures"].items():
-                    self.names[key], self.modified[key] = safe_name(picture["name"]), int(picture["modified"])
+                    self.names[key] = safe_name(picture["name"])
+                    size = picture.get("size")
+                    self.stamps[key] = Stamp(int(picture["modified"]), None if size is None else int(size))
                 if len(set(self.names.values())) < len(self.names):
                     raise ValueError("two pictures of one name")
             except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
                 raise _no_manifest(out) from error
+            self._is_ours = is_of_run(content, self.run, str(out), self._holds_maps)
+            if not self._is_ours:
+                self.names, self.stamps = {}, {}
+        self._places = {key: place for place, key in enumerate(self.names)}
 
     def claim_folder(self) -> None:
         """Write the manifest of a new folder, so that whatever a killed run leaves is known to be of a run.
+
+        A folder whose run came to no map is new too.
 
         Raises:
             ValueError: a store or a gallery is there, of which no manifest knows.
             OSError: it cannot be written.
         """
-        if self.path.exists():
+        if self._is_ours:
             return
-        for taken in (self.out / ZarrStore.file_name, self.out / GalleryParts.file_name):
-            if taken.exists():
-                raise not_of_a_run(taken)
+        store = self.out / ZarrStore.file_name
+        if self.path.exists():
+            if store.exists():
+                # Without a map, and made for those of another run.
+                shutil.rmtree(store)
+        else:
+            for taken in (store, self.out / GalleryParts.file_name):
+                if taken.exists():
+                    raise not_of_a_run(taken)
         self.write()
 
     def add(self, sources: Iterable[Source]) -> dict[Source, str]:
         """Give each picture a name of its own, relative to the folder; the second ``cat`` becomes ``cat-2``."""
         taken = set(self.names.values())
+        last: dict[str, int] = {}
         named = {}
         for source in sources:
             if source.key not in self.names:
-                name, number = source.name, 1
+                name = base = _apart_from_ours(source.name)
                 while name in taken:
-                    number += 1
-                    name = f"{source.name}-{number}"
+                    last[base] = last.get(base, 1) + 1
+                    name = f"{base}-{last[base]}"
+                self._places[source.key] = len(self.names)
                 self.names[source.key] = name
                 taken.add(name)
             named[source] = self.names[source.key]
@@ -262,13 +297,22 @@ class Manifest:
 
     def remove_files(self, source: Source) -> None:
         """Remove what earlier runs wrote of a picture, which has changed since."""
-        name, index = self.names[source.key], list(self.names).index(source.key)
-        files = [path for kind in (Overlays, ArrayFiles) for path in kind(self.out, list(METHODS)).paths(name)]
-        files += self.out.glob(f".gallery/*/{escape(name)}.json")
-        files += self.out.glob(f"{ZarrStore.file_name}/*/c/{index}/**/0")
-        for path in files:
+        name = self.names[source.key]
+        hidden = self.out.glob(f".gallery/*/{escape(name)}.json")
+        for path in chain(self._files(name), hidden, self._chunks(self._places[source.key])):
             if path.is_file():
                 path.unlink()
+
+    def _files(self, name: str) -> Iterable[Path]:
+        return (path for kind in (Overlays, ArrayFiles) for path in kind(self.out, list(METHODS)).paths(name))
+
+    def _chunks(self, place: int | str) -> Iterable[Path]:
+        return self.out.glob(f"{ZarrStore.file_name}/*/c/{place}/**/0")
+
+    def _holds_maps(self) -> bool:
+        ours = (name for key, name in self.names.items() if self.stamps[key] != NOT_OURS)
+        shown = chain.from_iterable(self._files(name) for name in ours)
+        return any(path.is_file() for path in chain(self._chunks("*"), self.out.glob(".gallery/**/*.json"), shown))
 
     def write(self) -> None:
         """Write the manifest.
@@ -276,15 +320,22 @@ class Manifest:
         Raises:
             OSError: it cannot be written.
         """
-        pictures = {key: {"name": name, "modified": self.modified[key]} for key, name in self.names.items()}
+        pictures = {key: {"name": name, **self.stamps[key]._asdict()} for key, name in self.names.items()}
         content = {**self.run, "versions": versions(), "pictures": pictures}
         with complete_or_absent(self.path) as unfinished:
             unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def identity(loaded: LoadedModel, *, aug_smooth: bool) -> dict[str, Any]:
+def _apart_from_ours(name: str) -> str:
+    """Change the parts of a name that would be hidden, and its folders that could be called as a file of ours."""
+    *folders, last = (f"_{part}" if part.startswith(".") else part for part in PurePosixPath(name).parts)
+    return "/".join([*(f"{part}_" if part.lower().endswith(_SUFFIXES) else part for part in folders), last])
+
+
+def identity(loaded: LoadedModel, engine: Engine, *, aug_smooth: bool) -> dict[str, Any]:
     """Return what all maps of a folder have in common."""
     return {
+        "engine": engine,
         "model": loaded.name,
         "weights": loaded.digest(),
         "layers": loaded.layer_names,
@@ -292,23 +343,40 @@ def identity(loaded: LoadedModel, *, aug_smooth: bool) -> dict[str, Any]:
     }
 
 
-def check_run(manifest: str, run: Mapping[str, Any], out: str) -> dict[str, Any]:
+def read_manifest(manifest: str, run: Mapping[str, Any], out: str) -> dict[str, Any]:
     """Return the content of an earlier run's manifest.
 
     Raises:
-        ValueError: it is none, or of a run that this one cannot go on with.
+        ValueError: it is none, or another engine's, which keeps maps and their list in its own way.
     """
     try:
         content: dict[str, Any] = json.loads(manifest)
+        # Older manifests do not say it; Ray's tables are the list of its pictures.
+        content.setdefault("engine", "torch" if "pictures" in content else "ray")
         found = {key: content[key] for key in run}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _no_manifest(out) from error
-    for key, value in run.items():
-        if found[key] != value:
-            raise ValueError(
-                f"{out}: holds the maps of another run ({key}: {found[key]}, now {value}): give another --out"
-            )
+    if found["engine"] != run["engine"]:
+        raise _other_run(out, "engine", found["engine"], run["engine"])
     return content
+
+
+def is_of_run(content: Mapping[str, Any], run: Mapping[str, Any], out: str, holds_maps: Callable[[], bool]) -> bool:
+    """Tell whether a folder is one of this run, and not of another that came to no map.
+
+    Raises:
+        ValueError: it holds the maps of another run.
+    """
+    for key, value in run.items():
+        if content[key] != value:
+            if holds_maps():
+                raise _other_run(out, key, content[key], value)
+            return False
+    return True
+
+
+def _other_run(out: str, key: str, found: object, now: object) -> ValueError:
+    return ValueError(f"{out}: holds the maps of another run ({key}: {found}, now {now}): give another --out")
 
 
 def not_of_a_run(taken: Path | str) -> ValueError:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
-from tucker_cam.files import decode_frames, decode_picture, files_below, is_url, open_file
+from tucker_cam.files import decode_frames, decode_picture, files_below, is_url, may_be_file, one_line, open_file
 
 _MAGIC = "*?["
 _PICTURES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
@@ -27,6 +27,22 @@ _CACHED_ROW_GROUPS = 2
 _LONGEST_NAME, _LONGEST_PATH = 180, 1000
 MANIFEST = "manifest.json"
 """What tells a folder of results; see `outputs`."""
+
+
+class Stamp(NamedTuple):
+    """What tells whether a file has changed.
+
+    Attributes:
+        modified: when it was last written, in nanoseconds; 0 where that is not known.
+        size: in bytes; 0 where that is not known, and None where an older manifest does not say.
+    """
+
+    modified: int
+    size: int | None
+
+    def differs(self, now: Stamp) -> bool:
+        """Tell whether the file is another one now."""
+        return self.modified != now.modified or self.size not in (None, now.size)
 
 
 @dataclass(frozen=True)
@@ -57,9 +73,12 @@ class Source:
         return self.location if self.row is None else f"{self.location}#{self.row[0]}.{self.row[1]}"
 
     @property
-    def modified(self) -> int:
-        """When a local file was last written, in nanoseconds; 0 where that is not known."""
-        return 0 if is_url(self.path) or not os.path.exists(self.path) else Path(self.path).stat().st_mtime_ns
+    def stamp(self) -> Stamp:
+        """When a local file was last written, and its size."""
+        if is_url(self.path) or not os.path.exists(self.path):
+            return Stamp(0, 0)
+        found = os.stat(self.path)
+        return Stamp(found.st_mtime_ns, found.st_size)
 
     def read(self, frames: int | None = None) -> Image.Image | list[Image.Image]:
         """Return the picture as RGB, or for a video network that many frames of it.
@@ -77,37 +96,53 @@ class Source:
         return open_file(self.path)
 
 
-def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> list[Source]:
+def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[list[Source], list[str]]:
     """Find the pictures: each file that is named, and those in folders (at any depth), globs and Parquet files.
 
     A Parquet file has a column ``image`` (encoded pictures, or Hugging Face's struct of bytes and path) and may have a
     column ``name``. Hidden files in folders are left out, and so are folders that are links, and local folders of
-    results. A file that is not there, or is no table, stays in the list: reading it says so.
+    results. A file of a folder that cannot be read, or is no table, stays in the list: reading it says so.
 
     Args:
         arguments: as they were typed.
         out: a folder for results; what is found in it is an earlier run's, and left out.
 
     Returns:
-        In the order of the arguments, and of the names in each; none twice.
+        The pictures, in the order of the arguments, and of the names in each, none twice; and one line for each
+        argument that cannot be used.
 
     Raises:
-        ValueError: a folder, glob or table without pictures, or a folder that is `out`.
-        ModuleNotFoundError: Parquet needs pyarrow.
+        ValueError: none can be used: each names what is not there, a folder, glob or table without pictures, or `out`.
+        ImportError: none can be used, for want of a package.
     """
-    found = [source for argument in arguments for source in _sources_of(argument, out)]
+    found: dict[str, Source] = {}
+    problems: list[str] = []
+    missing: list[ImportError] = []
+    for argument in arguments:
+        try:
+            found |= {source.key: source for source in _sources_of(argument, out)}
+        except ImportError as error:
+            problems.append(f"{argument}: {one_line(error)}")
+            missing.append(error)
+        except ValueError as error:
+            problems.append(str(error))
+    if not found and missing:
+        raise missing[0]
     if not found:
-        raise ValueError(f"{', '.join(arguments)}: expected pictures or Parquet files with rows, found none")
-    return list({source.key: source for source in found}.values())
+        raise ValueError("; ".join(problems))
+    return list(found.values()), problems
 
 
 def _sources_of(argument: str, out: Path | None) -> Iterator[Source]:
     root, paths = _expanded(argument, out)
+    empty = True
     for path in paths:
-        if path.endswith(".parquet"):
-            yield from _rows(path, _name(path, root))
-        else:
-            yield Source(_name(path, root), path)
+        name = _name(path, root)
+        for source in _rows(path, name) if path.endswith(".parquet") else [Source(name, path)]:
+            yield source
+            empty = False
+    if empty:
+        raise ValueError(f"{argument}: expected pictures or Parquet files with rows, found none")
 
 
 def _expanded(argument: str, out: Path | None) -> tuple[str, list[str]]:
@@ -121,10 +156,14 @@ def _expanded(argument: str, out: Path | None) -> tuple[str, list[str]]:
         found, root = files_below(path, _WANTED), path
     elif not os.path.exists(path) and any(character in argument for character in _MAGIC):
         found = [Path(file) for file in glob.glob(argument, recursive=True)]
-        found = [file for file in found if os.path.isfile(file)]
+        found = [file for file in found if may_be_file(file)]
         fixed = path.parts[:-1]
         magic = next((i for i, part in enumerate(fixed) if any(each in part for each in _MAGIC)), len(fixed))
         root = Path(*fixed[:magic])
+    elif not os.path.lexists(path):
+        raise ValueError(
+            f"{argument}: expected pictures or Parquet files, found none: no such file or folder that may be read"
+        )
     else:
         return str(path.parent), [str(path)]
     folders = {folder for file in found for folder in file.parents if folder.is_relative_to(root)}
@@ -200,7 +239,7 @@ def _rows(path: str, name: str) -> Iterator[Source]:
             for group in range(table.num_row_groups):
                 for row, each in enumerate(_row_names(table, group, name)):
                     yield Source(safe_name(each), path, (group, row))
-    except (OSError, pyarrow.ArrowException):
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException):
         # Reading its first picture says what is wrong.
         yield Source(name, path, (0, 0))
 
@@ -234,7 +273,7 @@ def _row_group(path: str, group: int) -> Any:
             if table.schema_arrow.names.count("image") != 1:
                 raise OSError(f"expected one column image, found {', '.join(table.schema_arrow.names)}")
             return table.read_row_group(group, columns=["image"])
-    except pyarrow.ArrowException as error:
+    except (UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise OSError("expected a Parquet file, found something else or a broken one") from error
 
 
