@@ -1,5 +1,4 @@
 import os
-import runpy
 import subprocess
 import sys
 
@@ -10,7 +9,6 @@ from PIL import Image
 from rich.table import Table
 from typer.testing import CliRunner
 
-import tucker_cam
 from tucker_cam import TSM
 from tucker_cam.__main__ import main
 from tucker_cam.cli import app
@@ -302,17 +300,6 @@ main()
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (130, "stopped\n")
-
-
-def test_the_public_names_are_there_when_they_are_asked_for():
-    # In the tests' process they are there already, see conftest.py.
-    fresh = runpy.run_path(tucker_cam.__file__, run_name="tucker_cam")
-    assert set(fresh["__all__"]) <= set(fresh["__dir__"]())
-    for name in fresh["__all__"]:
-        assert name not in fresh
-        assert fresh["__getattr__"](name) is getattr(tucker_cam, name)
-    with pytest.raises(AttributeError, match="module 'tucker_cam' has no attribute 'TMS'"):
-        fresh["__getattr__"]("TMS")
 
 
 def test_a_redirected_run_says_a_line_now_and_then(capsys):

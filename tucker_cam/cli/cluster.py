@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 import pyarrow
 import pyarrow.parquet as pq
 import ray
-import typer
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from ray.data.datasource import FilenameProvider
 
+from tucker_cam.cli.console import say
 from tucker_cam.cli.explain import CPU_BATCH, counted, in_batches, read_input
 from tucker_cam.cli.explainer import Explainer
 from tucker_cam.cli.methods import method_named
 from tucker_cam.cli.outputs import identity, is_of_run, not_of_a_run, read_manifest, versions
 from tucker_cam.cli.sources import MANIFEST, Source, find_sources
-from tucker_cam.files import is_url, only_run, printable
+from tucker_cam.files import is_url, only_run
 from tucker_cam.models import LoadedModel
 
 _PREFIX = "maps-"
@@ -88,7 +88,7 @@ def explain_on_ray(
     local = isinstance(filesystem, LocalFileSystem)
     with only_run(Path(folder, MANIFEST)) if local else nullcontext():
         loaded = load()
-        typer.echo(printable(loaded.description))
+        say(loaded.description)
         earlier = _read_tables(filesystem, folder)
         _claim_folder(filesystem, folder, out, identity(loaded, "ray", aug_smooth=aug_smooth), earlier)
         before = earlier.done
@@ -118,15 +118,13 @@ def explain_on_ray(
         new = _read_tables(filesystem, folder, known=earlier.paths)
     after = before | new.done
     for path in earlier.broken + new.broken:
-        typer.echo(
-            printable(
-                f"note: {path}: expected a whole table, found a damaged one, or one that a run is still writing: left "
-                "out, and its maps made again; delete it when no run is writing"
-            )
+        say(
+            f"note: {path}: expected a whole table, found a damaged one, or one that a run is still writing: left out, "
+            "and its maps made again; delete it when no run is writing"
         )
     already = sum(all((source.key, name) in before for name in classes) for source in sources)
     failed = [source for source in sources if not all((source.key, name) in after for name in classes)]
-    typer.echo(
+    say(
         f"{counted(len(sources))}: {len(sources) - already - len(failed)} explained, {already} there already, "
         f"{len(failed)} failed; in {out}"
     )

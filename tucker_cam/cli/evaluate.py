@@ -8,10 +8,9 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-import typer
-from rich.console import Console
 from rich.table import Table
 
+from tucker_cam.cli.console import PlainConsole, say
 from tucker_cam.cli.methods import LABEL_DEPENDENT, METHODS, method_named
 from tucker_cam.cli.progress import progress
 from tucker_cam.evaluation.comparison import Group, Measure, Subject, measures, saliency_maps
@@ -21,7 +20,7 @@ from tucker_cam.evaluation.folder import Method, compare_on_folder, on_device
 from tucker_cam.evaluation.report import Example, caption, check_format, pick_examples, write_report
 from tucker_cam.evaluation.results import ResultsFile, Row
 from tucker_cam.evaluation.summary import BASELINE, Interval, Summary, summarise
-from tucker_cam.files import only_run, printable
+from tucker_cam.files import only_run
 from tucker_cam.models import LoadedModel
 
 _TABLE_COLUMNS = 4
@@ -60,7 +59,7 @@ def evaluate_folder(
     chosen: dict[str, Method] = {name: method_named(name) for name in dict.fromkeys((BASELINE, *methods))}
     samples, kind = find_samples(data, annotations=annotations, limit=limit)
     for remark in overlooked(data):
-        typer.echo(printable(f"note: {remark}"))
+        say(f"note: {remark}")
     loaded = load()
     subject = subject_of(loaded)
     check_readable(samples, loaded)
@@ -86,7 +85,7 @@ def evaluate_folder(
                 "which is not among them: give another file, or the --limit it was written with"
             )
         said = f"{pictures(len(samples))}, annotations: {kind}; {loaded.description}"
-        typer.echo(printable(f"{said}; embedding: {loaded.last_layer.name}, pooled"))
+        say(f"{said}; embedding: {loaded.last_layer.name}, pooled")
         with progress("scoring", len(samples)) as advance:
             skipped, remarks = compare_on_folder(
                 samples, kind, loaded, subject, chosen, columns, results, advance=advance
@@ -96,15 +95,15 @@ def evaluate_folder(
     summaries = summarise(rows, columns)
     print_tables(summaries, columns)
     for remark in remarks:
-        typer.echo(printable(f"note: {remark}"))
+        say(f"note: {remark}")
     scored = pictures(len(samples) - len(skipped))
-    typer.echo(printable(f"{scored} scored, {len(skipped)} skipped; rows: {out}"))
+    say(f"{scored} scored, {len(skipped)} skipped; rows: {out}")
     if report is not None and rows:
         ranked_by, examples = _examples(rows, columns, samples, kind, loaded, subject, chosen)
         title = f"{loaded.name}, {loaded.layer_names[0]}: {scored}"
         report.parent.mkdir(parents=True, exist_ok=True)
         write_report(report, title, summaries, columns, examples, ranked_by)
-        typer.echo(printable(f"report: {report}"))
+        say(f"report: {report}")
     return skipped
 
 
@@ -182,10 +181,9 @@ def _is_open_as(path: Path, descriptor: int) -> bool:
 
 def print_tables(summaries: Mapping[str, Mapping[str, Summary]], columns: Sequence[Measure]) -> None:
     """Print a table by method for each few measures: the mean, and below it the difference from EigenCAM."""
-    # The rows may be of any method that a file names: no markup, no pictures for words between colons.
-    console = Console(markup=False, emoji=False)
+    console = PlainConsole()
     if not console.is_terminal:
-        console = Console(markup=False, emoji=False, width=_PRINTED_WIDTH)
+        console = PlainConsole(width=_PRINTED_WIDTH)
     shown = [column for column in columns if any(column.column in of_method for of_method in summaries.values())]
     for start in range(0, len(shown), _TABLE_COLUMNS):
         table = Table(show_lines=True)
@@ -194,8 +192,7 @@ def print_tables(summaries: Mapping[str, Mapping[str, Summary]], columns: Sequen
             table.add_column(column.heading, justify="right")
         for method, by_column in summaries.items():
             table.add_row(
-                printable(method),
-                *(_cell(by_column.get(each.column)) for each in shown[start : start + _TABLE_COLUMNS]),
+                method, *(_cell(by_column.get(each.column)) for each in shown[start : start + _TABLE_COLUMNS])
             )
         console.print(table)
     console.print(

@@ -11,10 +11,10 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-import typer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tucker_cam.cli.console import say
 from tucker_cam.cli.explainer import Explainer, Explanation
 from tucker_cam.cli.methods import method_named
 from tucker_cam.cli.outputs import (
@@ -30,7 +30,7 @@ from tucker_cam.cli.outputs import (
 )
 from tucker_cam.cli.progress import progress
 from tucker_cam.cli.sources import MANIFEST, Source, find_sources
-from tucker_cam.files import only_run, printable
+from tucker_cam.files import only_run
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.families import preprocessed
 
@@ -85,7 +85,7 @@ def explain_pictures(
     out.mkdir(parents=True, exist_ok=True)
     with only_run(out / MANIFEST):
         loaded = load()
-        typer.echo(printable(loaded.description))
+        say(loaded.description)
         manifest = Manifest(out, loaded, aug_smooth=aug_smooth)
         manifest.claim_folder()
         names, earlier = manifest.add(sources), dict(manifest.stamps)
@@ -117,7 +117,7 @@ def explain_pictures(
             problems += _run(explainer, batches, names, missing, workers)
         unfinished = [] if page is None else _finish(page, manifest.names.values(), loaded)
     there = sum(not outputs for outputs in missing.values())
-    typer.echo(
+    say(
         f"{counted(len(sources))}: {len(sources) - there - len(problems)} explained, {there} there already, "
         f"{len(problems)} failed; in {out}" + (f"; gallery: {page.page}" if page is not None and not unfinished else "")
     )

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import typer
 
+from tucker_cam.cli.console import say
 from tucker_cam.cli.evaluate import check_outputs, check_readable, pictures, subject_of
 from tucker_cam.cli.progress import progress
 from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.spectrum import DECOMPOSITIONS, draw_spectrum, rows_of_spectrum, spectrum
-from tucker_cam.files import complete_or_absent, one_line, printable
+from tucker_cam.files import complete_or_absent, one_line
 from tucker_cam.models import LoadedModel
 
 _VALUES = 10
@@ -77,6 +77,6 @@ def write_spectrum(
         if np.isnan(share[:, 0]).all():
             raise ValueError(f"expected features of {layer_name} with singular values, found only zeros")
         low, middle, high = np.nanpercentile(share[:, 0], [25, 50, 75])
-        typer.echo(f"{name}: the first value holds {middle:.3f} of the sum [quartiles {low:.3f}, {high:.3f}]")
-    typer.echo(printable(f"plot: {out}\nnumbers: {table}"))
+        say(f"{name}: the first value holds {middle:.3f} of the sum [quartiles {low:.3f}, {high:.3f}]")
+    say(f"plot: {out}\nnumbers: {table}")
     return skipped
