@@ -17,8 +17,8 @@ import torch
 import typer
 
 from benchmarks.reporting import table
-from tucker_cam.cli.methods import METHODS
 from tucker_cam.files import open_picture
+from tucker_cam.methods import METHODS
 from tucker_cam.models import load_model
 
 PHOTOGRAPHS = (

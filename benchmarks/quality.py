@@ -26,7 +26,6 @@ from torch import Tensor
 
 from benchmarks.reporting import environment, interval, table
 from tucker_cam.activations import record
-from tucker_cam.cli.methods import LABEL_DEPENDENT, METHODS
 from tucker_cam.decomposition.projection import leading_map
 from tucker_cam.evaluation.comparison import MEASURES, Group, Subject, measures
 from tucker_cam.evaluation.controls import CONTROLS
@@ -35,6 +34,7 @@ from tucker_cam.evaluation.folder import compare_on_folder
 from tucker_cam.evaluation.results import ResultsFile
 from tucker_cam.evaluation.spectrum import draw_spectrum, spectrum
 from tucker_cam.evaluation.summary import Summary, summarise
+from tucker_cam.methods import LABEL_DEPENDENT, METHODS
 from tucker_cam.models import LoadedModel, load_model
 
 SEED = 0
@@ -68,7 +68,7 @@ def summaries_of(
             annotations,
             loaded,
             subject,
-            METHODS | LABEL_DEPENDENT,
+            METHODS | {name: method for name, method in LABEL_DEPENDENT.items() if method.is_there},
             columns,
             results,
             advance=lambda _: None,

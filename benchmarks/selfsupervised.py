@@ -37,9 +37,9 @@ from torchvision import transforms
 
 from benchmarks.reporting import environment, interval, table
 from tucker_cam import TSM
-from tucker_cam.cli.methods import METHODS
 from tucker_cam.evaluation.comparison import Subject, compare, measures, saliency_maps
 from tucker_cam.evaluation.summary import Interval, mean_interval, summarise
+from tucker_cam.methods import METHODS
 from tucker_cam.models import Network
 
 SIDE = 64

@@ -412,7 +412,7 @@ def test_a_picture_on_which_the_network_fails_is_named_and_the_others_are_done(d
 def test_a_picture_takes_one_pass_for_all_methods_two_with_gradients_and_two_for_each_map(data, tmp_path, monkeypatch):
     loaded, seen = load_model("networks:tiny_loaded_model"), Counter()
     loaded.model.register_forward_hook(lambda module, inputs, output: seen.update(images=len(output)))
-    monkeypatch.setattr("tucker_cam.cli.load_model", lambda *_, **__: loaded)
+    monkeypatch.setattr("tucker_cam.models.load_model", lambda *_, **__: loaded)
     assert run("evaluate", data, "--metric", "drop", "--out", tmp_path / "results.csv").exit_code == 0
     maps = len(METHODS) + 2 + len(CONTROLS)
     # The uniform map is scored once: it is its own area-matched one.

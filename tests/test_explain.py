@@ -30,8 +30,9 @@ from tucker_cam.cli.explainer import Explainer
 from tucker_cam.cli.outputs import Manifest
 from tucker_cam.cli.sources import Source, find_sources
 from tucker_cam.evaluation.datasets import find_samples
-from tucker_cam.files import open_picture, printable
+from tucker_cam.files import open_picture
 from tucker_cam.models import load_model
+from tucker_cam.text import printable
 
 MODEL = ("--model", "networks:tiny_loaded_model")
 

@@ -1,5 +1,6 @@
 """What is imported when, seen from new processes: PyTorch and the host take seconds, and many names need neither."""
 
+import os
 import subprocess
 import sys
 
@@ -8,10 +9,13 @@ import pytest
 import tucker_cam
 
 
+LISTING = "\nimport sys; print('imported:', *{name.partition('.')[0] for name in sys.modules})"
+ENVIRONMENT = {**os.environ, "COLUMNS": "200", "TERM": "dumb"}
+
+
 def imported_by(program):
     """Return the packages that a program has imported when it ends."""
-    listing = "\nimport sys; print('imported:', *{name.partition('.')[0] for name in sys.modules})"
-    ended = subprocess.run([sys.executable, "-c", program + listing], check=True, capture_output=True, text=True)
+    ended = subprocess.run([sys.executable, "-c", program + LISTING], check=True, capture_output=True, text=True)
     return set(ended.stdout.rpartition("imported:")[2].split())
 
 
@@ -23,6 +27,30 @@ def test_the_mathematics_does_not_import_the_host():
     packages = imported_by("from tucker_cam import channel_modes")
     assert "torch" in packages
     assert packages.isdisjoint({"pytorch_grad_cam", "torchvision", "cv2", "sklearn"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--help"], 0, "explain"),
+        (["explain", "--help"], 0, "multivec-eigencam"),
+        (["evaluate", "--help"], 0, "localisation"),
+        (["explian"], 2, "explian"),
+        (["explain", "cat.jpg", "--metod", "tsm"], 2, "--metod"),
+        (["explain", "cat.jpg", "--method", "tms"], 2, "near it: tsm"),
+        (["evaluate", "pictures", "--metric", "drops"], 2, "near it: drop"),
+    ],
+)
+def test_help_and_mistyped_names_are_answered_without_pytorch_and_numpy(arguments, code, said):
+    program = f"import sys; from tucker_cam.cli import app\ntry:\n    app({arguments!r})\n"
+    program += "except SystemExit as error:\n    print('code:', error.code)"
+    ended = subprocess.run(
+        [sys.executable, "-c", f"{program}{LISTING}"], check=True, capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert f"code: {code}" in ended.stdout
+    assert said in ended.stdout + ended.stderr
+    packages = set(ended.stdout.rpartition("imported:")[2].split())
+    assert packages.isdisjoint({"torch", "numpy", "PIL", "pytorch_grad_cam", "matplotlib"})
 
 
 @pytest.mark.parametrize("name", tucker_cam.__all__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from typing import BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tucker_cam.text import one_line
 
 _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
 
@@ -160,18 +161,6 @@ def _upright_rgb(picture: Image.Image) -> Image.Image:
         # Pillow would cut 16-bit greys off at 255 instead of scaling them.
         upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
     return upright.convert("RGB")
-
-
-def printable(text: str) -> str:
-    """Return a text as any terminal can show it: control characters, and bytes that are no UTF-8, become escapes."""
-    shown = text.encode(errors="backslashreplace").decode()
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda control: f"\\x{ord(control[0]):02x}", shown)
-
-
-def one_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @contextmanager

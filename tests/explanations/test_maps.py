@@ -11,8 +11,8 @@ from torch import nn
 
 from tucker_cam import TSM, channel_modes
 from tucker_cam.cli.explainer import Explainer
-from tucker_cam.cli.methods import METHODS
 from tucker_cam.explanations.maps import OnePass
+from tucker_cam.methods import METHODS
 from tucker_cam.models import load_model
 
 

@@ -9,19 +9,18 @@ from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import typer
 
 from tucker_cam.cli.console import say
-from tucker_cam.cli.demo import run_demo
-from tucker_cam.cli.explain import explain_pictures
-from tucker_cam.cli.layers import print_layers
-from tucker_cam.cli.methods import METHODS, check_name
 from tucker_cam.extras import install
-from tucker_cam.files import printable
-from tucker_cam.models import LoadedModel, load_model
+from tucker_cam.methods import METHODS, check_name, method_named
+from tucker_cam.text import printable
+
+# What a command needs is imported in it: PyTorch and the host take seconds, which help and a mistyped name need not.
+if TYPE_CHECKING:
+    from tucker_cam.models import LoadedModel
 
 app = typer.Typer(
     help="Saliency maps that need no label: Tucker and multivector Tucker, beside EigenCAM.",
@@ -95,6 +94,8 @@ def _quiet_libraries() -> None:
 def demo(out: OutputFolder = Path("tucker-cam-out")) -> None:
     """Explain a photograph with a real network; needs no download after the install."""
     with _user_errors():
+        from tucker_cam.cli.demo import run_demo
+
         run_demo(out)
 
 
@@ -137,6 +138,8 @@ def explain(
 ) -> None:
     """Write an overlay, or the map, for each picture and method."""
     with _user_errors("models", goes_on=True) as problems:
+        for name in method or []:
+            method_named(name)
         load = partial(_load, model, layer or [], weights, not no_pretrained, device)
         if engine is Engine.RAY:
             if formats or gallery:
@@ -153,6 +156,8 @@ def explain(
                 workers=workers,
             )
         else:
+            from tucker_cam.cli.explain import explain_pictures
+
             problems += explain_pictures(
                 images,
                 load=load,
@@ -175,6 +180,8 @@ def layers(
 ) -> None:
     """List the layers of a model that can be explained, in the order in which they run."""
     with _user_errors():
+        from tucker_cam.cli.layers import print_layers
+
         print_layers(_load(model, layer or [], weights, not no_pretrained, None))
 
 
@@ -216,13 +223,16 @@ def evaluate(
 ) -> None:
     """Score the methods and controls on a folder of pictures, with boxes, with masks or without."""
     with _user_errors("evaluation", goes_on=True) as problems:
+        for name in method or []:
+            method_named(name)
+        groups = [check_name("metric", each, _METRICS) for each in metric or ["localisation", "drop"]]
         from tucker_cam.cli.evaluate import evaluate_folder
 
         problems += evaluate_folder(
             data,
             load=partial(_load, model, [layer] if layer else [], weights, not no_pretrained, device),
             methods=method or list(METHODS),
-            groups=[check_name("metric", each, _METRICS) for each in metric or ["localisation", "drop"]],
+            groups=groups,
             annotations=annotations.value if annotations else None,
             limit=limit,
             out=out,
@@ -256,6 +266,10 @@ def spectrum(
 
 
 def _load(model: str, layers: list[str], weights: Path | None, pretrained: bool, device: str | None) -> LoadedModel:
+    import torch
+
+    from tucker_cam.models import load_model
+
     # Random weights are the same when a run is gone on with, and in every process.
     torch.manual_seed(0)
     return load_model(model, layers=layers, weights=weights, pretrained=pretrained, device=device)

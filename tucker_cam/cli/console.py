@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from tucker_cam.files import printable
+from tucker_cam.text import printable
 
 
 class PlainConsole(Console):

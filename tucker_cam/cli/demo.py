@@ -18,12 +18,12 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 from tucker_cam.cli.console import PlainConsole, say
-from tucker_cam.cli.methods import METHODS
 from tucker_cam.extras import install
 from tucker_cam.files import complete_or_absent, open_picture
+from tucker_cam.methods import METHODS
 from tucker_cam.models import load_model
 
-_TITLES = {"eigencam": "EigenCAM", "tsm": "TSM", "multivec-eigencam": "Multivec-EigenCAM", "mtsm": "MTSM"}
+_SHOWN = ("eigencam", "tsm", "multivec-eigencam", "mtsm")
 
 
 def run_demo(out: Path) -> None:
@@ -54,7 +54,7 @@ def _compare(photograph: Path, panel: Path) -> Table:
     # One thread for torch and BLAS alike: what several gain depends on what else the machine is doing.
     with threadpool_limits(1), torch.no_grad():
         forward = _milliseconds(lambda: loaded.model(images))
-        for method in _TITLES:
+        for method in _SHOWN:
             with METHODS[method](loaded.model, loaded.target_layers) as cam:
                 maps[method] = cam(images, targets=None)[0]
                 features = cam.activations_and_grads.activations[0]
@@ -67,7 +67,7 @@ def _compare(photograph: Path, panel: Path) -> Table:
     picture = loaded.picture(network_input)
     channels, height, width = features.shape[1:]
     with matplotlib.rc_context({"font.size": 13}):
-        figure = _panel(picture, {_TITLES[method]: saliency for method, saliency in maps.items()})
+        figure = _panel(picture, {METHODS[method].title: saliency for method, saliency in maps.items()})
         figure.suptitle(f"tf_efficientnet_lite0, layer {layer.name} ({channels} x {height} x {width}), no label given")
         figure.savefig(panel, dpi=100, format="png")
 
@@ -75,8 +75,8 @@ def _compare(photograph: Path, panel: Path) -> Table:
     table.add_column("method")
     table.add_column("decomposition [ms]", justify="right")
     table.add_column("share of the forward pass", justify="right")
-    for method, title in _TITLES.items():
-        table.add_row(title, f"{milliseconds[method]:.2f}", f"{milliseconds[method] / forward:.1%}")
+    for method in _SHOWN:
+        table.add_row(METHODS[method].title, f"{milliseconds[method]:.2f}", f"{milliseconds[method] / forward:.1%}")
     return table
 
 

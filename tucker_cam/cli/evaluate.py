@@ -11,16 +11,16 @@ from pathlib import Path
 from rich.table import Table
 
 from tucker_cam.cli.console import PlainConsole, say
-from tucker_cam.cli.methods import LABEL_DEPENDENT, METHODS, method_named
 from tucker_cam.cli.progress import progress
 from tucker_cam.evaluation.comparison import Group, Measure, Subject, measures, saliency_maps
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.datasets import Annotations, Sample, find_samples, overlooked, see
-from tucker_cam.evaluation.folder import Method, compare_on_folder, on_device
+from tucker_cam.evaluation.folder import Builder, compare_on_folder, on_device
 from tucker_cam.evaluation.report import Example, caption, check_format, pick_examples, write_report
 from tucker_cam.evaluation.results import ResultsFile, Row
 from tucker_cam.evaluation.summary import BASELINE, Interval, Summary, summarise
 from tucker_cam.files import only_run
+from tucker_cam.methods import LABEL_DEPENDENT, METHODS, method_named
 from tucker_cam.models import LoadedModel
 
 _TABLE_COLUMNS = 4
@@ -56,7 +56,7 @@ def evaluate_folder(
         check_format(report)
     check_outputs(data, [out] if report is None else [out, report])
     # EigenCAM is what the others are compared with.
-    chosen: dict[str, Method] = {name: method_named(name) for name in dict.fromkeys((BASELINE, *methods))}
+    chosen = {name: method_named(name) for name in dict.fromkeys((BASELINE, *methods))}
     samples, kind = find_samples(data, annotations=annotations, limit=limit)
     for remark in overlooked(data):
         say(f"note: {remark}")
@@ -64,7 +64,7 @@ def evaluate_folder(
     subject = subject_of(loaded)
     check_readable(samples, loaded)
     if subject.classifies:
-        chosen |= LABEL_DEPENDENT
+        chosen |= {name: method for name, method in LABEL_DEPENDENT.items() if method.is_there}
     columns = measures(
         groups if kind != "none" else [group for group in groups if group != "localisation"], subject.score_names
     )
@@ -232,7 +232,7 @@ def _examples(
     annotations: Annotations,
     loaded: LoadedModel,
     subject: Subject,
-    methods: Mapping[str, Method],
+    methods: Mapping[str, Builder],
 ) -> tuple[Measure, dict[str, dict[str, Example]]]:
     """Explain again the pictures that the report shows."""
     scored = {column.column: column for column in columns if any(row[column.column] for row in rows)}

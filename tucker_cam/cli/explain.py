@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from tucker_cam.cli.console import say
 from tucker_cam.cli.explainer import Explainer, Explanation
-from tucker_cam.cli.methods import method_named
 from tucker_cam.cli.outputs import (
     NOT_OURS,
     ArrayFiles,
@@ -31,6 +30,7 @@ from tucker_cam.cli.outputs import (
 from tucker_cam.cli.progress import progress
 from tucker_cam.cli.sources import MANIFEST, Source, find_sources
 from tucker_cam.files import only_run
+from tucker_cam.methods import method_named
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.families import preprocessed
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from tucker_cam.decomposition.modes import channel_modes
 from tucker_cam.explanations.maps import OnePass
-from tucker_cam.files import one_line
 from tucker_cam.models import LoadedModel
+from tucker_cam.text import one_line
 
 _COMPONENTS = 6
 

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tucker_cam.files import complete_or_absent, printable
+from tucker_cam.files import complete_or_absent
+from tucker_cam.text import printable
 
 _PICTURE_SIDE = 224
 _MAP_SIDE = 56

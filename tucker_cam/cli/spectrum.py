@@ -13,8 +13,9 @@ from tucker_cam.cli.evaluate import check_outputs, check_readable, pictures, sub
 from tucker_cam.cli.progress import progress
 from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.spectrum import DECOMPOSITIONS, draw_spectrum, rows_of_spectrum, spectrum
-from tucker_cam.files import complete_or_absent, one_line
+from tucker_cam.files import complete_or_absent
 from tucker_cam.models import LoadedModel
+from tucker_cam.text import one_line
 
 _VALUES = 10
 _HEADER = ("picture", "decomposition", "index", "share")

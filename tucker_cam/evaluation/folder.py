@@ -12,12 +12,12 @@ from tucker_cam.evaluation.comparison import Measure, Subject, compare
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.datasets import Annotations, Sample, Seen, see
 from tucker_cam.evaluation.results import ResultsFile
-from tucker_cam.files import one_line
 from tucker_cam.models import Network
+from tucker_cam.text import one_line
 
 _BATCH = 8
 
-Method = Callable[..., BaseCAM]
+Builder = Callable[..., BaseCAM]
 
 
 def compare_on_folder(
@@ -25,7 +25,7 @@ def compare_on_folder(
     annotations: Annotations,
     network: Network,
     subject: Subject,
-    methods: Mapping[str, Method],
+    methods: Mapping[str, Builder],
     columns: Sequence[Measure],
     results: ResultsFile,
     *,
@@ -77,7 +77,7 @@ def _compare(
     seen: Mapping[Sample, Seen],
     network: Network,
     subject: Subject,
-    methods: Mapping[str, Method],
+    methods: Mapping[str, Builder],
     columns: Sequence[Measure],
     results: ResultsFile,
 ) -> tuple[list[str], list[str]]:

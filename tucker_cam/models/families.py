@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tucker_cam.extras import install
-from tucker_cam.files import one_line
+from tucker_cam.text import one_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

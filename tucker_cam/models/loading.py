@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tucker_cam.activations import ReshapeTransform
-from tucker_cam.files import one_line
 from tucker_cam.models.checkpoints import load_checkpoint
 from tucker_cam.models.families import Network, build_network
 from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common_transform, dry_run, target_of
+from tucker_cam.text import one_line
 
 
 @dataclass(frozen=True, kw_only=True)

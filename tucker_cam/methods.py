@@ -1,0 +1,83 @@
+"""A method's name in, the class that computes it out: one record each, of which every list of methods is made."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from pytorch_grad_cam.base_cam import BaseCAM
+
+Name = TypeVar("Name", bound=str)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A saliency method. Called as its class is, it returns the CAM object.
+
+    Attributes:
+        name: what users type, and what is written into files and rows.
+        title: for figures.
+        module: where its class is; imported when the method is first used, since the host takes seconds.
+        kind: the class.
+        options: what the class is given beside the model and its layers.
+        label_free: whether it says where the features are strong, and not what speaks for a class.
+    """
+
+    name: str
+    title: str
+    module: str
+    kind: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    label_free: bool = True
+
+    def __call__(self, *arguments: Any, **options: Any) -> BaseCAM:
+        cam: BaseCAM = getattr(import_module(self.module), self.kind)(*arguments, **self.options, **options)
+        return cam
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the installed version of the host has it."""
+        return hasattr(import_module(self.module), self.kind)
+
+
+_ALL = (
+    Method("eigencam", "EigenCAM", "pytorch_grad_cam", "EigenCAM"),
+    Method("tsm", "TSM", "tucker_cam", "TSM"),
+    Method("mtsm", "MTSM", "tucker_cam", "MTSM"),
+    Method("mtsm-energy", "MTSM, energy", "tucker_cam", "MTSM", {"combine": "energy"}),
+    Method("multivec-eigencam", "Multivec-EigenCAM", "tucker_cam", "MultivecEigenCAM"),
+    Method("kpca-cam", "KPCA-CAM", "pytorch_grad_cam", "KPCA_CAM"),
+    Method("fem", "FEM", "pytorch_grad_cam", "FEM"),
+    Method("gradcam", "GradCAM", "pytorch_grad_cam", "GradCAM", label_free=False),
+    Method("seg-eigencam", "Seg-EigenCAM", "pytorch_grad_cam", "SegEigenCAM", label_free=False),
+)
+METHODS = {method.name: method for method in _ALL if method.label_free}
+"""The label-free methods."""
+LABEL_DEPENDENT = {method.name: method for method in _ALL if not method.label_free}
+"""For reference: methods that ask for the evidence of a class, here the predicted one."""
+
+
+def method_named(name: str) -> Method:
+    """Return the label-free method of this name.
+
+    Raises:
+        ValueError: there is none; the message holds the nearest names.
+    """
+    return METHODS[check_name("method", name, METHODS)]
+
+
+def check_name(kind: str, name: str, known: Collection[Name]) -> Name:
+    """Return the known name that was meant.
+
+    Raises:
+        ValueError: it is not; the message holds the nearest names.
+    """
+    for each in known:
+        if each == name:
+            return each
+    near: list[str] = get_close_matches(name.lower().replace("_", "-"), known, n=2, cutoff=0.3) or list(known)
+    raise ValueError(f"there is no {kind} {name!r}; near it: {', '.join(near)}")

@@ -1,0 +1,17 @@
+"""Text from strangers in, text that a terminal, a page or one line of an answer can show out."""
+
+from __future__ import annotations
+
+import re
+
+
+def printable(text: str) -> str:
+    """Return a text as any terminal can show it: control characters, and bytes that are no UTF-8, become escapes."""
+    shown = text.encode(errors="backslashreplace").decode()
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda control: f"\\x{ord(control[0]):02x}", shown)
+
+
+def one_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
