@@ -103,6 +103,20 @@ def spatial_output(output: object, picture: Tensor) -> tuple[tuple[int, ...], Re
     return None
 
 
+def maps_of(output: Tensor, picture: Tensor) -> Tensor:
+    """Return a map, or tokens with all that stands before the patches, with the channels second."""
+    if output.dim() == 3:
+        return output.mT
+    return channels_last_to_maps(output) if _is_channels_last(output, picture) else output
+
+
+def tensors_in(output: object) -> list[Tensor]:
+    """Return the tensors that an output holds at any depth."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [tensor for value in _values(output) for tensor in tensors_in(value)]
+
+
 def holds_maps(output: object, picture: Tensor) -> bool:
     """Tell whether a mapping, a list or a tuple holds, at any depth, a map or tokens of the picture."""
     return any(is_map(each, picture) or holds_maps(each, picture) for each in _values(output))
