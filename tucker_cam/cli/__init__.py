@@ -180,7 +180,7 @@ def layers(
 ) -> None:
     """List the layers of a model that can be explained, in the order in which they run."""
     with _user_errors():
-        print_layers(_load(model, layer or [], weights, not no_pretrained, None))
+        print_layers(model, partial(_load, model, layer or [], weights, not no_pretrained, None))
 
 
 @app.command()

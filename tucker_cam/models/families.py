@@ -214,11 +214,6 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
             f"hf:{name} could not be had: expected a repository of the hub, or a folder with config.json and "
             f"preprocessor_config.json ({one_line(error)})"
         ) from error
-    if hasattr(config, "mask_ratio"):
-        raise ValueError(
-            f"hf:{name} hides or shuffles the patches of a picture, as masked autoencoders do in training: load its "
-            "encoder as a plain ViT, timm's say"
-        )
     try:
         model = AutoModel.from_pretrained(name) if pretrained else AutoModel.from_config(config)
     except OSError as error:

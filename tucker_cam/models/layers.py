@@ -40,7 +40,7 @@ class DryRun(NamedTuple):
     """What three forward passes showed of a model.
 
     Attributes:
-        layers: all whose maps follow the picture, in the order in which they were done.
+        layers: all whose maps follow the picture, in the order in which they were done: those that are listed.
         doubtful: those that put out something of a map's shape which did not follow.
         target: the last layer before the head; None if it does not follow the picture, or there is none.
         upstream: by layer, the names of all modules that had begun when it was done: what its maps can depend on.
@@ -100,7 +100,7 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
             its shape is looked at.
 
     Raises:
-        ValueError: there is no such layer.
+        NoLayerError: a ValueError that holds the layers that could be named instead.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -110,19 +110,31 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
     return target_of(model, dry_run(model, example))
 
 
+class NoLayerError(ValueError):
+    """No layer of a model can be chosen.
+
+    Attributes:
+        layers: those that could be named, in the order in which they run.
+    """
+
+    def __init__(self, model: str, layers: list[SpatialLayer]) -> None:
+        last = ", ".join(f"`{layer.name}` {'x'.join(map(str, layer.shape[1:]))}" for layer in layers[-3:])
+        super().__init__(
+            f"expected a layer of {model} with feature maps (B, C, H, W) or a picture's tokens, found none at its end: "
+            "give the layer's name, or use the Python classes with a reshape_transform"
+            + (f". `tucker-cam layers` lists {len(layers)}, up to {last}" if layers else "")
+        )
+        self.layers = layers
+
+
 def target_of(model: nn.Module, run: DryRun) -> SpatialLayer:
     """Return the layer to explain that a dry run found.
 
     Raises:
-        ValueError: it found none; the message holds the last of the others.
+        NoLayerError: it found none.
     """
     if run.target is None:
-        last = ", ".join(f"{layer.name} {'x'.join(map(str, layer.shape[1:]))}" for layer in run.layers[:-4:-1])
-        raise ValueError(
-            f"expected a layer of {type(model).__name__} with feature maps (B, C, H, W) or a picture's tokens, found "
-            "none at its end: give the layer's name, or use the Python classes with a reshape_transform"
-            + (f"; `tucker-cam layers` lists {len(run.layers)}, the last first: {last}" if last else "")
-        )
+        raise NoLayerError(type(model).__name__, run.layers)
     return run.target
 
 

@@ -87,6 +87,7 @@ def load_model(
         device: where the model shall run; None for a CUDA device if there is one.
 
     Raises:
+        NoLayerError: no layer can be chosen.
         ValueError: no such model or layer; the message holds the names nearest to it. No layer has a spatial map, or
             several need different reshape transforms. Or the file holds no weights of this model's whole backbone.
         ModuleNotFoundError: a package is missing; the message holds the command that installs it.

@@ -107,9 +107,11 @@ def follows(
     kept = [
         [each.values for each in run if tokens or each.values.dim() > 3] for run in (before, upper_right, lower_left)
     ]
-    if len({tuple(values.shape for values in run) for run in kept}) > 1:
+    # Of a pyramid, the level with the most positions: the others are too few to be sure.
+    largest = [max(run, key=lambda values: values[0, 0].numel(), default=torch.empty(0)) for run in kept]
+    if len({values.shape for values in largest}) > 1:
         return False
-    return all(_follows(transform, *levels) for levels in zip(*kept, strict=True))
+    return _follows(transform, *largest)
 
 
 def _follows(transform: ReshapeTransform | None, before: Tensor, upper_right: Tensor, lower_left: Tensor) -> bool:
