@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from tucker_cam.activations import ReshapeTransform
-from tucker_cam.models.reshape import TokensToMaps, is_map, maps_of, tensors_in
+from tucker_cam.models.reshape import TokensToMaps, has_positions, maps_of, tensors_in
 
-_FEWEST_MIXTURES, _MOST_MIXTURES, _SKETCH = 4, 32, 2**15
+_FEWEST_MIXTURES, _MOST_MIXTURES, _SKETCH = 4, 64, 2**15
 """The fewer the positions, the less noise may each have: of so many numbers in all, and 8 mixtures lose a 7 x 7 map."""
 _FOLLOWS = 0.3
 """Of some hundred networks with random weights, maps had 0.35 to 0.65, queries at most 0.16."""
@@ -53,8 +53,8 @@ def with_other_corners(example: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sketches(output: object, picture: Tensor) -> list[Sketch]:
-    """Return a sketch of each map, and of the tokens, in an output at any depth."""
-    return [_sketch(maps_of(each, picture)) for each in tensors_in(output) if is_map(each, picture)]
+    """Return a sketch of all that has positions in an output, at any depth."""
+    return [_sketch(maps_of(each, picture)) for each in tensors_in(output) if has_positions(each, picture)]
 
 
 def _sketch(maps: Tensor) -> Sketch:
