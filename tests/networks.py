@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn.functional import interpolate
 from torchvision import transforms
 
 from tucker_cam.models import Network
@@ -183,3 +184,94 @@ def bare_model():
 
 def no_model():
     return "a model"
+
+
+class Detector(nn.Module):
+    """Heads over several maps, each of which puts out a map for each of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.neck = nn.Conv2d(3, 24, 3, 2, 1), nn.Conv2d(24, 24, 3, 2, 1), Neck()
+        self.classes, self.boxes = LevelHead(90), LevelHead(4)
+
+    def forward(self, x):
+        first = self.first(x)
+        levels = self.neck([first, self.second(first)])
+        return self.classes(levels), self.boxes(levels)
+
+
+class Neck(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Conv2d(24, 24, 3, padding=1)
+
+    def forward(self, levels):
+        return [self.mix(level) for level in levels]
+
+
+class LevelHead(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.predict = nn.Conv2d(24, channels, 1)
+
+    def forward(self, levels):
+        return [self.predict(level) for level in levels]
+
+
+class TokenLabels(nn.Module):
+    """A classifier that adds to its logits those of its strongest token, by a second head."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 16, 8, 8), nn.LayerNorm(16)
+        self.head, self.auxiliary = nn.Linear(16, 20), nn.Linear(16, 20)
+
+    def forward(self, x):
+        tokens = self.norm(self.patches(x).flatten(2).mT)
+        return self.head(tokens.mean(1)) + self.auxiliary(tokens).max(1).values
+
+
+class Enlarging(nn.Module):
+    """Encoder, decoder and a head at a quarter of the size, whose output is enlarged."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.encoder, self.decoder = nn.Conv2d(3, 32, 4, 4), nn.Sequential(nn.Conv2d(32, 8, 3, padding=1), nn.ReLU())
+        self.head = nn.Conv2d(8, classes, 1)
+
+    def forward(self, x):
+        return interpolate(self.head(self.decoder(self.encoder(x))), x.shape[2:], mode="bilinear")
+
+
+class Shuffling(nn.Module):
+    """Patches in an order of their own, as in a masked autoencoder's training."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.mix = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 16)
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).mT
+        return self.mix(tokens[:, torch.randperm(tokens.shape[1])]).mean(1)
+
+
+class MarkedUp(nn.Module):
+    """A layer whose name a terminal could take for an order."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleDict({"[/x]": nn.Conv2d(3, 8, 3), "\x1b[2J": nn.ReLU()})
+
+    def forward(self, x):
+        for part in self.parts.values():
+            x = part(x)
+        return x.mean((2, 3))
+
+
+def marked_up_model():
+    return MarkedUp()
+
+
+def queries_model():
+    """Return a network of a picture that ends in tokens on no grid of it."""
+    return nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2), nn.Linear(784, 11), nn.Linear(11, 11))

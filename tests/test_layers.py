@@ -1,17 +1,34 @@
 """The layer to explain: found in a dry run, for every family of models that is named in the README."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
-from networks import SmallVolumeCNN
+from networks import Detector, Enlarging, Shuffling, SmallVolumeCNN, TokenLabels
+from PIL import Image
 from timm.models import SwinTransformer, VisionTransformer
 from torch import nn
-from transformers import AutoModel, Dinov2Config, ResNetConfig, SwinConfig
+from transformers import (
+    AutoModel,
+    DabDetrConfig,
+    DeformableDetrConfig,
+    DetrConfig,
+    Dinov2Config,
+    HieraConfig,
+    Mask2FormerConfig,
+    ResNetConfig,
+    RTDetrConfig,
+    RTDetrResNetConfig,
+    RTDetrV2Config,
+    SwinConfig,
+    YolosConfig,
+)
 from typer.testing import CliRunner
 
 from tucker_cam import TSM
 from tucker_cam.cli import app
-from tucker_cam.models import find_target_layer, load_model
+from tucker_cam.models import NoLayerError, find_target_layer, load_model
 from tucker_cam.models.layers import choose_layers, common_transform, dry_run
 from tucker_cam.models.reshape import (
     TokensToMaps,
@@ -239,6 +256,133 @@ def test_a_video_networks_last_volume_is_found():
     assert (layer.name, layer.shape) == ("conv", (1, 6, 4, 6, 6))
 
 
+STEM = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4, "layer_type": "basic"}
+LEVELS = ["stage2", "stage3", "stage4"]
+SIZES = {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+DETR = SIZES | {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 16, "backbone": None}
+REAL_TIME = {
+    **SIZES,
+    "d_model": 32,
+    "encoder_hidden_dim": 32,
+    "encoder_in_channels": [16, 24, 32],
+    "decoder_in_channels": [32] * 3,
+    "decoder_layers": 2,
+    "num_queries": 16,
+    "num_denoising": 0,
+}
+MASKS = {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "encoder_feedforward_dim": 32}
+VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def last_map():
+    return ResNetConfig(**STEM, out_features=["stage4"])
+
+
+def real_time():
+    return RTDetrResNetConfig(**STEM, out_features=LEVELS)
+
+
+def masks():
+    backbone = SwinConfig(
+        embed_dim=12, depths=[1] * 4, num_heads=[2] * 4, window_size=4, out_features=["stage1", *LEVELS]
+    )
+    return Mask2FormerConfig(
+        backbone_config=backbone,
+        **MASKS,
+        dim_feedforward=32,
+        num_attention_heads=2,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_queries=16,
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: DetrConfig(backbone_config=last_map(), d_model=32, **DETR),
+        lambda: DabDetrConfig(backbone_config=last_map(), hidden_size=32, **DETR),
+        lambda: DeformableDetrConfig(
+            backbone_config=ResNetConfig(**STEM, out_features=LEVELS), num_feature_levels=3, d_model=32, **DETR
+        ),
+        lambda: RTDetrConfig(backbone_config=real_time(), **REAL_TIME),
+        lambda: RTDetrV2Config(backbone_config=real_time(), **REAL_TIME),
+        masks,
+        lambda: YolosConfig(image_size=[128, 128], patch_size=16, num_detection_tokens=5, **VIT),
+    ],
+    ids=["DETR", "DAB-DETR", "Deformable DETR", "RT-DETR", "RT-DETRv2", "Mask2Former", "YOLOS"],
+)
+def test_a_detectors_queries_are_not_taken_for_positions(config):
+    """16 queries are as many as the patches of 32 pixels; YOLOS has its queries after the patches."""
+    torch.manual_seed(0)
+    with pytest.raises(NoLayerError) as raised:
+        find_target_layer(AutoModel.from_config(config()), torch.zeros(1, 3, 128, 128))
+    # What can be named instead: convolutions, which are no queries.
+    assert any(isinstance(layer.module, nn.Conv2d) for layer in raised.value.layers)
+    assert not any(layer.shape[-2:] == (16, 32) for layer in raised.value.layers if layer.name.endswith("decoder"))
+
+
+def test_patches_in_an_order_of_their_own_are_no_map():
+    assert [layer.name for layer in dry_run(Shuffling(), torch.zeros(1, 3, 64, 64)).doubtful] == ["mix"]
+
+
+def test_hieras_map_is_found_where_its_tokens_are_in_the_pictures_order():
+    config = HieraConfig(embed_dim=16, image_size=[128, 128], depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2])
+    run = dry_run(AutoModel.from_config(config), torch.zeros(1, 3, 128, 128))
+    assert run.target.shape == (1, 16, 128)
+    # The first stage has them window by window.
+    assert "encoder.stages.0.layers.0.mlp.fc1" in [layer.name for layer in run.doubtful]
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        # As segmentation_models_pytorch has it: convolution, enlarging, activation; with more classes than channels.
+        (lambda: nn.Sequential(encoder_decoder(), head(1)), "0"),
+        (lambda: nn.Sequential(encoder_decoder(), head(21)), "0"),
+        (lambda: nn.Sequential(*encoder_decoder(), *head(1)), "3"),
+        (lambda: Enlarging(3), "decoder"),
+        (lambda: Enlarging(5), "decoder"),
+        (Detector, "neck"),
+        (TokenLabels, "norm"),
+    ],
+    ids=[
+        "one class",
+        "many classes",
+        "flat",
+        "the shape of a picture",
+        "enlarged outside",
+        "a head for levels",
+        "a head for tokens",
+    ],
+)
+def test_what_the_model_puts_out_is_a_prediction_and_the_layer_before_is_explained(model, name):
+    torch.manual_seed(0)
+    assert find_target_layer(model(), torch.rand(1, 3, 64, 64)).name == name
+
+
+def encoder_decoder():
+    return nn.Sequential(nn.Conv2d(3, 64, 4, 4), nn.ReLU(), nn.ConvTranspose2d(64, 16, 2, 2), nn.ReLU())
+
+
+def head(classes):
+    return nn.Sequential(nn.Conv2d(16, classes, 3, padding=1), nn.UpsamplingBilinear2d(scale_factor=2), nn.Sigmoid())
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3)), "2"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8)), "3"),
+        (lambda: nn.Sequential(vit().patch_embed, *vit().blocks), "2"),
+    ],
+    ids=["convolutions", "a narrowing block", "ViT blocks"],
+)
+def test_a_backbone_that_puts_out_its_maps_keeps_its_last_layer(model, name):
+    torch.manual_seed(0)
+    assert find_target_layer(model(), torch.rand(1, 3, 32, 32)).name == name
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -311,6 +455,47 @@ def test_the_layers_command_lists_the_candidates_and_marks_the_chosen_one():
     other = CliRunner().invoke(app, ["layers", "torchvision:resnet18", "--no-pretrained", "--layer", "layer3"])
     (chosen,) = [line for line in other.output.splitlines() if "->" in line]
     assert "256 x 14 x 14" in chosen
+
+
+def test_the_layers_command_lists_the_candidates_also_where_none_is_chosen(tmp_path):
+    result = CliRunner().invoke(app, ["layers", "networks:queries_model"])
+    assert result.exit_code == 0, result.output
+    assert "8 x 28 x 28" in result.output
+    assert "->" not in result.output
+    assert "none was chosen" in result.output
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    arguments = [
+        "explain",
+        str(tmp_path / "x.png"),
+        "--model",
+        "networks:queries_model",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    explain = CliRunner().invoke(app, arguments)
+    assert explain.exit_code == 2
+    assert "`tucker-cam layers` lists 1, up to `0` 8x28x28" in " ".join(explain.output.split())
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_layers_command_prints_any_name_as_it_is(terminal):
+    result = CliRunner().invoke(app, ["layers", "networks:marked_up_model"], env={"FORCE_COLOR": "1" * terminal})
+    assert result.exit_code == 0, result.output
+    assert "parts.[/x]" in result.output
+    assert "parts.\\x1b[2J" in result.output
+    assert "\x1b[2J" not in result.output
+
+
+def test_the_table_of_layers_loses_nothing_on_a_narrow_terminal():
+    arguments = ["layers", "timm:swin_tiny_patch4_window7_224", "--no-pretrained"]
+    runs = [CliRunner().invoke(app, arguments, env={"COLUMNS": "60", "FORCE_COLOR": force}) for force in ("1", "")]
+    narrow, piped = (re.sub(r"\x1b\[\d*m", "", run.output) for run in runs)
+    assert max(map(len, narrow.splitlines())) <= 60 < max(map(len, piped.splitlines()))
+    for output in (narrow, piped):
+        (chosen,) = [line for line in output.splitlines() if "->" in line]
+        assert "-1" in chosen
+        assert "7 x 7 x 768" in chosen
+        assert output.endswith("becomes maps by channels_last_to_maps\n")
 
 
 @pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "timm:swin_tiny_patch4_window7_224"])

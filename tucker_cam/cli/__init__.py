@@ -182,7 +182,7 @@ def layers(
     with _user_errors():
         from tucker_cam.cli.layers import print_layers
 
-        print_layers(_load(model, layer or [], weights, not no_pretrained, None))
+        print_layers(model, partial(_load, model, layer or [], weights, not no_pretrained, None))
 
 
 @app.command()

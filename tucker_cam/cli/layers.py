@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from collections.abc import Callable, Collection, Sequence
+
 from rich.table import Table
 
-from tucker_cam.models import LoadedModel
+from tucker_cam.cli.console import PlainConsole, say
+from tucker_cam.models import LoadedModel, NoLayerError, SpatialLayer
+
+_UNBOUNDED = 10_000
+"""Of no terminal a line is a row, whatever its length."""
 
 
-def print_layers(loaded: LoadedModel) -> None:
-    """Print the layers with a spatial map in the order in which they run, the chosen ones marked."""
-    layers = loaded.spatial_layers
-    console = Console(soft_wrap=True)
-    table = Table(title=loaded.name, title_justify="left")
-    table.add_column("")
-    table.add_column("index", justify="right")
-    table.add_column("layer", no_wrap=True)
-    table.add_column("kind", no_wrap=True)
+def print_layers(name: str, load: Callable[[], LoadedModel]) -> None:
+    """Print the layers with a spatial map in the order in which they run, the chosen ones marked.
+
+    Raises:
+        NoLayerError: none can be chosen, and none can be named.
+        ValueError, ModuleNotFoundError, TypeError, OSError: see `load_model`.
+    """
+    console = PlainConsole()
+    if not console.is_terminal:
+        console.width = _UNBOUNDED
+    try:
+        loaded = load()
+    except NoLayerError as error:
+        if not error.layers:
+            raise
+        console.print(_table(name, error.layers, ()))
+        say("none was chosen, as none of them is surely the last before the head: name one with --layer")
+        return
+    console.print(_table(loaded.name, loaded.spatial_layers, loaded.layer_names))
+    if transform := loaded.reshape_transform:
+        say(f"its output becomes maps by {getattr(transform, '__name__', transform)}")
+
+
+def _table(title: str, layers: Sequence[SpatialLayer], chosen: Collection[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("index", justify="right", no_wrap=True)
+    table.add_column("layer", overflow="fold")
+    table.add_column("kind", overflow="fold")
     table.add_column("output", no_wrap=True)
     for index, layer in enumerate(layers, start=-len(layers)):
-        chosen = layer.name in loaded.layer_names
+        mark, style = ("->", "bold") if layer.name in chosen else ("", None)
         kind, shape = type(layer.module).__name__, " x ".join(map(str, layer.shape[1:]))
-        table.add_row("->" if chosen else "", str(index), layer.name, kind, shape, style="bold" if chosen else None)
-    console.print(table)
-    if transform := loaded.reshape_transform:
-        console.print(f"its output becomes maps by {transform}")
+        table.add_row(mark, str(index), layer.name, kind, shape, style=style)
+    return table

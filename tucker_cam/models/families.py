@@ -258,11 +258,6 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
                 f"hf:{name} asks for attention by {kernel}, and no code of a repository is run: remove "
                 "attn_implementation from its config.json"
             )
-    if hasattr(config, "mask_ratio"):
-        raise ValueError(
-            f"hf:{name} hides or shuffles the patches of a picture, as masked autoencoders do in training: load its "
-            "encoder as a plain ViT, timm's say"
-        )
     try:
         if pretrained:
             model = AutoModel.from_pretrained(name, trust_remote_code=False)

@@ -87,8 +87,9 @@ def load_model(
         device: where the model shall run; None for a CUDA device if there is one.
 
     Raises:
-        ValueError: no such model or layer; the message holds the names nearest to it. No layer has a spatial map, or
-            several need different reshape transforms. Or the file holds no weights of this model's whole backbone.
+        NoLayerError: a ValueError where no layer can be chosen; it holds those that could be named.
+        ValueError: no such model or layer; the message holds the names nearest to it. Or several layers need
+            different reshape transforms, or the file holds no weights of this model's whole backbone.
         ModuleNotFoundError: a package is missing; the message holds the command that installs it.
         TypeError: your own function returns something else.
         OSError: the weights could not be downloaded or read.

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -103,6 +103,20 @@ def spatial_output(output: object, picture: Tensor) -> tuple[tuple[int, ...], Re
     return None
 
 
+def maps_of(output: Tensor, picture: Tensor) -> Tensor:
+    """Return a map, or tokens with all that stands before the patches, with the channels second."""
+    if output.dim() == 3:
+        return output.mT
+    return channels_last_to_maps(output) if _is_channels_last(output, picture) else output
+
+
+def tensors_in(output: object) -> list[Tensor]:
+    """Return the tensors that an output holds at any depth."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [tensor for value in _values(output) for tensor in tensors_in(value)]
+
+
 def holds_maps(output: object, picture: Tensor) -> bool:
     """Tell whether a mapping, a list or a tuple holds, at any depth, a map or tokens of the picture."""
     return any(is_map(each, picture) or holds_maps(each, picture) for each in _values(output))
@@ -110,9 +124,12 @@ def holds_maps(output: object, picture: Tensor) -> bool:
 
 def is_map(value: object, picture: Tensor) -> bool:
     """Tell whether this shows where in the picture something is, and is not the picture itself, normalised or not."""
+    return has_positions(value, picture) and value.shape != picture.shape
+
+
+def has_positions(value: object, picture: Tensor) -> TypeGuard[Tensor]:
+    """Tell whether this is a map or tokens of the picture, or of the picture's own shape."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim() or len(value) != len(picture):
-        return False
-    if value.shape == picture.shape:
         return False
     if value.dim() == 3:
         return picture.dim() == 4 and value.shape[2] > 1 and _tokens_to_maps(value, picture) is not None
