@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from repositories import make_repositories
-from transformers import AutoModel, BitImageProcessorPil, CLIPConfig, ViTMAEConfig
+from transformers import AutoModel, BitImageProcessorPil, CLIPConfig, HieraConfig, ViTMAEConfig
 from typer.testing import CliRunner
 
 from tucker_cam.cli import app
@@ -35,7 +35,7 @@ FAMILIES = [
     ("timm:swin_tiny_patch4_window7_224", "norm 7x7x768"),
     ("torchvision:resnet18", "layer4 512x7x7"),
     ("torchvision:vgg11", "avgpool 512x7x7"),
-    ("torchvision:deeplabv3_resnet50", "backbone.layer4 2048x65x65"),
+    ("torchvision:deeplabv3_mobilenet_v3_large", "backbone.16 960x33x33"),
     # 256 levels of the pyramid's three, put together at the middle one.
     ("torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", "backbone 768x10x10"),
     ("torchvision:r3d_18", "layer4 512x2x7x7"),
@@ -67,7 +67,13 @@ def test_weights_in_a_local_folder_are_loaded_without_a_network(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["timm:resnet18", "torchvision:resnet18", "torchvision:fcos_resnet50_fpn", "hf:microsoft/resnet-50"]
+    "name",
+    [
+        "timm:resnet18",
+        "torchvision:resnet18",
+        "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn",
+        "hf:microsoft/resnet-50",
+    ],
 )
 @pytest.mark.usefixtures("repositories")
 def test_what_the_network_saw_can_be_shown_again(name):
@@ -224,6 +230,12 @@ def test_a_masked_autoencoder_has_no_layer_since_it_shuffles_the_patches(tmp_pat
     BitImageProcessorPil().save_pretrained(tmp_path / "mae")
     with pytest.raises(NoLayerError, match=r"lists 2, .* `embeddings\.patch_embeddings` 196x16"):
         load_model(f"hf:{tmp_path / 'mae'}", pretrained=False)
+
+
+def test_hiera_is_loaded_though_its_configuration_speaks_of_masks(tmp_path):
+    HieraConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2]).save_pretrained(tmp_path / "hiera")
+    BitImageProcessorPil().save_pretrained(tmp_path / "hiera")
+    assert load_model(f"hf:{tmp_path / 'hiera'}", pretrained=False).layers[0].shape == (1, 49, 128)
 
 
 @pytest.mark.parametrize(
