@@ -17,9 +17,9 @@ import torch
 import typer
 
 from benchmarks.reporting import table
-from tucker_cam.files import open_picture
 from tucker_cam.methods import METHODS
 from tucker_cam.models import load_model
+from tucker_cam.pictures.files import open_picture
 
 PHOTOGRAPHS = (
     "astronaut.png",

@@ -30,9 +30,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.reporting import environment, memory_mib, table
-from tucker_cam.cli.explain import CPU_BATCH, explain_pictures
-from tucker_cam.files import open_picture
+from tucker_cam.explanations.folder import CPU_BATCH, explain_pictures
 from tucker_cam.models import LoadedModel, load_model
+from tucker_cam.pictures.files import open_picture
 
 SEED = 0
 

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 from tucker_cam import TSM
 from tucker_cam.__main__ import main
 from tucker_cam.cli import app
-from tucker_cam.cli.console import PlainConsole, say
-from tucker_cam.cli.progress import progress
-from tucker_cam.files import complete_or_absent, open_picture
+from tucker_cam.console import PlainConsole, say
 from tucker_cam.models import load_model
+from tucker_cam.pictures.files import open_picture
+from tucker_cam.progress import progress
+from tucker_cam.writing import complete_or_absent
 
 
 def run(*arguments):

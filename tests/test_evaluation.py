@@ -29,8 +29,8 @@ from tucker_cam.evaluation.report import Example, caption, pick_examples, write_
 from tucker_cam.evaluation.results import ResultsFile
 from tucker_cam.evaluation.spectrum import draw_spectrum, spectrum
 from tucker_cam.evaluation.summary import summarise
-from tucker_cam.files import open_picture
 from tucker_cam.models import load_model
+from tucker_cam.pictures.files import open_picture
 
 METHODS = {"eigencam", "tsm", "mtsm", "mtsm-energy", "multivec-eigencam", "kpca-cam", "fem"}
 BY_COLUMN = {measure.column: measure for measure in MEASURES}

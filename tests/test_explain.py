@@ -25,13 +25,13 @@ from typer.testing import CliRunner
 
 from tucker_cam import MTSM, TSM
 from tucker_cam.cli import app
-from tucker_cam.cli.explain import batch_size_for
-from tucker_cam.cli.explainer import Explainer
-from tucker_cam.cli.outputs import Manifest
-from tucker_cam.cli.sources import Source, find_sources
 from tucker_cam.evaluation.datasets import find_samples
-from tucker_cam.files import open_picture
+from tucker_cam.explanations.explainer import Explainer
+from tucker_cam.explanations.folder import batch_size_for
+from tucker_cam.explanations.outputs import Manifest
 from tucker_cam.models import load_model
+from tucker_cam.pictures.files import open_picture
+from tucker_cam.pictures.sources import Source, find_sources
 from tucker_cam.text import printable
 
 MODEL = ("--model", "networks:tiny_loaded_model")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tucker_cam.cli.gallery import gallery_entry, write_gallery
 from tucker_cam.evaluation.metrics import energy_in_top, mean_saliency
+from tucker_cam.explanations.gallery import gallery_entry, write_gallery
 
 RED, BLUE = (128, 0, 0), (0, 0, 128)
 NO_COMPONENTS = np.zeros((0, 7, 7), np.float32)

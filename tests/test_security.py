@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel, BitImageProcessorPil, ViTConfig
 from typer.testing import CliRunner
 
 from tucker_cam.cli import app
-from tucker_cam.files import _known_formats, open_image
+from tucker_cam.pictures.files import _known_formats, open_image
 
 ROOT = Path(__file__).parents[1]
 MODEL = ("--model", "networks:tiny_loaded_model")

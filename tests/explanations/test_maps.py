@@ -10,7 +10,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import nn
 
 from tucker_cam import TSM, channel_modes
-from tucker_cam.cli.explainer import Explainer
+from tucker_cam.explanations.explainer import Explainer
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.methods import METHODS
 from tucker_cam.models import load_model

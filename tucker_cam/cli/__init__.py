@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tucker_cam.cli.console import say
+from tucker_cam.console import say
 from tucker_cam.extras import install
 from tucker_cam.methods import METHODS, check_name, method_named
 from tucker_cam.text import printable
@@ -144,7 +144,7 @@ def explain(
         if engine is Engine.RAY:
             if formats or gallery:
                 raise ValueError("expected no --format and no --gallery with --engine ray, which writes Parquet")
-            from tucker_cam.cli.cluster import explain_on_ray
+            from tucker_cam.explanations.cluster import explain_on_ray
 
             problems += explain_on_ray(
                 images,
@@ -156,7 +156,7 @@ def explain(
                 workers=workers,
             )
         else:
-            from tucker_cam.cli.explain import explain_pictures
+            from tucker_cam.explanations.folder import explain_pictures
 
             problems += explain_pictures(
                 images,

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from tucker_cam.cli.console import PlainConsole, say
-from tucker_cam.cli.progress import progress
+from tucker_cam.console import PlainConsole, say
 from tucker_cam.evaluation.comparison import Group, Measure, Subject, measures, saliency_maps
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.datasets import Annotations, Sample, find_samples, overlooked, see
@@ -19,9 +18,10 @@ from tucker_cam.evaluation.folder import Builder, compare_on_folder, on_device
 from tucker_cam.evaluation.report import Example, caption, check_format, pick_examples, write_report
 from tucker_cam.evaluation.results import ResultsFile, Row
 from tucker_cam.evaluation.summary import BASELINE, Interval, Summary, summarise
-from tucker_cam.files import only_run
 from tucker_cam.methods import LABEL_DEPENDENT, METHODS, method_named
 from tucker_cam.models import LoadedModel
+from tucker_cam.progress import progress
+from tucker_cam.writing import only_run
 
 _TABLE_COLUMNS = 4
 # Of fewer pictures a percentile bootstrap's interval leaves 0 out far too often.

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tucker_cam.cli.console import say
 from tucker_cam.cli.evaluate import check_outputs, check_readable, pictures, subject_of
-from tucker_cam.cli.progress import progress
+from tucker_cam.console import say
 from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.spectrum import DECOMPOSITIONS, draw_spectrum, rows_of_spectrum, spectrum
-from tucker_cam.files import complete_or_absent
 from tucker_cam.models import LoadedModel
+from tucker_cam.progress import progress
 from tucker_cam.text import one_line
+from tucker_cam.writing import complete_or_absent
 
 _VALUES = 10
 _HEADER = ("picture", "decomposition", "index", "share")

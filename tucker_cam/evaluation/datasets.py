@@ -21,9 +21,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from tucker_cam.files import files_below, open_image, open_picture
 from tucker_cam.models import Network
 from tucker_cam.models.families import preprocessed
+from tucker_cam.pictures.files import files_below, open_image, open_picture
 
 Annotations = Literal["boxes", "masks", "none"]
 

@@ -20,8 +20,8 @@ from tucker_cam.evaluation.comparison import Measure
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.results import Row
 from tucker_cam.evaluation.summary import BASELINE, Summary
-from tucker_cam.files import complete_or_absent
 from tucker_cam.text import printable
+from tucker_cam.writing import complete_or_absent
 
 _FORMATS = (".png", ".jpg", ".pdf", ".svg")
 PLACES = ("best", "median", "worst")

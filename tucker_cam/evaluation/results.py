@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from tucker_cam.files import complete_or_absent
+from tucker_cam.writing import complete_or_absent
 
 KEYS = ("picture", "method")
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tucker_cam.activations import ReshapeTransform
 from tucker_cam.cams import TSM
 from tucker_cam.decomposition.modes import channel_modes
-from tucker_cam.files import complete_or_absent
 from tucker_cam.text import printable
+from tucker_cam.writing import complete_or_absent
 
 DECOMPOSITIONS = ("SVD, centred", "Tucker")
 

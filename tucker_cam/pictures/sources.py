@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
-from tucker_cam.files import decode_frames, decode_picture, files_below, is_url, may_be_file, open_file
+from tucker_cam.pictures.files import decode_frames, decode_picture, files_below, is_url, may_be_file, open_file
 from tucker_cam.text import one_line
 
 _MAGIC = "*?["

@@ -20,14 +20,15 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from ray.data.datasource import FilenameProvider
 
-from tucker_cam.cli.console import say
-from tucker_cam.cli.explain import CPU_BATCH, counted, in_batches, read_input
-from tucker_cam.cli.explainer import Explainer
-from tucker_cam.cli.outputs import identity, is_of_run, not_of_a_run, read_manifest, versions
-from tucker_cam.cli.sources import MANIFEST, Source, find_sources
-from tucker_cam.files import is_url, only_run
+from tucker_cam.console import say
+from tucker_cam.explanations.explainer import Explainer
+from tucker_cam.explanations.folder import CPU_BATCH, counted, in_batches, read_input
+from tucker_cam.explanations.outputs import identity, is_of_run, not_of_a_run, read_manifest, versions
 from tucker_cam.methods import method_named
 from tucker_cam.models import LoadedModel
+from tucker_cam.pictures.files import is_url
+from tucker_cam.pictures.sources import MANIFEST, Source, find_sources
+from tucker_cam.writing import only_run
 
 _PREFIX = "maps-"
 _MOST_BLOCKS = 1000

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tucker_cam.cli.console import say
-from tucker_cam.cli.explainer import Explainer, Explanation
-from tucker_cam.cli.outputs import (
+from tucker_cam.console import say
+from tucker_cam.explanations.explainer import Explainer, Explanation
+from tucker_cam.explanations.outputs import (
     NOT_OURS,
     ArrayFiles,
     GalleryParts,
@@ -27,12 +27,12 @@ from tucker_cam.cli.outputs import (
     ZarrStore,
     versions,
 )
-from tucker_cam.cli.progress import progress
-from tucker_cam.cli.sources import MANIFEST, Source, find_sources
-from tucker_cam.files import only_run
 from tucker_cam.methods import method_named
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.families import preprocessed
+from tucker_cam.pictures.sources import MANIFEST, Source, find_sources
+from tucker_cam.progress import progress
+from tucker_cam.writing import only_run
 
 CPU_BATCH = 8
 _LARGEST_BATCH = 256

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tucker_cam.files import complete_or_absent
 from tucker_cam.text import printable
+from tucker_cam.writing import complete_or_absent
 
 _PICTURE_SIDE = 224
 _MAP_SIDE = 56
@@ -94,7 +94,7 @@ def write_gallery(path: Path, title: str, entries: Iterable[Mapping[str, Any]]) 
         OSError: the file cannot be written.
         ValueError: an entry holds a number that is not finite; `gallery_entry` makes none.
     """
-    template = files("tucker_cam.cli").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    template = files("tucker_cam.explanations").joinpath(_TEMPLATE).read_text(encoding="utf-8")
     before, after = template.split(_ENTRIES)
     before = before.replace("{{policy}}", _policy(template)).replace("{{title}}", escape(printable(title)))
     with complete_or_absent(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:

@@ -19,13 +19,13 @@ from PIL import Image
 from pytorch_grad_cam.utils.image import show_cam_on_image
 
 from tucker_cam import __version__
-from tucker_cam.cli.explainer import Explanation
-from tucker_cam.cli.gallery import gallery_entry, write_gallery
-from tucker_cam.cli.sources import MANIFEST, Source, Stamp, safe_name
-from tucker_cam.files import complete_or_absent
+from tucker_cam.explanations.explainer import Explanation
+from tucker_cam.explanations.gallery import gallery_entry, write_gallery
 from tucker_cam.methods import METHODS
 from tucker_cam.models import LoadedModel
+from tucker_cam.pictures.sources import MANIFEST, Source, Stamp, safe_name
 from tucker_cam.text import printable
+from tucker_cam.writing import complete_or_absent
 
 NOT_OURS = Stamp(-1, None)
 """Stands in a manifest for a picture whose files were there before, and are somebody else's."""

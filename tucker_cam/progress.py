@@ -13,7 +13,7 @@ from datetime import timedelta
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from tucker_cam.cli.console import PlainConsole, say
+from tucker_cam.console import PlainConsole, say
 
 SECONDS_BETWEEN_LINES = 30
 

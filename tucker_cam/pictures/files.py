@@ -1,4 +1,4 @@
-"""Picture files in, upright RGB pictures out; and what is written takes its name only when it is whole."""
+"""Files and URLs in, upright RGB pictures out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock, Timeout
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tucker_cam.text import one_line
@@ -161,39 +160,3 @@ def _upright_rgb(picture: Image.Image) -> Image.Image:
         # Pillow would cut 16-bit greys off at 255 instead of scaling them.
         upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
     return upright.convert("RGB")
-
-
-@contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which takes its real name only when the block ends without an error.
-
-    Raises:
-        OSError: the path is there, and is no file; or it cannot be written.
-    """
-    path = path.resolve()
-    if path.exists() and not path.is_file():
-        raise OSError(f"{path}: expected a file to write, found a folder or a device")
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-@contextmanager
-def only_run(out: Path) -> Iterator[None]:
-    """Refuse to start while another run writes to `out`; a run that was killed holds nothing.
-
-    Raises:
-        ValueError: another run does.
-    """
-    lock = out.with_name(f".{out.name}.lock")
-    try:
-        with FileLock(lock, timeout=0):
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-    except Timeout as error:
-        raise ValueError(f"{out}: another run is writing to it: wait for its end, or give another --out") from error

@@ -1,0 +1,45 @@
+"""A path to write to in, a file that is whole or absent out; and one run at a time in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """Give a path to write to, which takes its real name only when the block ends without an error.
+
+    Raises:
+        OSError: the path is there, and is no file; or it cannot be written.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path}: expected a file to write, found a folder or a device")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_run(out: Path) -> Iterator[None]:
+    """Refuse to start while another run writes to `out`; a run that was killed holds nothing.
+
+    Raises:
+        ValueError: another run does.
+    """
+    lock = out.with_name(f".{out.name}.lock")
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except Timeout as error:
+        raise ValueError(f"{out}: another run is writing to it: wait for its end, or give another --out") from error
