@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -23,8 +22,3 @@ class PlainConsole(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         """Return the text as Rich prints it, wherever it stands; Rich calls this for every string."""
         return super().render_str(printable(text), **options)
-
-
-def say(text: str, *, error: bool = False) -> None:
-    """Print a line."""
-    typer.echo(printable(text), err=error)

@@ -5,6 +5,7 @@ Rich prints its bar into a file once, at the end; a run of hours would say nothi
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from datetime import timedelta
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from tucker_cam.console import PlainConsole, say
+from tucker_cam.console import PlainConsole
+from tucker_cam.text import printable
 
 SECONDS_BETWEEN_LINES = 30
 
@@ -65,4 +67,5 @@ class _Lines:
         self.printed = now
         each = (now - self.start) / self.done
         left = timedelta(seconds=round(each * (self.total - self.done)))
-        say(f"{self.title}: {self.done} of {self.total}, {1 / each:.3g} pictures/s, time left {left}", error=True)
+        line = f"{self.title}: {self.done} of {self.total}, {1 / each:.3g} pictures/s, time left {left}"
+        print(printable(line), file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from tucker_cam.console import say
+from tucker_cam.cli.lines import say
 from tucker_cam.extras import install
 from tucker_cam.methods import METHODS, check_name, method_named
 from tucker_cam.text import printable
@@ -154,6 +154,7 @@ def explain(
                 aug_smooth=aug_smooth,
                 batch_size=batch_size,
                 workers=workers,
+                say=say,
             )
         else:
             from tucker_cam.explanations.folder import explain_pictures
@@ -168,6 +169,7 @@ def explain(
                 aug_smooth=aug_smooth,
                 batch_size=batch_size,
                 workers=workers,
+                say=say,
             )
 
 

@@ -17,7 +17,8 @@ from pytorch_grad_cam.utils.image import show_cam_on_image
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-from tucker_cam.console import PlainConsole, say
+from tucker_cam.cli.lines import say
+from tucker_cam.console import PlainConsole
 from tucker_cam.extras import install
 from tucker_cam.methods import METHODS
 from tucker_cam.models import load_model

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from tucker_cam.console import PlainConsole, say
+from tucker_cam.cli.lines import say
+from tucker_cam.console import PlainConsole
 from tucker_cam.evaluation.comparison import Group, Measure, Subject, measures, saliency_maps
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.datasets import Annotations, Sample, find_samples, overlooked, see

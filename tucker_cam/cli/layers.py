@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 
 from rich.table import Table
 
-from tucker_cam.console import PlainConsole, say
+from tucker_cam.cli.lines import say
+from tucker_cam.console import PlainConsole
 from tucker_cam.models import LoadedModel, NoLayerError, SpatialLayer
 
 _UNBOUNDED = 10_000

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tucker_cam.cli.evaluate import check_outputs, check_readable, pictures, subject_of
-from tucker_cam.console import say
+from tucker_cam.cli.lines import say
 from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.spectrum import DECOMPOSITIONS, draw_spectrum, rows_of_spectrum, spectrum
 from tucker_cam.models import LoadedModel

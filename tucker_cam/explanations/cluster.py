@@ -20,9 +20,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from ray.data.datasource import FilenameProvider
 
-from tucker_cam.console import say
 from tucker_cam.explanations.explainer import Explainer
-from tucker_cam.explanations.folder import CPU_BATCH, counted, in_batches, read_input
+from tucker_cam.explanations.folder import CPU_BATCH, counted, in_batches, problem_with, read_input
 from tucker_cam.explanations.outputs import identity, is_of_run, not_of_a_run, read_manifest, versions
 from tucker_cam.methods import method_named
 from tucker_cam.models import LoadedModel
@@ -53,6 +52,7 @@ def explain_on_ray(
     aug_smooth: bool,
     batch_size: int | None,
     workers: int | None,
+    say: Callable[[str], None],
 ) -> list[str]:
     """Explain the pictures that the tables in `out` have not yet.
 
@@ -67,6 +67,7 @@ def explain_on_ray(
         aug_smooth: average over flips and brightness.
         batch_size: None for 8.
         workers: actors; None for one fewer than the cluster has CPUs.
+        say: told what was loaded, and what came out.
 
     Returns:
         One line for each argument that names no picture, and each picture that could not be read or explained; all
@@ -152,9 +153,10 @@ class _Actor:
         loaded = self.explainer.loaded
         inputs = [read_input(source, loaded.preprocess, loaded.frames) for source in sources]
         for source, found, missing in zip(sources, self.explainer.explain(inputs), item["missing"], strict=True):
-            if missing and isinstance(found, str):
-                yield {"picture": source.key, "name": source.name, "error": f"{source}: {found}"}
-            elif not isinstance(found, str):
+            if isinstance(found, Exception):
+                if missing:
+                    yield {"picture": source.key, "name": source.name, "error": problem_with(source, found)}
+            else:
                 for method in missing:
                     saliency = found.maps[method]
                     yield {

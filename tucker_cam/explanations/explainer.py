@@ -14,14 +14,13 @@ from torch import Tensor
 from tucker_cam.decomposition.modes import channel_modes
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import LoadedModel
-from tucker_cam.text import one_line
 
 _COMPONENTS = 6
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """What was found out about one picture.
+class Found:
+    """What was found out about one network input.
 
     Attributes:
         maps: by method, (time x) height x width in [0, 1].
@@ -51,28 +50,30 @@ class Explainer:
     aug_smooth: bool = False
     components: bool = False
 
-    def explain(self, inputs: Sequence[Tensor | str] | Tensor) -> list[Explanation | str]:
+    def explain(self, inputs: Sequence[Tensor | Exception] | Tensor) -> list[Found | Exception]:
         """Explain pictures; those of one size go through the network together.
 
         Args:
-            inputs: as `loaded.preprocess` returns them, or a line that says why there is none; or all in one tensor.
+            inputs: as `loaded.preprocess` returns them, or the error for which there is none; or all in one tensor.
 
         Returns:
-            For each picture what was found, or a line that says why nothing was.
+            For each picture what was found, or the error for which nothing was.
         """
         if isinstance(inputs, Tensor):
             return self._together(inputs)
-        results: list[Explanation | str] = [each if isinstance(each, str) else "" for each in inputs]
+        results: dict[int, Found | Exception] = {}
         by_size: dict[torch.Size, dict[int, Tensor]] = {}
         for index, each in enumerate(inputs):
             if isinstance(each, Tensor):
                 by_size.setdefault(each.shape, {})[index] = each
+            else:
+                results[index] = each
         for of_one_size in by_size.values():
-            for index, result in zip(of_one_size, self._together(torch.stack(list(of_one_size.values()))), strict=True):
-                results[index] = result
-        return results
+            together = self._together(torch.stack(list(of_one_size.values())))
+            results |= dict(zip(of_one_size, together, strict=True))
+        return [results[index] for index in range(len(inputs))]
 
-    def _together(self, images: Tensor) -> list[Explanation | str]:
+    def _together(self, images: Tensor) -> list[Found | Exception]:
         try:
             return [*self._explain(images)]
         except Exception as error:
@@ -80,9 +81,9 @@ class Explainer:
             # other picture its map.
             if len(images) > 1:
                 return [result for image in images.split(1) for result in self._together(image)]
-            return [one_line(error)]
+            return [error]
 
-    def _explain(self, images: Tensor) -> list[Explanation]:
+    def _explain(self, images: Tensor) -> list[Found]:
         loaded = self.loaded
         images = images.to(loaded.device)
         components = values = np.zeros((len(images), 0), np.float32)
@@ -94,6 +95,6 @@ class Explainer:
                 modes = channel_modes(one_pass.output_and_features()[1][-1])
                 components, values = modes.maps[:, :_COMPONENTS].cpu().numpy(), modes.values.cpu().numpy()
         return [
-            Explanation({name: each[index] for name, each in maps.items()}, components[index], values[index])
+            Found({name: each[index] for name, each in maps.items()}, components[index], values[index])
             for index in range(len(images))
         ]

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tucker_cam.console import say
-from tucker_cam.explanations.explainer import Explainer, Explanation
+from tucker_cam.explanations.explainer import Explainer, Found
 from tucker_cam.explanations.outputs import (
     NOT_OURS,
     ArrayFiles,
@@ -32,6 +31,7 @@ from tucker_cam.models import LoadedModel
 from tucker_cam.models.families import preprocessed
 from tucker_cam.pictures.sources import MANIFEST, Source, find_sources
 from tucker_cam.progress import progress
+from tucker_cam.text import one_line
 from tucker_cam.writing import only_run
 
 CPU_BATCH = 8
@@ -51,6 +51,7 @@ def explain_pictures(
     aug_smooth: bool,
     batch_size: int | None,
     workers: int | None,
+    say: Callable[[str], None],
 ) -> list[str]:
     """Explain the pictures that `out` has not yet, and write what was asked for.
 
@@ -67,6 +68,7 @@ def explain_pictures(
         aug_smooth: average over flips and brightness.
         batch_size: None for what the device takes.
         workers: processes that read pictures ahead; None for one less than there are cores, and none for few pictures.
+        say: told what was loaded, and what came out.
 
     Returns:
         One line for each argument that names no picture, and each picture, and the gallery, that could not be read,
@@ -156,8 +158,8 @@ def batch_size_for(explainer: Explainer) -> int:
     return min(max(free // 2 // each, 1), _LARGEST_BATCH)
 
 
-class _Pictures(Dataset[Tensor | str]):
-    """Preprocessed pictures; for one that cannot be read, a line that says why."""
+class _Pictures(Dataset[Tensor | Exception]):
+    """Preprocessed pictures; for one that cannot be read, the error."""
 
     def __init__(self, sources: Sequence[Source], loaded: LoadedModel) -> None:
         self.sources, self.preprocess, self.frames = sources, loaded.preprocess, loaded.frames
@@ -165,16 +167,21 @@ class _Pictures(Dataset[Tensor | str]):
     def __len__(self) -> int:
         return len(self.sources)
 
-    def __getitem__(self, index: int) -> Tensor | str:
+    def __getitem__(self, index: int) -> Tensor | Exception:
         return read_input(self.sources[index], self.preprocess, self.frames)
 
 
-def read_input(source: Source, preprocess: Callable[[object], Tensor], frames: int | None) -> Tensor | str:
-    """Return the network's input for a picture, or a line that says why there is none."""
+def read_input(source: Source, preprocess: Callable[[object], Tensor], frames: int | None) -> Tensor | Exception:
+    """Return the network's input for a picture, or the error for which there is none."""
     try:
         return preprocessed(preprocess, source.read(frames), str(source))
     except (OSError, ValueError) as error:
-        return str(error).removeprefix(f"{source}: ")
+        return error
+
+
+def problem_with(source: Source, error: Exception) -> str:
+    """Return one line on a picture that could not be read or explained."""
+    return f"{source}: {one_line(error).removeprefix(f'{source}: ')}"
 
 
 def _run(
@@ -201,9 +208,9 @@ def _run(
             for source, each, found in zip(batch, inputs, explainer.explain(inputs), strict=True):
                 if not missing.get(source):
                     continue
-                if isinstance(found, str) or isinstance(each, str):
-                    problems.append(f"{source}: {found}")
-                else:
+                if isinstance(found, Exception):
+                    problems.append(problem_with(source, found))
+                elif isinstance(each, Tensor):
                     view = partial(explainer.loaded.picture, each)
                     writing.append((source, writers.submit(_write, missing[source], names[source], view, found)))
             # So many wait at most, and what they hold is not let grow.
@@ -215,16 +222,16 @@ def _run(
     return problems
 
 
-def _collate(inputs: list[Tensor | str]) -> list[Tensor | str] | Tensor:
+def _collate(inputs: list[Tensor | Exception]) -> list[Tensor | Exception] | Tensor:
     """Put inputs of one size into one tensor, which a worker hands over at once and not picture by picture."""
     try:
         return torch.stack(inputs)  # type: ignore[arg-type]
     except (TypeError, RuntimeError):
-        # A line about a picture that cannot be read; another size.
+        # An error of a picture that cannot be read; another size.
         return inputs
 
 
-def _batches(loader: DataLoader[Tensor | str]) -> Iterator[list[Tensor | str] | Tensor]:
+def _batches(loader: DataLoader[Tensor | Exception]) -> Iterator[list[Tensor | Exception] | Tensor]:
     try:
         yield from loader
     except RuntimeError as error:
@@ -233,7 +240,7 @@ def _batches(loader: DataLoader[Tensor | str]) -> Iterator[list[Tensor | str] | 
         raise OSError("a process that read pictures was killed, for want of memory perhaps: --workers 0") from error
 
 
-def _write(outputs: Sequence[Output], name: str, picture: Picture, explanation: Explanation) -> None:
+def _write(outputs: Sequence[Output], name: str, picture: Picture, explanation: Found) -> None:
     for output in outputs:
         output.write(name, picture, explanation)
 

@@ -19,7 +19,7 @@ from PIL import Image
 from pytorch_grad_cam.utils.image import show_cam_on_image
 
 from tucker_cam import __version__
-from tucker_cam.explanations.explainer import Explanation
+from tucker_cam.explanations.explainer import Found
 from tucker_cam.explanations.gallery import gallery_entry, write_gallery
 from tucker_cam.methods import METHODS
 from tucker_cam.models import LoadedModel
@@ -46,7 +46,7 @@ class Output(Protocol):
         """Tell whether all of them are there."""
         return all(path.is_file() for path in self.paths(name))
 
-    def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
+    def write(self, name: str, picture: Picture, explanation: Found) -> None:
         """Write the files of a picture.
 
         Args:
@@ -70,7 +70,7 @@ class MethodFiles(Output):
     def paths(self, name: str) -> list[Path]:
         return [self._path(name, method) for method in self.methods]
 
-    def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
+    def write(self, name: str, picture: Picture, explanation: Found) -> None:
         for method, saliency in explanation.maps.items():
             with _new_file(self._path(name, method)) as unfinished:
                 self.save(unfinished, picture, saliency)
@@ -150,7 +150,7 @@ class ZarrStore(Output):
         folder = self.path / method / "c" / str(self.index[name])
         return [path for path in folder.rglob("0") if path.is_file()] if folder.exists() else []
 
-    def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
+    def write(self, name: str, picture: Picture, explanation: Found) -> None:
         for method, saliency in explanation.maps.items():
             with self.lock:
                 array = self.group.get(method)
@@ -181,7 +181,7 @@ class GalleryParts(Output):
     def paths(self, name: str) -> list[Path]:
         return [self._path(name)]
 
-    def write(self, name: str, picture: Picture, explanation: Explanation) -> None:
+    def write(self, name: str, picture: Picture, explanation: Found) -> None:
         seen = picture()
         if seen.ndim == 4:
             raise ValueError("the gallery shows pictures, not clips: leave out --gallery")
