@@ -251,7 +251,7 @@ def test_an_interrupted_command_that_does_not_go_on_does_not_say_so(monkeypatch)
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tucker_cam.cli.run_demo", interrupted)
+    monkeypatch.setattr("tucker_cam.cli.demo.run_demo", interrupted)
     result = run("demo")
     assert result.exit_code == 130
     assert result.stderr == "stopped\n"
@@ -288,14 +288,14 @@ def test_the_work_is_done_to_its_end_when_nobody_reads_what_it_prints(monkeypatc
 
 
 def test_an_interrupt_while_python_imports_is_one_word():
-    # The public names, and with them torch, are imported where they are asked for: by then somebody listens.
+    # PyTorch is imported by the commands, which answer an interrupt themselves.
     code = """
 import sys
 from tucker_cam.__main__ import main
 assert "torch" not in sys.modules
 class Interrupted:
     def find_spec(name, *_):
-        if name == "torch":
+        if name == "typer":
             raise KeyboardInterrupt
 sys.meta_path.insert(0, Interrupted)
 main()
