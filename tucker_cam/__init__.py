@@ -6,8 +6,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tucker_cam.cams import MTSM, TSM, MultivecEigenCAM
     from tucker_cam.decomposition.modes import ChannelModes, channel_modes
+    from tucker_cam.explanations.explain import Explanations, explain
+    from tucker_cam.explanations.explanation import Explanation, Failure
 
-__all__ = ["MTSM", "TSM", "ChannelModes", "MultivecEigenCAM", "channel_modes"]
+__all__ = [
+    "MTSM",
+    "TSM",
+    "ChannelModes",
+    "Explanation",
+    "Explanations",
+    "Failure",
+    "MultivecEigenCAM",
+    "channel_modes",
+    "explain",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -15,7 +27,11 @@ _HOMES = {
     "TSM": "cams",
     "MultivecEigenCAM": "cams",
     "ChannelModes": "decomposition.modes",
+    "Explanation": "explanations.explanation",
+    "Explanations": "explanations.explain",
+    "Failure": "explanations.explanation",
     "channel_modes": "decomposition.modes",
+    "explain": "explanations.explain",
 }
 
 

@@ -62,29 +62,30 @@ class LoadedModel(Network):
 
 
 def load_model(
-    spec: str,
+    model: str | nn.Module | Network,
     *,
     weights: str | Path | None = None,
     pretrained: bool = True,
-    layers: Sequence[str] = (),
+    layers: Sequence[str | int | nn.Module] = (),
     device: str | torch.device | None = None,
 ) -> LoadedModel:
-    """Load a model by its name and find the layer to explain.
+    """Load a model by its name, or take one as it is, and find the layer to explain.
 
     Args:
-        spec: ``demo`` (an EfficientNet-Lite0 whose weights are an installed package); ``timm:NAME``;
+        model: ``demo`` (an EfficientNet-Lite0 whose weights are an installed package); ``timm:NAME``;
             ``torchvision:NAME`` (classification, segmentation, detection, video); ``hf:REPOSITORY_OR_FOLDER`` (an
             image model of transformers, without its head); ``hub:OWNER/REPOSITORY:ENTRY`` or ``hub:FOLDER:ENTRY``
             (torch.hub, which runs the repository's code); or ``MODULE:CALLABLE``, your own function without
             arguments that returns a `torch.nn.Module`, taken to have ImageNet's usual preprocessing, or a `Network`;
-            the module is looked for in the working directory too.
+            the module is looked for in the working directory too. Or a `torch.nn.Module` or a `Network` itself, which
+            is put into eval mode.
         weights: a checkpoint to load in place of the published weights, as self-supervised projects publish it; the
             backbone is found in it. Of ``torch.save``, or ``.safetensors``. No code in it is run.
         pretrained: download the published weights; without them the weights are random. ``demo`` and your own
             function have none to download, and take no False.
-        layers: dotted names of layers to explain, or negative indices into all that have a spatial map (-1 is the
-            last); by default the one that `find_target_layer` finds.
-        device: where the model shall run; None for a CUDA device if there is one.
+        layers: dotted names of layers to explain, negative indices into all that have a spatial map (-1 is the last),
+            or the modules; by default the one that `find_target_layer` finds.
+        device: where the model shall run; None for a CUDA device if there is one, and for a model of yours where it is.
 
     Raises:
         NoLayerError: a ValueError where no layer can be chosen; it holds those that could be named.
@@ -99,8 +100,12 @@ def load_model(
         >>> loaded.layer_names
         ['layer4']
     """
-    device = _device(device)
-    network = build_network(spec, pretrained=pretrained and weights is None)
+    if isinstance(model, str):
+        spec, device = model, _device(device)
+        network = build_network(spec, pretrained=pretrained and weights is None)
+    else:
+        network = model if isinstance(model, Network) else Network(model)
+        spec, device = type(network.model).__name__, network.device if device is None else _device(device)
     if not pretrained and weights is None and spec.partition(":")[0] not in ("timm", "torchvision", "hf", "hub"):
         raise ValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
     model = network.model.eval()
@@ -110,7 +115,8 @@ def load_model(
             "model without torch.device('meta')"
         )
     run = _dry_run(spec, network)
-    chosen = choose_layers(model, run, layers) if layers else [target_of(model, run)]
+    names = [_name_of(model, layer) if isinstance(layer, nn.Module) else str(layer) for layer in layers]
+    chosen = choose_layers(model, run, names) if names else [target_of(model, run)]
     common_transform(chosen)
     name, report, classifies = spec, "", network.classifies
     if weights is not None:
@@ -137,6 +143,13 @@ def load_model(
         spatial_layers=run.layers,
         last_layer=run.target or chosen[-1],
     )
+
+
+def _name_of(model: nn.Module, layer: nn.Module) -> str:
+    names: list[str] = [name for name, module in model.named_modules() if module is layer]
+    if not names:
+        raise ValueError(f"expected a layer that is part of the model, got a {type(layer).__name__} that is not")
+    return names[0]
 
 
 def _dry_run(spec: str, network: Network) -> DryRun:

@@ -27,7 +27,7 @@ from tucker_cam import MTSM, TSM
 from tucker_cam.cli import app
 from tucker_cam.evaluation.datasets import find_samples
 from tucker_cam.explanations.explainer import Explainer
-from tucker_cam.explanations.folder import batch_size_for
+from tucker_cam.explanations.folder import batch_size_for, problem_with
 from tucker_cam.explanations.outputs import Manifest
 from tucker_cam.models import load_model
 from tucker_cam.pictures.files import open_picture
@@ -632,7 +632,8 @@ def test_one_picture_on_which_the_network_fails_costs_no_other_its_map(tmp_path,
     from dataclasses import replace
 
     explained = Explainer(replace(loaded, model=Picky()), {"tsm": TSM}).explain(inputs)
-    assert explained[4] == "not this one"
+    assert isinstance(explained[4], RuntimeError)
+    assert problem_with(Source("p004", "p004.png"), explained[4]) == "p004.png: not this one"
     for index in (0, 1, 2, 3, 5):
         np.testing.assert_allclose(
             explained[index].maps["tsm"], expected_map(tmp_path / "pictures" / f"p{index:03}.png"), atol=1e-5

@@ -12,7 +12,7 @@ import pytest
 import ray
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
-from test_explain import MODEL, make_pictures, run
+from test_folder import MODEL, make_pictures, run
 from test_readme import blocks
 
 from tucker_cam.cli import app  # noqa: F401 - imported before the cluster starts, so that it is not timed by it

@@ -1,0 +1,234 @@
+"""Explaining from Python: whatever holds pictures in, explanations of the user's own pictures out."""
+
+import re
+
+import networks
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from repositories import make_repositories
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from tucker_cam import MTSM, TSM, channel_modes, explain
+from tucker_cam.methods import METHODS
+from tucker_cam.models import Network, load_model
+from tucker_cam.pictures.view import view_of
+
+TINY = "networks:tiny_loaded_model"
+
+
+def noise(width=40, height=30, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8))
+
+
+def expected_map(picture, method=TSM):
+    loaded = load_model(TINY)
+    return method(loaded.model, loaded.target_layers)(loaded.preprocess(picture)[None])[0]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for index in range(5):
+        noise(seed=index).save(tmp_path / f"p{index}.png")
+    (tmp_path / "p2.png").write_text("no picture")
+    return tmp_path
+
+
+def test_a_folder_is_explained_one_after_the_other_and_what_fails_keeps_its_error(folder):
+    explanations = explain(folder, TINY, ["tsm", "mtsm"], batch_size=2)
+    assert len(explanations) == 5
+    for _ in range(2):
+        found = list(explanations)
+        assert [each.name for each in found] == ["p0", "p1", "p3", "p4"]
+        (failure,) = explanations.failures
+        assert failure.name == "p2"
+        assert isinstance(failure.error, OSError)
+        assert failure.error.__traceback__ is not None
+    for index, explanation in zip((0, 1, 3, 4), found, strict=True):
+        assert explanation.maps.keys() == {"tsm", "mtsm"}
+        np.testing.assert_allclose(explanation.maps["tsm"], expected_map(noise(seed=index)), atol=1e-5)
+        np.testing.assert_allclose(explanation.maps["mtsm"], expected_map(noise(seed=index), MTSM), atol=1e-5)
+
+
+def test_pictures_arrays_and_paths_in_a_list_are_explained(folder):
+    picture = noise()
+    array = np.asarray(picture)
+    given = [picture, array, (array / 255).astype(np.float32), folder / "p0.png", str(folder / "missing.png")]
+    explanations = explain(given, TINY)
+    for explanation in explanations:
+        np.testing.assert_allclose(explanation.maps["tsm"], expected_map(picture), atol=1e-5)
+        assert np.array_equal(np.asarray(explanation.picture), array)
+    assert [failure.name for failure in explanations.failures] == [str(folder / "missing.png")]
+
+
+def test_batches_of_network_inputs_are_explained_also_from_a_loader():
+    loaded = load_model(TINY)
+    images = torch.stack([loaded.preprocess(noise(seed=index)) for index in range(5)])
+    loader = DataLoader([(image, 7) for image in images], batch_size=2)
+    for pictures in (images, loader, [images[:3], images[3:]]):
+        found = list(explain(pictures, loaded))
+        assert len(found) == 5
+        for index, explanation in enumerate(found):
+            np.testing.assert_allclose(explanation.maps["tsm"], expected_map(noise(seed=index)), atol=1e-5)
+            assert explanation.overlay().size == (24, 24)
+    assert len(explain(images, loaded)) == 5
+    with pytest.raises(TypeError, match="not known"):
+        len(explain(loader, loaded))
+
+
+def test_a_model_of_ones_own_is_explained_at_the_layer_that_is_named_or_found():
+    model = networks.small_cnn()
+    network = Network(model, networks.tiny_loaded_model().preprocess, (0.5,) * 3, (0.5,) * 3)
+    expected = TSM(model, [model[0]])(network.preprocess(noise())[None])[0]
+    for layers in ([model[0]], ["0"], [-4]):
+        (explanation,) = explain(noise(), network, layers=layers)
+        np.testing.assert_allclose(explanation.maps["tsm"], expected, atol=1e-5)
+    assert explain(noise(), model).loaded.layer_names == ["3"]
+    with pytest.raises(ValueError, match="part of the model"):
+        explain(noise(), network, layers=[nn.ReLU()])
+
+
+def test_classes_are_methods_by_the_users_name_and_components_come_on_demand():
+    (explanation,) = explain(noise(), TINY, {"mine": MTSM, "tsm": METHODS["tsm"]}, components=True)
+    np.testing.assert_allclose(explanation.maps["mine"], expected_map(noise(), MTSM), atol=1e-5)
+    loaded = load_model(TINY)
+    with torch.no_grad():
+        modes = channel_modes(loaded.model[:4](loaded.preprocess(noise())[None]))
+    np.testing.assert_allclose(explanation.values, modes.values[0], rtol=1e-4)
+
+
+def test_clips_are_explained():
+    (explanation,) = explain(noise(), "networks:tiny_video_network")
+    assert explanation.maps["tsm"].shape == (4, 16, 21)
+    assert explanation.overlay().size == (40, 30)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "options", "error", "message"),
+    [
+        (np.zeros((3, 30, 40)), {}, ValueError, "height x width x 3"),
+        (np.full((30, 40, 3), 200.0), {}, ValueError, "divide by 255"),
+        (np.zeros((30, 40, 3), np.int64), {}, TypeError, "uint8"),
+        (torch.zeros(3, 24, 24), {}, ValueError, r"images\[None\]"),
+        (7, {}, TypeError, "got int"),
+        ([7], {}, TypeError, "picture 0, got int"),
+        ([], {}, ValueError, "empty list"),
+        ("nowhere.png", {}, ValueError, "nowhere.png: expected pictures"),
+        (noise(), {"methods": "TMS"}, ValueError, "near it: tsm"),
+        (noise(), {"methods": []}, ValueError, "at least one method"),
+        (noise(), {"batch_size": 0}, ValueError, "batch_size"),
+    ],
+)
+def test_what_cannot_be_explained_is_one_clear_error(pictures, options, error, message):
+    with pytest.raises(error, match=message):
+        explain(pictures, **({"model": TINY} | options))
+
+
+class Bright(nn.Module):
+    """Its feature map is the picture in cells of 16 x 16, brighter where the picture is."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.offset = nn.AvgPool2d(16), nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x):
+        return self.cells(x + self.offset)
+
+
+def photograph(size, place, exif=None):
+    """Return a dark picture with a bright spot at a place, and where it is after it is turned as its EXIF data says."""
+    width, height = size
+    pixels = np.full((height, width, 3), 20, np.uint8)
+    x, y = place
+    pixels[y - height // 30 : y + height // 30, x - width // 30 : x + width // 30] = 250
+    picture = Image.fromarray(pixels)
+    if exif is None:
+        return picture, place
+    picture.getexif()[0x0112] = exif
+    return picture, (height - 1 - y, x)
+
+
+@pytest.fixture(scope="module")
+def preprocessings(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("hub"))
+        make_repositories()
+        names = ("timm:resnet18", "torchvision:resnet18", "hf:microsoft/resnet-50")
+        found = {name: load_model(name, pretrained=False) for name in names}
+    return {name: (loaded.preprocess, loaded.mean, loaded.std) for name, loaded in found.items()} | {
+        "whole": (transforms.Compose([transforms.Resize((240, 320)), transforms.ToTensor()]), (0,) * 3, (1,) * 3),
+        "padded": (
+            transforms.Compose([transforms.Pad((0, 200)), transforms.Resize((224, 224)), transforms.ToTensor()]),
+            (0,) * 3,
+            (1,) * 3,
+        ),
+    }
+
+
+@pytest.mark.parametrize("exif", [None, 6])
+@pytest.mark.parametrize("place", [(500, 300), (1000, 800), (820, 610)])
+@pytest.mark.parametrize(
+    "name",
+    ["timm:resnet18", "torchvision:resnet18", "hf:microsoft/resnet-50", "whole", "padded"],
+)
+def test_the_overlay_has_the_pictures_size_and_its_peak_is_where_the_object_is(preprocessings, name, place, exif):
+    preprocess, mean, std = preprocessings[name]
+    picture, (x, y) = photograph((1600, 1200), place, exif)
+    (explanation,) = explain([picture], Network(Bright(), preprocess, mean, std), layers=["cells"])
+    overlay = explanation.overlay()
+    assert overlay.size == ((1600, 1200) if exif is None else (1200, 1600))
+    # The host's colours: red is where the map is high.
+    red = np.asarray(overlay).astype(float) @ (1, -0.5, -1)
+    row, column = np.unravel_index(red.argmax(), red.shape)
+    view, cells = explanation.view, explanation.maps["tsm"].shape[1] / 16
+    assert abs(column - x) <= view.width / cells
+    assert abs(row - y) <= view.height / (explanation.maps["tsm"].shape[0] / 16)
+
+
+def test_what_was_cropped_away_is_dimmed_and_the_network_view_is_the_crop():
+    picture = Image.new("RGB", (80, 40), (200, 100, 50))
+    (explanation,) = explain(picture, TINY)
+    assert explanation.view == pytest.approx((20, 0, 40, 40), abs=0.5)
+    pixels = np.asarray(explanation.overlay())
+    assert np.abs(pixels[:, :19].astype(int) - (80, 40, 20)).max() <= 1
+    assert np.abs(pixels[:, 61:].astype(int) - (80, 40, 20)).max() <= 1
+    assert (pixels[:, 21:59].reshape(-1, 3).max(0) > 80).any()
+    assert explanation.overlay(view="network").size == (24, 24)
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([transforms.CenterCrop((50, 100))], (30, 35, 100, 50)),
+        ([transforms.Resize((64, 64))], (0, 0, 160, 120)),
+        ([transforms.Pad(20), transforms.Resize((80, 80))], (-20, -20, 200, 160)),
+        ([transforms.Grayscale(1)], (0, 0, 160, 120)),
+        ([transforms.RandomRotation((30, 30))], None),
+        ([transforms.RandomHorizontalFlip(1)], None),
+    ],
+)
+def test_what_a_network_sees_is_read_off_its_preprocessing(steps, expected):
+    view = view_of(transforms.Compose([*steps, transforms.ToTensor()]), (160, 120))
+    assert view == (None if expected is None else pytest.approx(expected, abs=1))
+
+
+def test_a_notebook_shows_the_picture_beside_its_overlays_without_fetching_anything():
+    explanations = explain([noise(), noise(seed=1)], TINY, ["tsm", "mtsm"])
+    page = explanations._repr_html_()
+    assert page.count("<img") == 6
+    assert all(source.startswith("data:image/") for source in re.findall(r'src="([^"]*)"', page))
+    assert "http" not in page
+    assert page.count("<figcaption>tsm<") == 2
+    assert repr(explanations).startswith("<Explanations of 2 pictures by tsm, mtsm; model: networks:tiny")
+
+
+def test_overlays_are_saved(folder):
+    explanations = explain(folder, TINY, ["tsm", "fem"])
+    files = explanations.save(folder / "out")
+    assert [path.name for path in files][:3] == ["p0_tsm.png", "p0_fem.png", "p1_tsm.png"]
+    assert len(files) == 8
+    with Image.open(files[0]) as overlay:
+        assert overlay.size == (40, 30)
