@@ -102,6 +102,10 @@ def test_the_programs_run(working_directory, monkeypatch):
     from tucker_cam import TSM
 
     names = {"TSM": TSM, "images": torch.rand(1, 3, 224, 224)}
+    (from_python,) = blocks("python", "## From Python", "## Use it where EigenCAM stood")
+    exec(from_python.replace('"timm:resnet50"', '"timm:resnet50", pretrained=False'), names)  # noqa: S102
+    with Image.open("a.png") as overlay:
+        assert overlay.size == (120, 90)
     from_loader, yolo = blocks("python", "## On the command line", "### You have a folder of pictures")
     for program, size in ((from_loader, 224), (yolo, 640)):
         exec(program, names)  # noqa: S102
