@@ -9,7 +9,7 @@ from PIL import Image
 from rich.table import Table
 from typer.testing import CliRunner
 
-from tucker_cam import TSM
+from tucker_cam import TSM, __version__
 from tucker_cam.__main__ import main
 from tucker_cam.cli import app
 from tucker_cam.cli.lines import say
@@ -321,3 +321,31 @@ def test_a_terminal_shows_a_bar(capsys, monkeypatch):
     with progress("explaining", 20) as advance:
         advance(20)
     assert "20/20" in capsys.readouterr().err
+
+
+def test_the_version_is_printed():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"tucker-cam {__version__}\n")
+
+
+def test_an_error_shows_where_it_was_raised_only_if_that_is_asked_for(tmp_path):
+    arguments = ("explain", tmp_path / "none.png", "-o", tmp_path / "out")
+    assert "Traceback" not in run(*arguments).stderr
+    shown = run("--debug", *arguments)
+    assert shown.exit_code == 2
+    assert "Traceback" in shown.stderr
+    assert shown.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_short_options_and_a_sample_that_is_the_same_again(tmp_path):
+    for index in range(9):
+        Image.new("RGB", (30, 30), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    chosen = []
+    for limit, out in ((3, "a"), (3, "b"), (5, "c")):
+        options = ("-m", "networks:tiny_loaded_model", "-b", 2, "-j", 0, "--limit", limit, "-o", tmp_path / out)
+        result = run("explain", *(tmp_path / f"{index}.png" for index in range(9)), *options)
+        assert result.exit_code == 0, result.output
+        chosen.append({path.name for path in (tmp_path / out).glob("*_tsm.png")})
+    assert chosen[0] == chosen[1] < chosen[2]
+    assert [len(each) for each in chosen] == [3, 3, 5]
+    assert run("explain", tmp_path / "0.png", "--limit", 0, "-o", tmp_path / "d").exit_code == 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from tucker_cam import __version__
 from tucker_cam.cli.lines import say
 from tucker_cam.extras import install
 from tucker_cam.methods import METHODS, check_name, method_named
@@ -52,13 +55,15 @@ class Engine(StrEnum):
     RAY = "ray"
 
 
-OutputFolder = Annotated[Path, typer.Option("--out", help="Folder for the pictures; made if it is missing.")]
+OutputFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if it is missing.")]
 DataFolder = Annotated[Path, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)]
 ModelName = Annotated[
     str,
     typer.Option(
+        "--model",
+        "-m",
         help="demo, timm:NAME, torchvision:NAME, hf:REPOSITORY_OR_FOLDER, hub:OWNER/REPOSITORY:ENTRY, hub:FOLDER:ENTRY "
-        "or your own MODULE:CALLABLE."
+        "or your own MODULE:CALLABLE.",
     ),
 ]
 _LAYER_HELP = (
@@ -76,14 +81,27 @@ Weights = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps ... (default: cuda if there is one)")]
 # Of `Group`, those that can be asked for; its module is imported when there is something to score.
 _METRICS: tuple[Literal["localisation", "drop", "curves", "road"], ...] = ("localisation", "drop", "curves", "road")
+_DEBUG = ContextVar("debug", default=False)
 _USER_ERROR = 2
 _SOME_FAILED = 1
 _INTERRUPTED = 130
 _EXTRAS = {"pyarrow": "ray", "ray": "ray", "zarr": "zarr"}
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(f"tucker-cam {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _quiet_libraries() -> None:
+def _prepare(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
+) -> None:
+    _DEBUG.set(debug)
     # The hub's retries without a network would bury the one line that says what to do.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # One line, without a path in a package and a line of its source.
@@ -112,9 +130,10 @@ def explain(
     ] = None,
     model: ModelName = "demo",
     layer: LayerNames = None,
-    out: Annotated[str, typer.Option(help="Folder for what is written; a run that was stopped goes on in it.")] = (
-        "tucker-cam-out"
-    ),
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="Folder for what is written; a run that was stopped goes on in it.")
+    ] = "tucker-cam-out",
+    limit: Limit = None,
     formats: Annotated[
         list[Format] | None,
         typer.Option(
@@ -131,9 +150,14 @@ def explain(
     engine: Annotated[
         Engine, typer.Option(help="torch: this machine. ray: a Ray cluster, which writes Parquet to --out.")
     ] = Engine.TORCH,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="(default: 8, on a GPU what it holds)")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", min=1, help="(default: 8, on a GPU what it holds)")
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="Processes that read pictures, or actors. (default: one core is left)")
+        int | None,
+        typer.Option(
+            "--workers", "-j", min=0, help="Processes that read pictures, or actors. (default: one core is left)"
+        ),
     ] = None,
 ) -> None:
     """Write an overlay, or the map, for each picture and method."""
@@ -152,6 +176,7 @@ def explain(
                 methods=method or ["tsm"],
                 out=out,
                 aug_smooth=aug_smooth,
+                limit=limit,
                 batch_size=batch_size,
                 workers=workers,
                 say=say,
@@ -167,6 +192,7 @@ def explain(
                 gallery=gallery,
                 out=Path(out),
                 aug_smooth=aug_smooth,
+                limit=limit,
                 batch_size=batch_size,
                 workers=workers,
                 say=say,
@@ -212,8 +238,10 @@ def evaluate(
     out: Annotated[
         Path,
         typer.Option(
+            "--out",
+            "-o",
             help="The rows, as CSV; a run that was interrupted goes on. Rows that are there stay, also those of a "
-            "picture that has changed since."
+            "picture that has changed since.",
         ),
     ] = Path("tucker-cam-out/results.csv"),
     report: Annotated[
@@ -248,9 +276,9 @@ def spectrum(
     model: ModelName = "demo",
     layer: LayerName = None,
     limit: Limit = None,
-    out: Annotated[Path, typer.Option(help="The box plots, as PNG; the numbers stand beside it as CSV.")] = Path(
-        "tucker-cam-out/spectrum.png"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The box plots, as PNG; the numbers stand beside it as CSV.")
+    ] = Path("tucker-cam-out/spectrum.png"),
     no_pretrained: RandomWeights = False,
     weights: Weights = None,
     device: Device = None,
@@ -277,6 +305,11 @@ def _load(model: str, layers: list[str], weights: Path | None, pretrained: bool,
     return load_model(model, layers=layers, weights=weights, pretrained=pretrained, device=device)
 
 
+def _show_traceback() -> None:
+    if _DEBUG.get():
+        traceback.print_exc()
+
+
 @contextmanager
 def _user_errors(extra: str = "demo", *, goes_on: bool = False) -> Iterator[list[str]]:
     """Give a list of problems, printed at the end, with exit code 1: of pictures, while the others were done.
@@ -288,12 +321,14 @@ def _user_errors(extra: str = "demo", *, goes_on: bool = False) -> Iterator[list
     try:
         yield problems
     except ModuleNotFoundError as error:
+        _show_traceback()
         ours = " " in str(error.msg) and "pip install" in str(error)
         extra = _EXTRAS.get((error.name or "").partition(".")[0], extra)
         missing = f"this needs the package {error.name}: {install(extra)}"
         problems.append(str(error) if ours else missing)
         code = _USER_ERROR
     except (ImportError, OSError, TypeError, ValueError) as error:
+        _show_traceback()
         problems.append(str(error))
         code = _USER_ERROR
     except KeyboardInterrupt:

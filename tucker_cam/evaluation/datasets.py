@@ -6,7 +6,6 @@ follow its resizing and cropping to the pixel.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tucker_cam.models import Network
 from tucker_cam.models.families import preprocessed
 from tucker_cam.pictures.files import files_below, open_image, open_picture
+from tucker_cam.pictures.sources import random_sample
 
 Annotations = Literal["boxes", "masks", "none"]
 
@@ -90,8 +90,6 @@ def find_samples(
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: expected a folder of pictures, found {_what_is(folder)}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"expected a limit of at least 1 picture, got {limit}")
     files = _files(folder)
     pictures, files_of = files["pictures"], _by_name(files)
     if not pictures:
@@ -112,9 +110,7 @@ def find_samples(
             remarks = "".join(f"; {remark}" for remark in overlooked(folder))
             message = f"{folder}: expected pictures with {annotations}, found none among {len(pictures)}{remarks}"
             raise ValueError(message)
-    if limit is not None:
-        samples = sorted(random.Random(seed).sample(samples, len(samples))[:limit], key=lambda sample: sample.name)  # noqa: S311
-    return samples, kind
+    return random_sample(samples, limit, seed=seed), kind
 
 
 def overlooked(folder: Path) -> list[str]:

@@ -26,7 +26,7 @@ from tucker_cam.explanations.outputs import identity, is_of_run, not_of_a_run, r
 from tucker_cam.methods import method_named
 from tucker_cam.models import LoadedModel
 from tucker_cam.pictures.files import is_url
-from tucker_cam.pictures.sources import MANIFEST, Source, find_sources
+from tucker_cam.pictures.sources import MANIFEST, Source, find_sources, random_sample
 from tucker_cam.writing import only_run
 
 _PREFIX = "maps-"
@@ -50,6 +50,7 @@ def explain_on_ray(
     methods: Sequence[str],
     out: str,
     aug_smooth: bool,
+    limit: int | None,
     batch_size: int | None,
     workers: int | None,
     say: Callable[[str], None],
@@ -65,6 +66,7 @@ def explain_on_ray(
         methods: their names.
         out: a folder, local to all nodes or a URL.
         aug_smooth: average over flips and brightness.
+        limit: take a random sample of so many pictures, see `random_sample`.
         batch_size: None for 8.
         workers: actors; None for one fewer than the cluster has CPUs.
         say: told what was loaded, and what came out.
@@ -84,6 +86,7 @@ def explain_on_ray(
     if workers == 0:
         raise ValueError("expected at least one actor to explain the pictures, got --workers 0")
     sources, unusable = find_sources(images, out=None if is_url(out) else Path(out))
+    sources = random_sample(sources, limit)
     filesystem, folder = url_to_fs(out)
     filesystem.makedirs(folder, exist_ok=True)
     # Elsewhere there is no lock that all file systems keep.

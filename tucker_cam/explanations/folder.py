@@ -29,7 +29,7 @@ from tucker_cam.explanations.outputs import (
 from tucker_cam.methods import method_named
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.families import preprocessed
-from tucker_cam.pictures.sources import MANIFEST, Source, find_sources
+from tucker_cam.pictures.sources import MANIFEST, Source, find_sources, random_sample
 from tucker_cam.progress import progress
 from tucker_cam.text import one_line
 from tucker_cam.writing import only_run
@@ -49,6 +49,7 @@ def explain_pictures(
     gallery: bool,
     out: Path,
     aug_smooth: bool,
+    limit: int | None,
     batch_size: int | None,
     workers: int | None,
     say: Callable[[str], None],
@@ -66,6 +67,7 @@ def explain_pictures(
         gallery: write a page with all pictures too.
         out: a folder; made if it is missing.
         aug_smooth: average over flips and brightness.
+        limit: take a random sample of so many pictures, see `random_sample`.
         batch_size: None for what the device takes.
         workers: processes that read pictures ahead; None for one less than there are cores, and none for few pictures.
         say: told what was loaded, and what came out.
@@ -83,6 +85,7 @@ def explain_pictures(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: expected a folder for what is written, found a file")
     sources, unusable = find_sources(images, out=out)
+    sources = random_sample(sources, limit)
     # What takes long comes last: the pictures are there, and the folder can be written to.
     out.mkdir(parents=True, exist_ok=True)
     with only_run(out / MANIFEST):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import os
+import random
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -12,13 +13,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from PIL import Image
 
 from tucker_cam.pictures.files import decode_frames, decode_picture, files_below, is_url, may_be_file, open_file
 from tucker_cam.text import one_line
 
+Item = TypeVar("Item")
 _MAGIC = "*?["
 _PICTURES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 _WANTED = _PICTURES | {".parquet"}
@@ -132,6 +134,20 @@ def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[
     if not found:
         raise ValueError("; ".join(problems))
     return list(found.values()), problems
+
+
+def random_sample(items: Sequence[Item], limit: int | None, *, seed: int = 0) -> list[Item]:
+    """Return a random sample in the order of the items: the same in every run, and part of any larger one.
+
+    Raises:
+        ValueError: the limit is below 1.
+    """
+    if limit is None:
+        return list(items)
+    if limit < 1:
+        raise ValueError(f"expected a limit of at least 1 picture, got {limit}")
+    places = random.Random(seed).sample(range(len(items)), len(items))[:limit]  # noqa: S311
+    return [items[place] for place in sorted(places)]
 
 
 def _sources_of(argument: str, out: Path | None) -> Iterator[Source]:
