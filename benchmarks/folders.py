@@ -76,8 +76,10 @@ def explain(paths: list[Path], loaded: LoadedModel, out: Path) -> None:
         gallery=False,
         out=out,
         aug_smooth=False,
+        limit=None,
         batch_size=CPU_BATCH,
         workers=1,
+        say=lambda line: None,
     )
     assert not problems
 

