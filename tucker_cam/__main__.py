@@ -5,9 +5,9 @@ import sys
 from typing import Any
 
 from tucker_cam.extras import install
+from tucker_cam.interrupts import INTERRUPTED, importing
 
 _OF_THE_COMMAND_LINE = ("filelock", "rich", "threadpoolctl", "typer")
-_INTERRUPTED = 130
 
 
 class _UnlessClosed(io.FileIO):
@@ -28,8 +28,8 @@ def main() -> None:
             text = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
             setattr(sys, name, text)
     try:
-        # Python is a few seconds at this, in which a user may think better of it.
-        from tucker_cam.cli import app
+        with importing():
+            from tucker_cam.cli import app
 
         app()
     except ModuleNotFoundError as error:
@@ -38,7 +38,7 @@ def main() -> None:
         sys.exit(f"the command line needs the package {error.name}: {install('demo')}")
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 
+# Also what turns the direction of writing around.
+_CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+
 
 def printable(text: str) -> str:
     """Return a text as any terminal can show it: control characters, and bytes that are no UTF-8, become escapes."""
     shown = text.encode(errors="backslashreplace").decode()
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda control: f"\\x{ord(control[0]):02x}", shown)
+    return re.sub(_CONTROL, lambda control: f"\\x{ord(control[0]):02x}", shown)
 
 
 def one_line(error: Exception) -> str:

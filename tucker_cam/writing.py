@@ -23,6 +23,11 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # A full disk, say, of which the error does not know where.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
 

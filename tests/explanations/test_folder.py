@@ -277,8 +277,8 @@ def test_a_table_that_is_none_costs_no_picture_of_its_folder_its_map(pictures, t
     assert result.exit_code == 1
     assert "none.parquet, row 0 of group 0: expected one column image, found label" in result.stderr
     assert "two.parquet, row 0 of group 0: expected one column image, found image, image" in result.stderr
-    assert "broken.parquet, row 0 of group 0: expected a Parquet file" in result.stderr
-    assert "14 pictures: 11 explained, 0 there already, 3 failed" in result.output
+    assert "broken.parquet: expected a Parquet file" in result.stderr
+    assert "13 pictures: 11 explained, 0 there already, 2 failed" in result.output
 
 
 @pytest.mark.parametrize("kind", ["missing folder", "empty folder", "glob", "url", "out", "table"])
@@ -325,12 +325,18 @@ def test_a_table_whose_column_is_named_in_no_utf8_costs_a_line(pictures, tmp_pat
     file.write_bytes(file.read_bytes().replace(b"zzzz", b"zz\xffz"))
     result = run(file, pictures, *MODEL, "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert "t.parquet, row 0 of group 0: expected a Parquet file" in result.stderr
-    assert "12 pictures: 11 explained, 0 there already, 1 failed" in result.output
+    assert "t.parquet: expected a Parquet file" in result.stderr
+    assert "11 pictures: 11 explained, 0 there already, 0 failed" in result.output
+    assert run(file, "--model", "no:model", "--out", tmp_path / "alone").exit_code == 2
 
 
 def test_a_broken_link_is_named(pictures, tmp_path):
     (pictures / "link.png").symlink_to("nowhere.png")
+    (pictures / "more").symlink_to("/nowhere/pictures")
+    (pictures / "README.md").symlink_to("nowhere.md")
+    result = run(pictures, *MODEL, "--out", tmp_path / "out")
+    assert "more: expected a file to read, found a link that leads nowhere" in result.stderr.replace("\n", " ")
+    assert "README" not in result.output
     for argument in (pictures, f"{pictures}/*.png"):
         result = run(argument, *MODEL, "--out", tmp_path / "out")
         assert result.exit_code == 1

@@ -18,6 +18,7 @@ import typer
 from tucker_cam import __version__
 from tucker_cam.cli.lines import say
 from tucker_cam.extras import install
+from tucker_cam.interrupts import INTERRUPTED, importing
 from tucker_cam.methods import METHODS, check_name, method_named
 from tucker_cam.text import printable
 
@@ -84,7 +85,6 @@ _METRICS: tuple[Literal["localisation", "drop", "curves", "road"], ...] = ("loca
 _DEBUG = ContextVar("debug", default=False)
 _USER_ERROR = 2
 _SOME_FAILED = 1
-_INTERRUPTED = 130
 _EXTRAS = {"pyarrow": "ray", "ray": "ray", "zarr": "zarr"}
 
 
@@ -112,7 +112,8 @@ def _prepare(
 def demo(out: OutputFolder = Path("tucker-cam-out")) -> None:
     """Explain a photograph with a real network; needs no download after the install."""
     with _user_errors():
-        from tucker_cam.cli.demo import run_demo
+        with importing():
+            from tucker_cam.cli.demo import run_demo
 
         run_demo(out)
 
@@ -168,7 +169,8 @@ def explain(
         if engine is Engine.RAY:
             if formats or gallery:
                 raise ValueError("expected no --format and no --gallery with --engine ray, which writes Parquet")
-            from tucker_cam.explanations.cluster import explain_on_ray
+            with importing():
+                from tucker_cam.explanations.cluster import explain_on_ray
 
             problems += explain_on_ray(
                 images,
@@ -182,7 +184,8 @@ def explain(
                 say=say,
             )
         else:
-            from tucker_cam.explanations.folder import explain_pictures
+            with importing():
+                from tucker_cam.explanations.folder import explain_pictures
 
             problems += explain_pictures(
                 images,
@@ -208,7 +211,8 @@ def layers(
 ) -> None:
     """List the layers of a model that can be explained, in the order in which they run."""
     with _user_errors():
-        from tucker_cam.cli.layers import print_layers
+        with importing():
+            from tucker_cam.cli.layers import print_layers
 
         print_layers(model, partial(_load, model, layer or [], weights, not no_pretrained, None))
 
@@ -256,7 +260,8 @@ def evaluate(
         for name in method or []:
             method_named(name)
         groups = [check_name("metric", each, _METRICS) for each in metric or ["localisation", "drop"]]
-        from tucker_cam.cli.evaluate import evaluate_folder
+        with importing():
+            from tucker_cam.cli.evaluate import evaluate_folder
 
         problems += evaluate_folder(
             data,
@@ -285,7 +290,8 @@ def spectrum(
 ) -> None:
     """Plot how much the first singular values hold of the sum of all, with and without centring."""
     with _user_errors("evaluation") as problems:
-        from tucker_cam.cli.spectrum import write_spectrum
+        with importing():
+            from tucker_cam.cli.spectrum import write_spectrum
 
         problems += write_spectrum(
             data,
@@ -296,9 +302,10 @@ def spectrum(
 
 
 def _load(model: str, layers: list[str], weights: Path | None, pretrained: bool, device: str | None) -> LoadedModel:
-    import torch
+    with importing():
+        import torch
 
-    from tucker_cam.models import load_model
+        from tucker_cam.models import load_model
 
     # Random weights are the same when a run is gone on with, and in every process.
     torch.manual_seed(0)
@@ -333,7 +340,7 @@ def _user_errors(extra: str = "demo", *, goes_on: bool = False) -> Iterator[list
         code = _USER_ERROR
     except KeyboardInterrupt:
         say(f"stopped{'; the same command goes on where it was' if goes_on else ''}", error=True)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
     for problem in problems:
         say(f"error: {problem}", error=True)
     if problems:

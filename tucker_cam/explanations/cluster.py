@@ -212,8 +212,11 @@ def _claim_folder(filesystem: Any, folder: str, out: str, run: Mapping[str, Any]
     elif tables.paths:
         raise not_of_a_run(tables.paths[0])
     unfinished = f"{folder}/.{MANIFEST}.unfinished"
-    filesystem.pipe_file(unfinished, json.dumps({**run, "versions": versions()}, indent=1).encode())
-    filesystem.mv(unfinished, path)
+    try:
+        filesystem.pipe_file(unfinished, json.dumps({**run, "versions": versions()}, indent=1).encode())
+        filesystem.mv(unfinished, path)
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error})") from error
 
 
 def _read_tables(filesystem: Any, folder: str, *, known: Collection[str] = ()) -> _Tables:

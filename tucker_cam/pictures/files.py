@@ -80,7 +80,9 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
     for parent, folders, names in os.walk(folder, onerror=closed.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(parent, name) for name in names if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in suffixes and may_be_file(path)]
+        # What a link leads to that leads nowhere, and whose name does not say it, may have been a folder of pictures.
+        wanted = [path for path in paths if path.suffix.lower() in suffixes or (not path.suffix and path.is_symlink())]
+        found += [path for path in wanted if (path.suffix and may_be_file(path)) or not os.path.exists(path)]
     return found + [Path(error.filename) for error in closed]
 
 

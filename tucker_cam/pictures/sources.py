@@ -21,6 +21,7 @@ from tucker_cam.pictures.files import decode_frames, decode_picture, files_below
 from tucker_cam.text import one_line
 
 Item = TypeVar("Item")
+_NO_TABLE = "expected a Parquet file, found something else or a broken one"
 _MAGIC = "*?["
 _PICTURES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 _WANTED = _PICTURES | {".parquet"}
@@ -123,7 +124,7 @@ def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[
     missing: list[ImportError] = []
     for argument in arguments:
         try:
-            found |= {source.key: source for source in _sources_of(argument, out)}
+            found |= {source.key: source for source in _sources_of(argument, out, problems)}
         except ImportError as error:
             problems.append(f"{argument}: {one_line(error)}")
             missing.append(error)
@@ -150,13 +151,18 @@ def random_sample(items: Sequence[Item], limit: int | None, *, seed: int = 0) ->
     return [items[place] for place in sorted(places)]
 
 
-def _sources_of(argument: str, out: Path | None) -> Iterator[Source]:
+def _sources_of(argument: str, out: Path | None, problems: list[str]) -> Iterator[Source]:
+    """Yield the pictures of an argument, and add a line for each table that cannot be read."""
     root, paths = _expanded(argument, out)
     empty = True
     for path in paths:
         name = _name(path, root)
-        for source in _rows(path, name) if path.endswith(".parquet") else [Source(name, path)]:
-            yield source
+        try:
+            for source in _rows(path, name) if path.endswith(".parquet") else [Source(name, path)]:
+                yield source
+                empty = False
+        except OSError as error:
+            problems.append(f"{path}: {one_line(error).removeprefix(f'{path}: ')}")
             empty = False
     if empty:
         raise ValueError(f"{argument}: expected pictures or Parquet files with rows, found none")
@@ -256,9 +262,8 @@ def _rows(path: str, name: str) -> Iterator[Source]:
             for group in range(table.num_row_groups):
                 for row, each in enumerate(_row_names(table, group, name)):
                     yield Source(safe_name(each), path, (group, row))
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException):
-        # Reading its first picture says what is wrong.
-        yield Source(name, path, (0, 0))
+    except (UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise OSError(_NO_TABLE) from error
 
 
 def _row_names(table: Any, group: int, name: str) -> list[str]:
@@ -291,7 +296,7 @@ def _row_group(path: str, group: int) -> Any:
                 raise OSError(f"expected one column image, found {', '.join(table.schema_arrow.names)}")
             return table.read_row_group(group, columns=["image"])
     except (UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise OSError("expected a Parquet file, found something else or a broken one") from error
+        raise OSError(_NO_TABLE) from error
 
 
 def _is_manifest(file: Path) -> bool:
