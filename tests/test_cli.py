@@ -57,14 +57,14 @@ def test_a_folder_that_the_demo_cannot_write_to_is_found_before_the_work(tmp_pat
 
 
 def test_names_in_tables_and_lines_are_neither_markup_nor_commands_to_the_terminal(capsys):
-    name = "run[red].pth [/x] :cat: \x1b[31m"
+    name = "run[red].pth [/x] :cat: \x1b[31m \u202e"
     table = Table(title=name)
     table.add_column(name)
     table.add_row(name)
     PlainConsole(width=60).print(table)
     PlainConsole(width=60).print(name)
     say(name)
-    shown = name.replace("\x1b", r"\x1b")
+    shown = name.replace("\x1b", r"\x1b").replace("\u202e", r"\x202e")
     assert capsys.readouterr().out.count(shown) == 5
 
 

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from networks import Detector, Enlarging, Shuffling, SmallVolumeCNN, TokenLabels
+from networks import Detector, Enlarging, Shuffling, SmallVolumeCNN, TokenLabels, WithPositions
 from PIL import Image
 from timm.models import SwinTransformer, VisionTransformer
 from torch import nn
@@ -455,6 +455,13 @@ def test_the_layers_command_lists_the_candidates_and_marks_the_chosen_one():
     other = CliRunner().invoke(app, ["layers", "torchvision:resnet18", "--no-pretrained", "--layer", "layer3"])
     (chosen,) = [line for line in other.output.splitlines() if "->" in line]
     assert "256 x 14 x 14" in chosen
+
+
+def test_what_no_picture_changes_is_no_candidate_where_none_is_chosen():
+    run = dry_run(WithPositions(), torch.rand(1, 3, 224, 224))
+    assert run.target is None
+    assert [layer.name for layer in run.layers] == ["patches"]
+    assert "resize" in [layer.name for layer in run.doubtful]
 
 
 def test_the_layers_command_lists_the_candidates_also_where_none_is_chosen(tmp_path):

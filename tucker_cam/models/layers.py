@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from tucker_cam.activations import ReshapeTransform
 from tucker_cam.models.reshape import holds_maps, is_map, maps_of, spatial_output, tensors_in
-from tucker_cam.models.responses import Sketch, follows, same, sketches, with_other_corners
+from tucker_cam.models.responses import Sketch, changes, follows, same, sketches, with_other_corners
 
 _LINEAR = (nn.Linear, _ConvNd)
 
@@ -178,10 +178,14 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
     for name in layers:
         reached = set(begun[: calls[name].begun])
         upstream[name] = frozenset(reached | {name for name in silent if name.rpartition(".")[0] in reached})
+    target = layers[body[-1]] if body and body[-1] in following else None
+    if target is None:
+        # Nothing will be chosen, and what no picture changes, such as positions that are learnt, is none to name.
+        following = {name for name in following if changes(calls[name].sketches, *(each[name] for each in answers))}
     return DryRun(
         [layer for name, layer in layers.items() if name in following],
         [layer for name, layer in layers.items() if name not in following],
-        layers[body[-1]] if body and body[-1] in following else None,
+        target,
         upstream,
     )
 

@@ -86,6 +86,13 @@ def same(part: Sketch, whole: Sketch) -> bool:
     return any(bool(torch.allclose(each, second, rtol=0, atol=_EQUAL * largest)) for each in sizes)
 
 
+def changes(before: Sequence[Sketch], *after: Sequence[Sketch]) -> bool:
+    """Tell whether a layer puts out something else for another picture."""
+    return any(
+        not torch.equal(first.values, other.values) for run in after for first, other in zip(before, run, strict=True)
+    )
+
+
 def follows(
     transform: ReshapeTransform | None,
     before: Sequence[Sketch],
