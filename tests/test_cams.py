@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 from pytorch_grad_cam.utils.image import scale_cam_image
 from torch import nn
 
-from tucker_cam import MTSM, TSM, MultivecEigenCAM
+from tucker_cam import MTSM, TSM, MultivecEigenCAM, features
 from tucker_cam.decomposition import modes
 
 METHODS = {
@@ -335,3 +335,15 @@ def test_the_map_is_the_same_on_a_gpu(method, rank):
     with method(model.cuda(), [model[2]], rank=rank) as cam:
         assert_allclose(cam(batch), expected, atol=1e-3)
         assert cam.activations_and_grads.activations[0].is_cuda
+
+
+def test_features_are_what_a_forward_hook_sees_finite_and_without_a_graph():
+    model, batch = networks.small_cnn(), images()
+    batch[1, 0, 4, 4] = torch.nan
+    expected = [model[:1](batch), model[:3](batch)]
+    with pytest.warns(RuntimeWarning, match="image 1"):
+        found = features(model, [model[0], model[2]], batch)
+    for actual, seen in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, seen.detach().nan_to_num())
+        assert not actual.requires_grad
+    assert not any(module._forward_hooks for module in model.modules())

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tucker_cam.activations import features
     from tucker_cam.cams import MTSM, TSM, MultivecEigenCAM
     from tucker_cam.decomposition.modes import ChannelModes, channel_modes
     from tucker_cam.explanations.explain import Explanations, explain
@@ -19,6 +20,7 @@ __all__ = [
     "MultivecEigenCAM",
     "channel_modes",
     "explain",
+    "features",
 ]
 __version__ = "0.1.0"
 
@@ -32,6 +34,7 @@ _HOMES = {
     "Failure": "explanations.explanation",
     "channel_modes": "decomposition.modes",
     "explain": "explanations.explain",
+    "features": "activations",
 }
 
 

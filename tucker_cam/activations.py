@@ -167,6 +167,42 @@ def _explain(error: RuntimeError, model: nn.Module, images: object) -> None:
         ) from error
 
 
+def features(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    images: Tensor,
+    reshape_transform: ReshapeTransform | None = None,
+) -> list[Tensor]:
+    """Run the model once, without gradients, and return what its layers put out; no hook stays behind.
+
+    Args:
+        model: in the mode in which it is.
+        layers: modules that the model calls.
+        images: batch x channels x spatial, on the model's device.
+        reshape_transform: turns a layer's output into batch x channels x spatial, as for the CAM classes.
+
+    Returns:
+        For each layer batch x channels x spatial, a copy on the model's device, at least float32. Non-finite numbers
+        count as zero, with a warning.
+
+    Raises:
+        TypeError, ValueError: a layer puts out no feature maps, or is not reached.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+        >>> (maps,) = features(model, [model[1]], torch.zeros(2, 3, 6, 7))
+        >>> maps.shape
+        torch.Size([2, 8, 4, 5])
+    """
+    recorder = FeatureRecorder(model, layers, reshape_transform)
+    try:
+        with torch.no_grad():
+            recorder(images)
+        return recorder.activations
+    finally:
+        recorder.release()
+
+
 def record(
     model: nn.Module, layer: nn.Module, images: Tensor, reshape_transform: ReshapeTransform | None = None
 ) -> tuple[Any, Tensor]:

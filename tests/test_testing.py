@@ -1,0 +1,87 @@
+"""The conformance kit: the project's own methods keep all of it, and each broken one is found by what it breaks."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from tucker_cam.cams import LabelFreeCAM
+from tucker_cam.methods import METHODS
+from tucker_cam.testing import check_cam
+
+OURS = {name: method for name, method in METHODS.items() if method.module == "tucker_cam"}
+
+
+@pytest.mark.parametrize("method", [*OURS.values(), partial(METHODS["tsm"], rank=4)], ids=[*OURS, "truncated"])
+def test_our_methods_keep_what_every_method_must(method):
+    check_cam(method)
+
+
+class Mean(LabelFreeCAM):
+    def saliency(self, features):
+        return features.mean(1).abs()
+
+
+class OfTheBatch(Mean):
+    def saliency(self, features):
+        return super().saliency(features + features.mean(0))
+
+
+class LeftHanded(Mean):
+    def saliency(self, features):
+        return super().saliency(features) * torch.linspace(1, 3, features.shape[-1])
+
+
+class OfTheScale(Mean):
+    def saliency(self, features):
+        return super().saliency(features + 0.1 * features[:, :1].sign())
+
+
+class Flat(Mean):
+    def saliency(self, features):
+        return torch.ones_like(super().saliency(features))
+
+
+class Half(Mean):
+    def forward(self, *arguments, **options):
+        return super().forward(*arguments, **options).astype(np.float16)
+
+
+class Writing(Mean):
+    def forward(self, images, *arguments, **options):
+        return super().forward(images.mul_(1.01), *arguments, **options)
+
+
+class Hooked(Mean):
+    def __exit__(self, *exception):
+        pass
+
+
+class OfTargets(Mean):
+    def forward(self, images, targets=None, eigen_smooth=False):
+        return super().forward(images, targets, eigen_smooth) * (0.5 if targets else 1)
+
+
+class Lenient(Mean):
+    def __init__(self, model, target_layers, *arguments):
+        super().__init__(model, target_layers or [model[0]], *arguments)
+
+
+@pytest.mark.parametrize(
+    ("method", "promise"),
+    [
+        (OfTheBatch, "alone as in a batch"),
+        (LeftHanded, "mirrored"),
+        (OfTheScale, "scale"),
+        (Flat, "not flat"),
+        (Half, "float32"),
+        (Writing, "not written to"),
+        (Hooked, "no hook stays"),
+        (OfTargets, "targets play no part"),
+        (Lenient, "no target layers"),
+    ],
+)
+def test_a_method_that_breaks_a_promise_is_told_which(method, promise):
+    with pytest.raises(AssertionError, match=promise):
+        check_cam(method)
