@@ -14,6 +14,7 @@ from torch import nn
 
 from tucker_cam import MTSM, TSM, MultivecEigenCAM, features
 from tucker_cam.decomposition import modes
+from tucker_cam.models import load_model
 
 METHODS = {
     "TSM": TSM,
@@ -347,3 +348,12 @@ def test_features_are_what_a_forward_hook_sees_finite_and_without_a_graph():
         torch.testing.assert_close(actual, seen.detach().nan_to_num())
         assert not actual.requires_grad
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_objects_say_in_one_line_what_they_are():
+    model = networks.small_cnn()
+    cam = MTSM(model, [model[0], model[2]])
+    assert repr(cam) == "<MTSM of Sequential at `0`, `2`>"
+    assert repr(cam.modes(images())[1]) == "ChannelModes(vectors 2x16x16, values 2x16, maps 2x16x8x8)"
+    loaded = load_model("networks:tiny_loaded_model")
+    assert repr(loaded) == "<LoadedModel: model: networks:tiny_loaded_model; layer: 3 16x6x6>"

@@ -206,6 +206,10 @@ class LabelFreeCAM(BaseCAM, ABC):
         """Whether maps are brought to the images' size; not where a user put in a `get_target_width_height`."""
         return getattr(self.get_target_width_height, "__func__", None) is _SIZE_OF_THE_IMAGES
 
+    def __repr__(self) -> str:
+        layers = ", ".join(source_of(self.model, layer) for layer in self.target_layers)
+        return f"<{type(self).__name__} of {type(self.model).__name__} at {layers}>"
+
     def __enter__(self) -> Self:
         return self
 

@@ -41,6 +41,10 @@ class ChannelModes(NamedTuple):
     values: Tensor
     maps: Tensor
 
+    def __repr__(self) -> str:
+        shapes = (f"{name} {'x'.join(map(str, part.shape))}" for name, part in self._asdict().items())
+        return f"ChannelModes({', '.join(shapes)})"
+
 
 def channel_modes(
     features: Tensor, *, rank: Rank = None, center: bool = False, engine: Engine = "torch"

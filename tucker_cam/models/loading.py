@@ -17,7 +17,7 @@ from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common
 from tucker_cam.text import one_line
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LoadedModel(Network):
     """A network in eval mode with what it takes to explain it.
 
@@ -36,6 +36,9 @@ class LoadedModel(Network):
     layers: list[SpatialLayer]
     spatial_layers: list[SpatialLayer]
     last_layer: SpatialLayer
+
+    def __repr__(self) -> str:
+        return f"<LoadedModel: {self.description}>"
 
     @property
     def target_layers(self) -> list[nn.Module]:
