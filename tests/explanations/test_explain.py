@@ -120,6 +120,7 @@ def test_clips_are_explained():
         (noise(), {"methods": "TMS"}, ValueError, "near it: tsm"),
         (noise(), {"methods": []}, ValueError, "at least one method"),
         (noise(), {"batch_size": 0}, ValueError, "batch_size"),
+        (noise(), {"model": 7}, TypeError, "a Network, got int"),
     ],
 )
 def test_what_cannot_be_explained_is_one_clear_error(pictures, options, error, message):

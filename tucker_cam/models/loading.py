@@ -95,7 +95,7 @@ def load_model(
         ValueError: no such model or layer; the message holds the names nearest to it. Or several layers need
             different reshape transforms, or the file holds no weights of this model's whole backbone.
         ModuleNotFoundError: a package is missing; the message holds the command that installs it.
-        TypeError: your own function returns something else.
+        TypeError: what was given, or what your own function returns, is no model.
         OSError: the weights could not be downloaded or read.
 
     Example:
@@ -106,6 +106,8 @@ def load_model(
     if isinstance(model, str):
         spec, device = model, _device(device)
         network = build_network(spec, pretrained=pretrained and weights is None)
+    elif not isinstance(model, (nn.Module, Network)):
+        raise TypeError(f"expected a model's name, a torch.nn.Module or a Network, got {type(model).__name__}")
     else:
         network = model if isinstance(model, Network) else Network(model)
         spec, device = type(network.model).__name__, network.device if device is None else _device(device)
