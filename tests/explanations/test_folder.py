@@ -24,11 +24,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tucker_cam import MTSM, TSM
-from tucker_cam.cli import app
+from tucker_cam.cli import Format, app
 from tucker_cam.evaluation.datasets import find_samples
+from tucker_cam.explanations import outputs
 from tucker_cam.explanations.explainer import Explainer
-from tucker_cam.explanations.folder import batch_size_for, problem_with
-from tucker_cam.explanations.outputs import Manifest
+from tucker_cam.explanations.folder import batch_size_for, explain_pictures, problem_with
+from tucker_cam.explanations.outputs import Manifest, MethodFiles
 from tucker_cam.models import load_model
 from tucker_cam.pictures.files import open_picture
 from tucker_cam.pictures.sources import Source, find_sources
@@ -760,3 +761,39 @@ def test_a_run_that_is_killed_again_and_again_ends_with_every_picture_once_and_w
     assert killed.keys() == whole.keys()
     assert len([name for name in killed if name.endswith(".npy")]) == 120
     assert all(killed[name] == whole[name] for name in whole)
+
+
+class SizeFiles(MethodFiles):
+    """A format of one's own: how large each map is."""
+
+    suffix = ".txt"
+
+    def save(self, path, picture, saliency):
+        path.write_text(f"{saliency.shape}")
+
+
+def test_a_new_format_is_one_class_that_is_gone_on_with_removed_and_kept_apart(pictures, tmp_path, monkeypatch):
+    monkeypatch.setitem(outputs.FORMATS, "size", SizeFiles)
+    out, loaded = tmp_path / "out", load_model("networks:tiny_loaded_model")
+
+    def explain():
+        options = {"methods": ["tsm"], "formats": ["size"], "gallery": False, "aug_smooth": False, "limit": None}
+        lines = []
+        explain_pictures(
+            [str(pictures)], load=lambda: loaded, out=out, batch_size=4, workers=0, say=lines.append, **options
+        )
+        return lines[-1]
+
+    assert "11 explained, 0 there already" in explain()
+    assert (out / "p000_tsm.txt").read_text() == "(24, 24)"
+    (out / "p001_tsm.txt").unlink()
+    assert "1 explained, 10 there already" in explain()
+    (out / "p000_tsm.txt").write_text("old")
+    Image.new("RGB", (50, 50)).save(pictures / "p000.png")
+    assert "1 explained, 10 there already" in explain()
+    assert (out / "p000_tsm.txt").read_text() == "(24, 24)"
+    assert outputs._apart_from_ours("p000_tsm.txt/x") == "p000_tsm.txt_/x"
+
+
+def test_every_format_can_be_asked_for():
+    assert {each.value for each in Format} == outputs.FORMATS.keys()

@@ -15,17 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tucker_cam.explanations.explainer import Explainer, Found
-from tucker_cam.explanations.outputs import (
-    NOT_OURS,
-    ArrayFiles,
-    GalleryParts,
-    Manifest,
-    Output,
-    Overlays,
-    Picture,
-    ZarrStore,
-    versions,
-)
+from tucker_cam.explanations.outputs import FORMATS, NOT_OURS, GalleryParts, Manifest, Output, Picture
 from tucker_cam.methods import method_named
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.families import preprocessed
@@ -96,7 +86,7 @@ def explain_pictures(
         names, earlier = manifest.add(sources), dict(manifest.stamps)
         manifest.stamps |= {source.key: source.stamp for source in sources}
         page = GalleryParts(out, list(classes)) if gallery else None
-        outputs = _outputs(out, formats, list(classes), manifest)
+        outputs = [kind.begin(out, list(classes), manifest) for name, kind in FORMATS.items() if name in formats]
         outputs += [] if page is None else [page]
         missing, problems = {}, []
         for source in sources:
@@ -254,14 +244,3 @@ def _settle(source: Source, written: Future[None]) -> list[str]:
     except (OSError, ValueError) as error:
         return [f"{source}: could not be written ({error})"]
     return []
-
-
-def _outputs(out: Path, formats: Sequence[str], methods: Sequence[str], manifest: Manifest) -> list[Output]:
-    outputs: list[Output] = []
-    if "overlay" in formats:
-        outputs.append(Overlays(out, methods))
-    if "npy" in formats:
-        outputs.append(ArrayFiles(out, methods))
-    if "zarr" in formats:
-        outputs.append(ZarrStore(out, methods, list(manifest.names.values()), manifest.run | {"versions": versions()}))
-    return outputs

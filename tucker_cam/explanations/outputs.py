@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from glob import escape
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,12 +31,30 @@ NOT_OURS = Stamp(-1, None)
 Engine = Literal["torch", "ray"]
 Picture = Callable[[], NDArray[np.float32]]
 _PACKAGES = ("torch", "numpy", "grad-cam", "pillow")
-_SUFFIXES = (".png", ".npy", ".json", ".html", ".zarr")
-"""Each file and folder of ours has one, unless it is hidden."""
 
 
 class Output(Protocol):
-    """One kind of file that is made of each explanation. Writing may happen in several threads."""
+    """One kind of file that is made of each explanation. Writing may happen in several threads.
+
+    Attributes:
+        suffix: of its files, or of the one that holds all; what no folder of a picture's name may end in.
+    """
+
+    suffix: str
+
+    @classmethod
+    def begin(cls, out: Path, methods: Sequence[str], manifest: Manifest) -> Self:
+        """Return the output of a run."""
+
+    @classmethod
+    def left(cls, out: Path, name: str, place: int) -> Iterable[Path]:
+        """Return the files that runs of any methods have left of a picture.
+
+        Args:
+            out: the folder.
+            name: of the picture, relative to the folder.
+            place: of the picture in the manifest.
+        """
 
     def paths(self, name: str) -> list[Path]:
         """Return the files of this picture: where they are, or will be."""
@@ -62,10 +79,16 @@ class Output(Protocol):
 class MethodFiles(Output):
     """A file for each method: ``NAME_METHOD`` and a suffix."""
 
-    suffix: str
-
     def __init__(self, out: Path, methods: Sequence[str]) -> None:
         self.out, self.methods = out, methods
+
+    @classmethod
+    def begin(cls, out: Path, methods: Sequence[str], manifest: Manifest) -> Self:
+        return cls(out, methods)
+
+    @classmethod
+    def left(cls, out: Path, name: str, place: int) -> Iterable[Path]:
+        return cls(out, list(METHODS)).paths(name)
 
     def paths(self, name: str) -> list[Path]:
         return [self._path(name, method) for method in self.methods]
@@ -112,7 +135,15 @@ class ZarrStore(Output):
     A picture is a chunk of its own, which the store writes whole or not at all; without one it reads as NaN.
     """
 
-    file_name = "maps.zarr"
+    file_name, suffix = "maps.zarr", ".zarr"
+
+    @classmethod
+    def begin(cls, out: Path, methods: Sequence[str], manifest: Manifest) -> Self:
+        return cls(out, methods, list(manifest.names.values()), manifest.run | {"versions": versions()})
+
+    @classmethod
+    def left(cls, out: Path, name: str, place: int) -> Iterable[Path]:
+        return out.glob(f"{cls.file_name}/*/c/{place}/**/0")
 
     def __init__(self, out: Path, methods: Sequence[str], names: Sequence[str], attributes: Mapping[str, Any]) -> None:
         import zarr
@@ -173,7 +204,15 @@ class GalleryParts(Output):
     It shows what all runs wrote: pictures and methods.
     """
 
-    file_name = "gallery.html"
+    file_name, suffix = "gallery.html", ".html"
+
+    @classmethod
+    def begin(cls, out: Path, methods: Sequence[str], manifest: Manifest) -> Self:
+        return cls(out, methods)
+
+    @classmethod
+    def left(cls, out: Path, name: str, place: int) -> Iterable[Path]:
+        return out.glob(f".gallery/*/{escape(name)}.json")
 
     def __init__(self, out: Path, methods: Sequence[str]) -> None:
         self.parts, self.page = out / ".gallery" / "+".join(methods), out / self.file_name
@@ -218,6 +257,10 @@ class GalleryParts(Output):
 
     def _path(self, name: str) -> Path:
         return self.parts / f"{name}.json"
+
+
+FORMATS: dict[str, type[Output]] = {"overlay": Overlays, "npy": ArrayFiles, "zarr": ZarrStore}
+"""By the name that a user asks for."""
 
 
 class Manifest:
@@ -298,22 +341,15 @@ class Manifest:
 
     def remove_files(self, source: Source) -> None:
         """Remove what earlier runs wrote of a picture, which has changed since."""
-        name = self.names[source.key]
-        hidden = self.out.glob(f".gallery/*/{escape(name)}.json")
-        for path in chain(self._files(name), hidden, self._chunks(self._places[source.key])):
-            if path.is_file():
-                path.unlink()
+        for path in self._left(self.names[source.key], self._places[source.key]):
+            path.unlink()
 
-    def _files(self, name: str) -> Iterable[Path]:
-        return (path for kind in (Overlays, ArrayFiles) for path in kind(self.out, list(METHODS)).paths(name))
-
-    def _chunks(self, place: int | str) -> Iterable[Path]:
-        return self.out.glob(f"{ZarrStore.file_name}/*/c/{place}/**/0")
+    def _left(self, name: str, place: int) -> Iterator[Path]:
+        return (path for kind in _kinds() for path in kind.left(self.out, name, place) if path.is_file())
 
     def _holds_maps(self) -> bool:
-        ours = (name for key, name in self.names.items() if self.stamps[key] != NOT_OURS)
-        shown = chain.from_iterable(self._files(name) for name in ours)
-        return any(path.is_file() for path in chain(self._chunks("*"), self.out.glob(".gallery/**/*.json"), shown))
+        ours = (item for item in enumerate(self.names.items()) if self.stamps[item[1][0]] != NOT_OURS)
+        return any(True for place, (_, name) in ours for _ in self._left(name, place))
 
     def write(self) -> None:
         """Write the manifest.
@@ -327,10 +363,15 @@ class Manifest:
             unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
+def _kinds() -> list[type[Output]]:
+    return [*FORMATS.values(), GalleryParts]
+
+
 def _apart_from_ours(name: str) -> str:
     """Change the parts of a name that would be hidden, and its folders that could be called as a file of ours."""
+    suffixes = (".json", *(kind.suffix for kind in _kinds()))
     *folders, last = (f"_{part}" if part.startswith(".") else part for part in PurePosixPath(name).parts)
-    return "/".join([*(f"{part}_" if part.lower().endswith(_SUFFIXES) else part for part in folders), last])
+    return "/".join([*(f"{part}_" if part.lower().endswith(suffixes) else part for part in folders), last])
 
 
 def identity(loaded: LoadedModel, engine: Engine, *, aug_smooth: bool) -> dict[str, Any]:
