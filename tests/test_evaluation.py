@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from tucker_cam import TSM
 from tucker_cam.cli import app
 from tucker_cam.evaluation import comparison, folder, metrics
-from tucker_cam.evaluation.comparison import MEASURES, measures
+from tucker_cam.evaluation.comparison import MEASURES, Measure, measures
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
 from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.report import Example, caption, pick_examples, write_report
@@ -736,3 +736,14 @@ def test_a_picture_on_which_the_preprocessing_fails_and_a_huge_mask_are_named_an
     assert "tiny.png: its preprocessing failed (ZeroDivisionError: too small)" in result.stderr
     assert "masked.png: expected a mask as a picture, found none or a broken one (Image size" in result.stderr
     assert {row["picture"] for row in read(tmp_path / "r.csv")} == {"whole.png"}
+
+
+def test_a_new_measure_is_one_record(data, tmp_path, monkeypatch):
+    largest = Measure("largest", "statistics", "largest value", "", lambda maps, masks: maps.flatten(1).amax(1))
+    monkeypatch.setattr(comparison, "MEASURES", (*MEASURES, largest))
+    result = run("evaluate", data, "--metric", "localisation", "--method", "tsm", "--out", tmp_path / "results.csv")
+    assert result.exit_code == 0, result.output
+    rows = read(tmp_path / "results.csv")
+    assert {row["largest"] for row in rows if row["method"] == "tsm"} == {"1"}
+    assert {row["largest"] for row in rows if row["method"] == "uniform"} == {"0.5"}
+    assert "largest value" in " ".join(result.stdout.split())

@@ -29,12 +29,15 @@ class Measure(NamedTuple):
         group: the metrics it belongs to.
         title: for people.
         better: "higher", "lower", or "" where it is neither.
+        of: from maps and masks, batch x height x width, to its value for each image; None for what takes the model's
+            scores, which several measures share.
     """
 
     column: str
     group: Group
     title: str
     better: Literal["higher", "lower", ""]
+    of: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
     def heading(self) -> str:
@@ -43,11 +46,11 @@ class Measure(NamedTuple):
 
 
 MEASURES = (
-    Measure("energy_in_mask", "localisation", "energy in the object", "higher"),
-    Measure("pointing_game", "localisation", "pointing game", "higher"),
-    Measure("best_threshold_iou", "localisation", "IoU, best threshold", "higher"),
-    Measure("best_cut_iou", "localisation", "IoU, best cut (area-matched)", "higher"),
-    Measure("otsu_iou", "localisation", "IoU, Otsu's threshold", "higher"),
+    Measure("energy_in_mask", "localisation", "energy in the object", "higher", metrics.energy_in_mask),
+    Measure("pointing_game", "localisation", "pointing game", "higher", metrics.pointing_game),
+    Measure("best_threshold_iou", "localisation", "IoU, best threshold", "higher", metrics.best_threshold_iou),
+    Measure("best_cut_iou", "localisation", "IoU, best cut (area-matched)", "higher", metrics.best_cut_iou),
+    Measure("otsu_iou", "localisation", "IoU, Otsu's threshold", "higher", metrics.otsu_iou),
     Measure("probability_drop", "drop", "probability: drop, %", "lower"),
     Measure("probability_increase", "drop", "probability: increase, %", "higher"),
     Measure("probability_gain", "drop", "probability: gain, %", "higher"),
@@ -63,8 +66,8 @@ MEASURES = (
     Measure("similarity_deletion", "curves", "embedding: deletion", "lower"),
     Measure("probability_road", "road", "probability: ROAD", "higher"),
     Measure("similarity_road", "road", "embedding: ROAD", "higher"),
-    Measure("mean_saliency", "statistics", "mean of the map", ""),
-    Measure("energy_in_top", "statistics", "energy in its top 10 %", ""),
+    Measure("mean_saliency", "statistics", "mean of the map", "", lambda maps, _: metrics.mean_saliency(maps)),
+    Measure("energy_in_top", "statistics", "energy in its top 10 %", "", lambda maps, _: metrics.energy_in_top(maps)),
 )
 
 
@@ -177,16 +180,8 @@ def _values(
 ) -> dict[str, list[float]]:
     broken = ~maps.flatten(1).isfinite().all(1)
     maps = maps.masked_fill(broken[:, None, None], 0)
-    values = {"mean_saliency": metrics.mean_saliency(maps), "energy_in_top": metrics.energy_in_top(maps)}
+    values = {column.column: column.of(maps, masks) for column in columns if column.of is not None}
     groups = {column.group for column in columns}
-    if "localisation" in groups:
-        values |= {
-            "energy_in_mask": metrics.energy_in_mask(maps, masks),
-            "pointing_game": metrics.pointing_game(maps, masks),
-            "best_threshold_iou": metrics.best_threshold_iou(maps, masks),
-            "best_cut_iou": metrics.best_cut_iou(maps, masks),
-            "otsu_iou": metrics.otsu_iou(maps, masks),
-        }
     scored: dict[str, Tensor] = {}
     if "drop" in groups:
         change = None
