@@ -194,13 +194,8 @@ def features(
         >>> maps.shape
         torch.Size([2, 8, 4, 5])
     """
-    recorder = FeatureRecorder(model, layers, reshape_transform)
-    try:
-        with torch.no_grad():
-            recorder(images)
-        return recorder.activations
-    finally:
-        recorder.release()
+    _, found = _record(model, layers, images, reshape_transform)
+    return found
 
 
 def record(
@@ -211,11 +206,18 @@ def record(
     Raises:
         TypeError, ValueError: see `feature_maps`; ValueError also if the forward pass does not reach the layer.
     """
-    recorder = FeatureRecorder(model, [layer], reshape_transform)
+    output, (found,) = _record(model, [layer], images, reshape_transform)
+    return output, found
+
+
+def _record(
+    model: nn.Module, layers: Sequence[nn.Module], images: Tensor, reshape_transform: ReshapeTransform | None
+) -> tuple[Any, list[Tensor]]:
+    recorder = FeatureRecorder(model, layers, reshape_transform)
     try:
         with torch.no_grad():
             output = recorder(images)
-        return output, recorder.activations[0]
+        return output, recorder.activations
     finally:
         recorder.release()
 
@@ -277,17 +279,17 @@ def feature_maps(features: object, source: str) -> Tensor:
     return features
 
 
-def check_maps_of(features: Tensor, images: Tensor, source: str) -> None:
+def check_maps_of(features: Tensor, images: Tensor, source: Callable[[], str]) -> None:
     """Raise ValueError unless these are one set of feature maps for each image, with the images' spatial axes.
 
     Args:
         features: as of `feature_maps`.
         images: batch x channels x height x width, or batch x channels x depth x height x width.
-        source: as of `source_of`.
+        source: gives what `source_of` does, for which all modules of a model are gone through.
     """
     shape = tuple(features.shape)
     if len(shape) not in (4, 5):
-        raise _without_space(shape, source)
+        raise _without_space(shape, source())
     if len(shape) != images.dim():
         raise ValueError(
             f"expected feature maps with the images' spatial axes, got {shape} for images {tuple(images.shape)}: "
@@ -295,7 +297,7 @@ def check_maps_of(features: Tensor, images: Tensor, source: str) -> None:
         )
     if len(features) != len(images):
         raise ValueError(
-            f"expected one set of feature maps for each of {len(images)} images from {source}, got {len(features)}: "
+            f"expected one set of feature maps for each of {len(images)} images from {source()}, got {len(features)}: "
             "choose a layer outside the part of the model that cuts images into windows or regions, or merge them in a "
             "reshape_transform"
         )

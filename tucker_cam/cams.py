@@ -10,6 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Self, get_args
 
 import numpy as np
@@ -199,7 +200,7 @@ class LabelFreeCAM(BaseCAM, ABC):
     def _check_feature_maps(self, images: Tensor) -> None:
         if self._size_is_the_images:
             for layer, features in zip(self.target_layers, self.activations_and_grads.activations, strict=False):
-                check_maps_of(features, images, source_of(self.model, layer, self.reshape_transform))
+                check_maps_of(features, images, partial(source_of, self.model, layer, self.reshape_transform))
 
     @property
     def _size_is_the_images(self) -> bool:
