@@ -18,3 +18,8 @@ def one_line(error: Exception) -> str:
     """Return the first line of an error's message, or its kind where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def counted(pictures: int) -> str:
+    """Return a number of pictures in words."""
+    return "1 picture" if pictures == 1 else f"{pictures} pictures"

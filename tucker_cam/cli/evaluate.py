@@ -22,6 +22,7 @@ from tucker_cam.evaluation.summary import BASELINE, Interval, Summary, summarise
 from tucker_cam.methods import LABEL_DEPENDENT, METHODS, method_named
 from tucker_cam.models import LoadedModel
 from tucker_cam.progress import progress
+from tucker_cam.text import counted
 from tucker_cam.writing import only_run
 
 _TABLE_COLUMNS = 4
@@ -82,10 +83,10 @@ def evaluate_folder(
         others = {picture for picture, _ in results.rows} - {sample.name for sample in samples}
         if others:
             raise ValueError(
-                f"{out}: expected results of the {pictures(len(samples))} of this run, found some of {min(others)}, "
+                f"{out}: expected results of the {counted(len(samples))} of this run, found some of {min(others)}, "
                 "which is not among them: give another file, or the --limit it was written with"
             )
-        said = f"{pictures(len(samples))}, annotations: {kind}; {loaded.description}"
+        said = f"{counted(len(samples))}, annotations: {kind}; {loaded.description}"
         say(f"{said}; embedding: {loaded.last_layer.name}, pooled")
         with progress("scoring", len(samples)) as advance:
             skipped, remarks = compare_on_folder(
@@ -97,7 +98,7 @@ def evaluate_folder(
     print_tables(summaries, columns)
     for remark in remarks:
         say(f"note: {remark}")
-    scored = pictures(len(samples) - len(skipped))
+    scored = counted(len(samples) - len(skipped))
     say(f"{scored} scored, {len(skipped)} skipped; rows: {out}")
     if report is not None and rows:
         ranked_by, examples = _examples(rows, columns, samples, kind, loaded, subject, chosen)
@@ -142,12 +143,7 @@ def check_readable(samples: Sequence[Sample], loaded: LoadedModel) -> None:
             errors.append(str(error))
             continue
         return
-    raise ValueError(f"found {pictures(len(samples))}, and none could be read: {errors[0]}")
-
-
-def pictures(count: int) -> str:
-    """Return so many pictures in words."""
-    return f"{count} picture{'' if count == 1 else 's'}"
+    raise ValueError(f"found {counted(len(samples))}, and none could be read: {errors[0]}")
 
 
 def check_outputs(data: Path, outputs: Sequence[Path]) -> None:

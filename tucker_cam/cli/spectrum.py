@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tucker_cam.cli.evaluate import check_outputs, check_readable, pictures, subject_of
+from tucker_cam.cli.evaluate import check_outputs, check_readable, subject_of
 from tucker_cam.cli.lines import say
 from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.spectrum import DECOMPOSITIONS, draw_spectrum, rows_of_spectrum, spectrum
 from tucker_cam.models import LoadedModel
 from tucker_cam.progress import progress
-from tucker_cam.text import one_line
+from tucker_cam.text import counted, one_line
 from tucker_cam.writing import complete_or_absent
 
 _VALUES = 10
@@ -63,10 +63,10 @@ def write_spectrum(
                     skipped.append(f"{sample.picture}: {one_line(error)}")
             advance(1)
     if not parts:
-        raise ValueError(f"found {pictures(len(samples))}, and none could be decomposed: {skipped[0]}")
+        raise ValueError(f"found {counted(len(samples))}, and none could be decomposed: {skipped[0]}")
     shares = {name: np.concatenate([part[name] for part in parts]) for name in DECOMPOSITIONS}
     out.parent.mkdir(parents=True, exist_ok=True)
-    draw_spectrum(out, f"{loaded.name}, {layer_name}, {pictures(len(names))}", shares)
+    draw_spectrum(out, f"{loaded.name}, {layer_name}, {counted(len(names))}", shares)
     with (
         complete_or_absent(table) as unfinished,
         unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,

@@ -21,12 +21,13 @@ from fsspec.implementations.local import LocalFileSystem
 from ray.data.datasource import FilenameProvider
 
 from tucker_cam.explanations.explainer import Explainer
-from tucker_cam.explanations.folder import CPU_BATCH, counted, in_batches, problem_with, read_input
+from tucker_cam.explanations.folder import CPU_BATCH, in_batches, problem_with, read_input
 from tucker_cam.explanations.outputs import identity, is_of_run, not_of_a_run, read_manifest, versions
 from tucker_cam.methods import method_named
 from tucker_cam.models import LoadedModel
 from tucker_cam.pictures.files import is_url
 from tucker_cam.pictures.sources import MANIFEST, Source, find_sources, random_sample
+from tucker_cam.text import counted
 from tucker_cam.writing import only_run
 
 _PREFIX = "maps-"

@@ -22,7 +22,7 @@ from tucker_cam.models import LoadedModel, Network, load_model
 from tucker_cam.models.families import preprocessed
 from tucker_cam.pictures.sources import Source, find_sources
 from tucker_cam.pictures.view import View, view_of
-from tucker_cam.text import one_line
+from tucker_cam.text import counted, one_line
 
 Pictures = str | Path | Image.Image | NDArray[Any] | Tensor | Iterable[Any]
 # Of a long run, what a notebook shows.
@@ -159,7 +159,7 @@ class Explanations:
             return None
 
     def __repr__(self) -> str:
-        count = "pictures" if self._length is None else f"{self._length} picture{'' if self._length == 1 else 's'}"
+        count = "pictures" if self._length is None else counted(self._length)
         return f"<Explanations of {count} by {', '.join(self._explainer.methods)}; {self.loaded.description}>"
 
     def _repr_html_(self) -> str:

@@ -21,7 +21,7 @@ from tucker_cam.models import LoadedModel
 from tucker_cam.models.families import preprocessed
 from tucker_cam.pictures.sources import MANIFEST, Source, find_sources, random_sample
 from tucker_cam.progress import progress
-from tucker_cam.text import one_line
+from tucker_cam.text import counted, one_line
 from tucker_cam.writing import only_run
 
 CPU_BATCH = 8
@@ -125,11 +125,6 @@ def _finish(page: GalleryParts, names: Iterable[str], loaded: LoadedModel) -> li
     except (OSError, ValueError) as error:
         return [f"the gallery could not be written ({error})"]
     return []
-
-
-def counted(pictures: int) -> str:
-    """Return a number of pictures in words."""
-    return "1 picture" if pictures == 1 else f"{pictures} pictures"
 
 
 def in_batches(sources: Sequence[Source], size: int) -> list[Sequence[Source]]:
