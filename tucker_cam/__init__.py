@@ -7,8 +7,9 @@ if TYPE_CHECKING:
     from tucker_cam.activations import features
     from tucker_cam.cams import MTSM, TSM, MultivecEigenCAM
     from tucker_cam.decomposition.modes import ChannelModes, channel_modes
+    from tucker_cam.errors import Failure, TuckerCamError
     from tucker_cam.explanations.explain import Explanations, explain
-    from tucker_cam.explanations.explanation import Explanation, Failure
+    from tucker_cam.explanations.explanation import Explanation
 
 __all__ = [
     "MTSM",
@@ -18,6 +19,7 @@ __all__ = [
     "Explanations",
     "Failure",
     "MultivecEigenCAM",
+    "TuckerCamError",
     "channel_modes",
     "explain",
     "features",
@@ -31,7 +33,8 @@ _HOMES = {
     "ChannelModes": "decomposition.modes",
     "Explanation": "explanations.explanation",
     "Explanations": "explanations.explain",
-    "Failure": "explanations.explanation",
+    "Failure": "errors",
+    "TuckerCamError": "errors",
     "channel_modes": "decomposition.modes",
     "explain": "explanations.explain",
     "features": "activations",

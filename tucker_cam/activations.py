@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tucker_cam.decomposition.modes import check_kind
+from tucker_cam.errors import BadTypeError, BadValueError
 
 ReshapeTransform = Callable[[Any], Tensor]
 
@@ -117,7 +118,7 @@ class FeatureRecorder:
             self._running.recorded = None
         for layer in self.target_layers:
             if layer not in recorded:
-                raise ValueError(
+                raise BadValueError(
                     f"expected the forward pass to reach the target layer {source_of(self.model, layer)}, but its hook "
                     "never fired in this thread: choose a layer that the model calls, of the very object that is "
                     "passed as model, and one of those in it where it is a container that the model loops over; and "
@@ -156,12 +157,12 @@ def _explain(error: RuntimeError, model: nn.Module, images: object) -> None:
         return
     shape, parameter = tuple(images.shape), next(iter(model.parameters()), images)
     if len(shape) > 3 and shape[-1] <= 4 < shape[1] and _OF_SHAPE.search(str(error)):
-        raise ValueError(
+        raise BadValueError(
             f"expected images with their channels second, got {shape}, on which the model failed: "
             "if their channels are last, pass images.movedim(-1, 1)"
         ) from error
     if images.dtype != parameter.dtype and _OF_DTYPE.search(str(error)):
-        raise TypeError(
+        raise BadTypeError(
             f"expected images of the model's {parameter.dtype}, got {images.dtype}, on which the model failed: "
             f"pass images.to({parameter.dtype}), scaled as in training"
         ) from error
@@ -251,18 +252,18 @@ def feature_maps(features: object, source: str) -> Tensor:
         torch.float32
     """
     if not isinstance(features, Tensor):
-        raise TypeError(
+        raise BadTypeError(
             f"expected one tensor of feature maps from {source}, got {type(features).__name__}: "
             "choose a layer inside it, or pick the tensor in a reshape_transform"
         )
     check_kind(features, f"feature maps from {source}")
     if not features.is_floating_point():
-        raise TypeError(f"expected floating point feature maps from {source}, got {features.dtype}")
+        raise BadTypeError(f"expected floating point feature maps from {source}, got {features.dtype}")
     shape = tuple(features.shape)
     if len(shape) < 3:
         raise _without_space(shape, source)
     if 0 in shape:
-        raise ValueError(f"expected feature maps without an empty axis from {source}, got {shape}")
+        raise BadValueError(f"expected feature maps without an empty axis from {source}, got {shape}")
     features = features.detach().to(torch.promote_types(features.dtype, torch.float32), copy=True)
     # One sum tells almost always that all is well; it can also overflow, so the numbers themselves decide.
     if not features.sum().isfinite():
@@ -291,12 +292,12 @@ def check_maps_of(features: Tensor, images: Tensor, source: Callable[[], str]) -
     if len(shape) not in (4, 5):
         raise _without_space(shape, source())
     if len(shape) != images.dim():
-        raise ValueError(
+        raise BadValueError(
             f"expected feature maps with the images' spatial axes, got {shape} for images {tuple(images.shape)}: "
             "fold or drop the other axes in a reshape_transform"
         )
     if len(features) != len(images):
-        raise ValueError(
+        raise BadValueError(
             f"expected one set of feature maps for each of {len(images)} images from {source()}, got {len(features)}: "
             "choose a layer outside the part of the model that cuts images into windows or regions, or merge them in a "
             "reshape_transform"
@@ -304,7 +305,7 @@ def check_maps_of(features: Tensor, images: Tensor, source: Callable[[], str]) -
 
 
 def _without_space(shape: tuple[int, ...], source: str) -> ValueError:
-    return ValueError(
+    return BadValueError(
         f"expected feature maps with spatial axes (B, C, H, W) or (B, C, D, H, W) from {source}, got {shape}: "
         "choose a layer before the spatial axes are pooled, or for tokens pass a reshape_transform"
     )

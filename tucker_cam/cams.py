@@ -25,6 +25,7 @@ from tucker_cam.activations import FeatureRecorder, ReshapeTransform, check_maps
 from tucker_cam.decomposition.modes import ChannelModes, Engine, channel_modes, check_engine, check_kind
 from tucker_cam.decomposition.projection import Combine, combined_map, leading_map
 from tucker_cam.decomposition.rank import Rank, check_rank
+from tucker_cam.errors import BadTypeError, BadValueError
 
 # What a map may be off, as a share of its largest value: less than this is no contrast.
 _MAP_TOLERANCE = 1e-5
@@ -74,7 +75,7 @@ class LabelFreeCAM(BaseCAM, ABC):
                 detach=False,
             )
         except NotImplementedError as error:
-            raise ValueError(
+            raise BadValueError(
                 f"expected a model with an eval mode, got the exported {type(model).__name__}: explain the model "
                 "before torch.export"
             ) from error
@@ -190,7 +191,7 @@ class LabelFreeCAM(BaseCAM, ABC):
     def _check_images(self, images: object) -> None:
         if not self._size_is_the_images:
             if not hasattr(images, "to"):
-                raise TypeError(
+                raise BadTypeError(
                     f"expected images as a torch.Tensor, or something else with a method `to` that the model takes, "
                     f"got {type(images).__name__}"
                 )
@@ -364,15 +365,15 @@ def _without_flat(maps: Tensor) -> Tensor:
 def _listed(target_layers: Iterable[nn.Module]) -> list[nn.Module]:
     """Return the layers in a list, as the host iterates over whatever it is given."""
     if isinstance(target_layers, nn.Module) and not isinstance(target_layers, Iterable):
-        raise TypeError(
+        raise BadTypeError(
             f"expected target_layers as a list of layers, got the layer {type(target_layers).__name__}: put it in "
             "brackets, [layer]"
         )
     if isinstance(target_layers, str) or not isinstance(target_layers, Iterable):
-        raise TypeError(f"expected target_layers as a list of layers, got {type(target_layers).__name__}")
+        raise BadTypeError(f"expected target_layers as a list of layers, got {type(target_layers).__name__}")
     layers = list(target_layers)
     if not layers:
-        raise ValueError("expected at least one target layer, got an empty list")
+        raise BadValueError("expected at least one target layer, got an empty list")
     if len(layers) > 1 and not isinstance(target_layers, (list, tuple)):
         warnings.warn(
             f"target_layers is a {type(target_layers).__name__} of {len(layers)} layers, whose maps are averaged: "
@@ -386,41 +387,41 @@ def _check_construction(
     model: nn.Module, target_layers: Sequence[nn.Module], reshape_transform: object, tta_transforms: object
 ) -> None:
     if isinstance(model, type) or not all(callable(getattr(model, name, None)) for name in _USED_OF_A_MODEL):
-        raise TypeError(
+        raise BadTypeError(
             "expected model as a torch.nn.Module, or something that can be called and has its methods eval and "
             f"parameters, got {type(model).__name__}"
         )
     parameter = next(iter(model.parameters()), None)
     if parameter is None:
-        raise ValueError(
+        raise BadValueError(
             f"expected a model with parameters, which say what device it is on, got {type(model).__name__}"
         )
     if parameter.is_meta:
-        raise ValueError(
+        raise BadValueError(
             f"expected a model with weights, got {type(model).__name__} on the meta device: load them first"
         )
     if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-        raise ValueError(
+        raise BadValueError(
             f"expected a model on one device, got DataParallel on {len(model.device_ids)}, whose copies run layers of "
             "their own: pass the model inside it, model.module"
         )
     for layer in target_layers:
         if not isinstance(layer, nn.Module):
-            raise TypeError(f"expected target_layers to hold torch.nn.Module objects, got {layer!r}")
+            raise BadTypeError(f"expected target_layers to hold torch.nn.Module objects, got {layer!r}")
         if isinstance(layer, torch.jit.ScriptModule) and not isinstance(layer, TracedModule):
-            raise ValueError(
+            raise BadValueError(
                 f"expected target layers of Python, got the scripted {layer.original_name}, which takes no hooks: "
                 "explain the model before torch.jit.script"
             )
         if not _is_called(layer):
-            raise ValueError(
+            raise BadValueError(
                 f"expected target layers that are called, got the container {type(layer).__name__}, which never is: "
                 "take one of the layers in it, or all of them, list(layers)"
             )
     if reshape_transform is not None and not callable(reshape_transform):
-        raise TypeError(f"expected reshape_transform as a callable or None, got {type(reshape_transform).__name__}")
+        raise BadTypeError(f"expected reshape_transform as a callable or None, got {type(reshape_transform).__name__}")
     if tta_transforms is not None and not isinstance(tta_transforms, Compose):
-        raise TypeError(f"expected tta_transforms as a ttach.Compose or None, got {type(tta_transforms).__name__}")
+        raise BadTypeError(f"expected tta_transforms as a ttach.Compose or None, got {type(tta_transforms).__name__}")
 
 
 def _is_called(layer: nn.Module) -> bool:
@@ -430,12 +431,12 @@ def _is_called(layer: nn.Module) -> bool:
 
 def _check_combine(combine: str) -> None:
     if combine not in get_args(Combine):
-        raise ValueError(f"expected combine as one of {', '.join(map(repr, get_args(Combine)))}, got {combine!r}")
+        raise BadValueError(f"expected combine as one of {', '.join(map(repr, get_args(Combine)))}, got {combine!r}")
 
 
 def _check_images(images: object) -> None:
     if not isinstance(images, Tensor):
-        raise TypeError(
+        raise BadTypeError(
             f"expected images as a torch.Tensor, batch x channels x height x width, got {type(images).__name__}: "
             + (
                 "use torch.from_numpy"
@@ -445,10 +446,10 @@ def _check_images(images: object) -> None:
         )
     check_kind(images, "images")
     if images.dim() not in (4, 5):
-        raise ValueError(
+        raise BadValueError(
             f"expected images as batch x channels x height x width (or batch x channels x depth x height x width), "
             f"got {tuple(images.shape)}: a single picture needs images[None], one with its channels last "
             "permute(2, 0, 1)"
         )
     if 0 in images.shape:
-        raise ValueError(f"expected images without an empty axis, got {tuple(images.shape)}")
+        raise BadValueError(f"expected images without an empty axis, got {tuple(images.shape)}")

@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tucker_cam.errors import BadValueError
+
 if TYPE_CHECKING:
     from pytorch_grad_cam.base_cam import BaseCAM
 
@@ -80,4 +82,4 @@ def check_name(kind: str, name: str, known: Collection[Name]) -> Name:
         if each == name:
             return each
     near: list[str] = get_close_matches(name.lower().replace("_", "-"), known, n=2, cutoff=0.3) or list(known)
-    raise ValueError(f"there is no {kind} {name!r}; near it: {', '.join(near)}")
+    raise BadValueError(f"there is no {kind} {name!r}; near it: {', '.join(near)}")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from tucker_cam.errors import BadFileError, BadValueError
+
 
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
@@ -18,7 +20,7 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     """
     path = path.resolve()
     if path.exists() and not path.is_file():
-        raise OSError(f"{path}: expected a file to write, found a folder or a device")
+        raise BadFileError(f"{path}: expected a file to write, found a folder or a device")
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         yield unfinished
@@ -27,7 +29,7 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
         if error.errno is None or error.filename is not None:
             raise
         # A full disk, say, of which the error does not know where.
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise BadFileError(error.errno, error.strerror, str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -47,4 +49,4 @@ def only_run(out: Path) -> Iterator[None]:
             finally:
                 lock.unlink(missing_ok=True)
     except Timeout as error:
-        raise ValueError(f"{out}: another run is writing to it: wait for its end, or give another --out") from error
+        raise BadValueError(f"{out}: another run is writing to it: wait for its end, or give another --out") from error

@@ -17,6 +17,7 @@ import typer
 
 from tucker_cam import __version__
 from tucker_cam.cli.lines import say
+from tucker_cam.errors import BadValueError, TuckerCamError
 from tucker_cam.extras import install
 from tucker_cam.interrupts import INTERRUPTED, importing
 from tucker_cam.methods import METHODS, check_name, method_named
@@ -168,7 +169,7 @@ def explain(
         load = partial(_load, model, layer or [], weights, not no_pretrained, device)
         if engine is Engine.RAY:
             if formats or gallery:
-                raise ValueError("expected no --format and no --gallery with --engine ray, which writes Parquet")
+                raise BadValueError("expected no --format and no --gallery with --engine ray, which writes Parquet")
             with importing():
                 from tucker_cam.explanations.cluster import explain_on_ray
 
@@ -334,7 +335,7 @@ def _user_errors(extra: str = "demo", *, goes_on: bool = False) -> Iterator[list
         missing = f"this needs the package {error.name}: {install(extra)}"
         problems.append(str(error) if ours else missing)
         code = _USER_ERROR
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (TuckerCamError, ImportError, OSError) as error:
         _show_traceback()
         problems.append(str(error))
         code = _USER_ERROR

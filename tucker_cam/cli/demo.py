@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from tucker_cam.cli.lines import say
 from tucker_cam.console import PlainConsole
+from tucker_cam.errors import MissingPackageError
 from tucker_cam.extras import install
 from tucker_cam.methods import METHODS
 from tucker_cam.models import load_model
@@ -86,7 +87,7 @@ def _photograph() -> Path:
     try:
         import skimage
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             f"the demo's photograph is in the package scikit-image: {install('demo')}", name=error.name
         ) from error
     return Path(skimage.__file__).parent / "data" / "coffee.png"

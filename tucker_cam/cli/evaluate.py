@@ -12,6 +12,7 @@ from rich.table import Table
 
 from tucker_cam.cli.lines import say
 from tucker_cam.console import PlainConsole
+from tucker_cam.errors import BadValueError
 from tucker_cam.evaluation.comparison import Group, Measure, Subject, measures, saliency_maps
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.datasets import Annotations, Sample, find_samples, overlooked, see
@@ -82,7 +83,7 @@ def evaluate_folder(
         results = ResultsFile(out, run=run, columns=[column.column for column in columns])
         others = {picture for picture, _ in results.rows} - {sample.name for sample in samples}
         if others:
-            raise ValueError(
+            raise BadValueError(
                 f"{out}: expected results of the {counted(len(samples))} of this run, found some of {min(others)}, "
                 "which is not among them: give another file, or the --limit it was written with"
             )
@@ -119,9 +120,9 @@ def subject_of(loaded: LoadedModel) -> Subject:
         ValueError: it is a video network, or several layers were asked for.
     """
     if loaded.frames is not None:
-        raise ValueError(f"expected a network for pictures, and {loaded.name} takes clips")
+        raise BadValueError(f"expected a network for pictures, and {loaded.name} takes clips")
     if len(loaded.layers) > 1:
-        raise ValueError(f"expected one layer to score, got {', '.join(loaded.layer_names)}")
+        raise BadValueError(f"expected one layer to score, got {', '.join(loaded.layer_names)}")
     (layer,) = loaded.layers
     return Subject(
         loaded.model,
@@ -143,7 +144,7 @@ def check_readable(samples: Sequence[Sample], loaded: LoadedModel) -> None:
             errors.append(str(error))
             continue
         return
-    raise ValueError(f"found {counted(len(samples))}, and none could be read: {errors[0]}")
+    raise BadValueError(f"found {counted(len(samples))}, and none could be read: {errors[0]}")
 
 
 def check_outputs(data: Path, outputs: Sequence[Path]) -> None:
@@ -154,20 +155,20 @@ def check_outputs(data: Path, outputs: Sequence[Path]) -> None:
     """
     resolved = [output.resolve() for output in outputs]
     if len(set(resolved)) < len(resolved):
-        raise ValueError(f"{outputs[0]}: expected different files for the outputs, got it twice")
+        raise BadValueError(f"{outputs[0]}: expected different files for the outputs, got it twice")
     for output, path in zip(outputs, resolved, strict=True):
         if path.is_relative_to(data.resolve()):
-            raise ValueError(f"{output}: expected an output outside of the data, {data}")
+            raise BadValueError(f"{output}: expected an output outside of the data, {data}")
         if path.is_dir():
-            raise ValueError(f"{output}: expected a file for the output, found a folder")
+            raise BadValueError(f"{output}: expected a file for the output, found a folder")
         # A device or a pipe, or the file to which standard output goes: a run reads what is there, and replaces it.
         if output.exists() and (not output.is_file() or _is_open_as(output, 1) or _is_open_as(output, 2)):
-            raise ValueError(f"{output}: expected a regular file for the output, found a device, a pipe or a stream")
+            raise BadValueError(f"{output}: expected a regular file for the output, found a device, a pipe or a stream")
         try:
             # The nearest folder that is there: what is missing below it can be made if this can.
             tempfile.TemporaryDirectory(dir=next(folder for folder in path.parents if folder.exists())).cleanup()
         except OSError as error:
-            raise ValueError(
+            raise BadValueError(
                 f"{output}: expected a place that can be written to, found none ({error.strerror})"
             ) from error
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from tucker_cam.cli.evaluate import check_outputs, check_readable, subject_of
 from tucker_cam.cli.lines import say
+from tucker_cam.errors import BadValueError
 from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.spectrum import DECOMPOSITIONS, draw_spectrum, rows_of_spectrum, spectrum
 from tucker_cam.models import LoadedModel
@@ -37,11 +38,11 @@ def write_spectrum(
         ValueError, ModuleNotFoundError, OSError: as for `evaluate_folder`.
     """
     if out.suffix.lower() != ".png":
-        raise ValueError(f"{out}: expected a file ending in .png")
+        raise BadValueError(f"{out}: expected a file ending in .png")
     table = out.with_suffix(".csv")
     check_outputs(data, [out, table])
     if table.exists() and not table.read_text(encoding="utf-8", errors="replace").startswith(",".join(_HEADER)):
-        raise ValueError(f"{table}: expected a spectrum to overwrite, found something else: give another --out")
+        raise BadValueError(f"{table}: expected a spectrum to overwrite, found something else: give another --out")
     samples, _ = find_samples(data, limit=limit)
     loaded = load()
     subject = subject_of(loaded)
@@ -63,7 +64,7 @@ def write_spectrum(
                     skipped.append(f"{sample.picture}: {one_line(error)}")
             advance(1)
     if not parts:
-        raise ValueError(f"found {counted(len(samples))}, and none could be decomposed: {skipped[0]}")
+        raise BadValueError(f"found {counted(len(samples))}, and none could be decomposed: {skipped[0]}")
     shares = {name: np.concatenate([part[name] for part in parts]) for name in DECOMPOSITIONS}
     out.parent.mkdir(parents=True, exist_ok=True)
     draw_spectrum(out, f"{loaded.name}, {layer_name}, {counted(len(names))}", shares)
@@ -76,7 +77,7 @@ def write_spectrum(
         writer.writerows(rows_of_spectrum(names, shares))
     for name, share in shares.items():
         if np.isnan(share[:, 0]).all():
-            raise ValueError(f"expected features of {layer_name} with singular values, found only zeros")
+            raise BadValueError(f"expected features of {layer_name} with singular values, found only zeros")
         low, middle, high = np.nanpercentile(share[:, 0], [25, 50, 75])
         say(f"{name}: the first value holds {middle:.3f} of the sum [quartiles {low:.3f}, {high:.3f}]")
     say(f"plot: {out}\nnumbers: {table}")

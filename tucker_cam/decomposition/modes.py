@@ -18,6 +18,7 @@ from torch import Tensor
 from tucker_cam.decomposition.gram import is_tall, moderate, unfold
 from tucker_cam.decomposition.hooi import truncated_components
 from tucker_cam.decomposition.rank import Rank, feasible_rank, full_rank
+from tucker_cam.errors import BadTypeError, BadValueError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -135,20 +136,20 @@ def signs_and_leads(
 def check_features(features: Tensor) -> None:
     """Raise TypeError or ValueError unless `features` is a finite float tensor, batch x channels x spatial."""
     if not isinstance(features, Tensor):
-        raise TypeError(f"expected features as a torch.Tensor, got {type(features).__name__}: use torch.as_tensor")
+        raise BadTypeError(f"expected features as a torch.Tensor, got {type(features).__name__}: use torch.as_tensor")
     check_kind(features, "features")
     if not features.is_floating_point():
-        raise TypeError(f"expected floating point features, got {features.dtype}: use features.float()")
+        raise BadTypeError(f"expected floating point features, got {features.dtype}: use features.float()")
     shape = tuple(features.shape)
     if len(shape) < 3:
-        raise ValueError(
+        raise BadValueError(
             f"expected features as batch x channels x spatial, got {shape}: "
             "add the batch axis with features[None], or pass maps that still have a spatial axis"
         )
     if 0 in shape:
-        raise ValueError(f"expected features without an empty axis, got {shape}")
+        raise BadValueError(f"expected features without an empty axis, got {shape}")
     if not features.isfinite().all():
-        raise ValueError("expected finite features, got NaN or Inf: use torch.nan_to_num")
+        raise BadValueError("expected finite features, got NaN or Inf: use torch.nan_to_num")
 
 
 def check_kind(tensor: Tensor, name: str) -> None:
@@ -159,19 +160,19 @@ def check_kind(tensor: Tensor, name: str) -> None:
         name: what it is, in the plural, for the message.
     """
     if tensor.is_nested:
-        raise TypeError(f"expected {name} of one size, got a nested tensor: torch.stack those of one size")
+        raise BadTypeError(f"expected {name} of one size, got a nested tensor: torch.stack those of one size")
     if tensor.layout is not torch.strided:
-        raise TypeError(f"expected {name} as a dense tensor, got one of layout {tensor.layout}: use to_dense()")
+        raise BadTypeError(f"expected {name} as a dense tensor, got one of layout {tensor.layout}: use to_dense()")
     if tensor.is_floating_point() and tensor.dtype not in _FLOATS:
-        raise TypeError(f"expected {name} of 16 bits or more, got {tensor.dtype}: use float()")
+        raise BadTypeError(f"expected {name} of 16 bits or more, got {tensor.dtype}: use float()")
     if tensor.is_meta:
-        raise ValueError(f"expected {name} with numbers in them, got a tensor on the meta device")
+        raise BadValueError(f"expected {name} with numbers in them, got a tensor on the meta device")
 
 
 def check_engine(engine: str) -> None:
     """Raise ValueError for an engine that does not exist."""
     if engine not in get_args(Engine):
-        raise ValueError(f"expected engine as one of {', '.join(map(repr, get_args(Engine)))}, got {engine!r}")
+        raise BadValueError(f"expected engine as one of {', '.join(map(repr, get_args(Engine)))}, got {engine!r}")
 
 
 def _tensorly_factor(

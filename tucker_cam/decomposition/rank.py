@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from tensorly.tucker_tensor import validate_tucker_rank
 
+from tucker_cam.errors import BadTypeError, BadValueError
+
 Rank = int | float | Sequence[int] | Literal["same"] | None
 
 
@@ -20,12 +22,12 @@ def check_rank(rank: Rank) -> None:
     parts: Sequence[Any] = rank if sequence else [rank]  # type: ignore[assignment]
     kind = Integral if sequence else Real
     if not parts or any(isinstance(part, bool) or not isinstance(part, kind) for part in parts):
-        raise TypeError(
+        raise BadTypeError(
             "expected rank as None (full), an int, a tuple of ints (channels, *spatial), a float (share of the "
             f"parameters) or 'same', got {rank!r}"
         )
     if not all(0 < part < inf for part in parts):
-        raise ValueError(f"expected a rank above 0, got {rank!r}: None is full rank")
+        raise BadValueError(f"expected a rank above 0, got {rank!r}: None is full rank")
 
 
 def feasible_rank(rank: Rank, shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -65,7 +67,7 @@ def feasible_rank(rank: Rank, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     else:
         parts = [int(part) for part in rank]
     if len(parts) != len(shape):
-        raise ValueError(
+        raise BadValueError(
             f"expected a rank of {len(shape)} parts for feature maps of shape {shape}, channels first, got {rank!r}"
         )
     clipped = _clip(parts, shape)

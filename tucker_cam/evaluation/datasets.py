@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from tucker_cam.errors import BadFileError, BadValueError
 from tucker_cam.models import Network
 from tucker_cam.models.families import preprocessed
 from tucker_cam.pictures.files import files_below, open_image, open_picture
@@ -84,16 +85,16 @@ def find_samples(
         The samples in the order of their names, and what the annotations are.
 
     Raises:
-        NotADirectoryError: there is no such folder.
+        OSError: there is no such folder.
         ValueError: there are no pictures in it, or no annotations of the kind that was asked for; or the limit is
             below 1.
     """
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: expected a folder of pictures, found {_what_is(folder)}")
+        raise BadFileError(f"{folder}: expected a folder of pictures, found {_what_is(folder)}")
     files = _files(folder)
     pictures, files_of = files["pictures"], _by_name(files)
     if not pictures:
-        raise ValueError(f"{folder}: expected pictures ({' '.join(IMG_EXTENSIONS)}) at any depth, found none")
+        raise BadValueError(f"{folder}: expected pictures ({' '.join(IMG_EXTENSIONS)}) at any depth, found none")
     found: dict[Annotations, list[Sample]] = {
         kind: [
             Sample(path.relative_to(folder).as_posix(), path, _annotation(path, folder, kind, of_kind))
@@ -109,7 +110,7 @@ def find_samples(
         if not samples:
             remarks = "".join(f"; {remark}" for remark in overlooked(folder))
             message = f"{folder}: expected pictures with {annotations}, found none among {len(pictures)}{remarks}"
-            raise ValueError(message)
+            raise BadValueError(message)
     return random_sample(samples, limit, seed=seed), kind
 
 
@@ -208,7 +209,7 @@ def _draw_boxes(file: Path, size: tuple[int, int], picture: Path) -> tuple[NDArr
     try:
         root = ElementTree.parse(file).getroot()
     except (ParseError, DefusedXmlException, ValueError, LookupError) as error:
-        raise ValueError(f"{file}: expected boxes as Pascal VOC XML, found something else ({error})") from error
+        raise BadValueError(f"{file}: expected boxes as Pascal VOC XML, found something else ({error})") from error
     width, height = (_number(root, f"size/{name}", file) if root.find("size") is not None else 0 for name in _SIZE)
     if not width or not height:
         width, height = size
@@ -219,7 +220,7 @@ def _draw_boxes(file: Path, size: tuple[int, int], picture: Path) -> tuple[NDArr
     for box in root.iterfind("object/bndbox"):
         left, top, right, bottom = (_number(box, name, file) for name in _CORNERS)
         if left > right or top > bottom or left > width or top > height or right < 1 or bottom < 1:
-            raise ValueError(
+            raise BadValueError(
                 f"{file}: expected boxes inside the picture, {width} x {height}, found {left}, {top} to {right}, "
                 f"{bottom}"
             )
@@ -238,7 +239,7 @@ def _number(element: Element, name: str, file: Path) -> int:
     try:
         return round(float(text or ""))
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{file}: expected a number as <{name}>, found {text!r}") from error
+        raise BadValueError(f"{file}: expected a number as <{name}>, found {text!r}") from error
 
 
 def _read_mask(file: Path) -> NDArray[np.bool_]:
@@ -251,7 +252,7 @@ def _read_mask(file: Path) -> NDArray[np.bool_]:
             values, mode, least = np.asarray(mask), mask.mode, 127 if mask.format == "JPEG" else 0
     except Exception as error:
         # Pillow's decoders raise nearly anything.
-        raise OSError(f"{file}: expected a mask as a picture, found none or a broken one ({error})") from error
+        raise BadFileError(f"{file}: expected a mask as a picture, found none or a broken one ({error})") from error
     drawn = np.asarray(values > least)
     if mode == "P":
         drawn &= values != _VOID
@@ -263,7 +264,7 @@ def _read_mask(file: Path) -> NDArray[np.bool_]:
 
 
 def _does_not_fit(file: Path, picture: Path, expected: tuple[int, int], found: tuple[int, int]) -> ValueError:
-    return ValueError(
+    return BadValueError(
         f"{file}: expected an annotation of a picture of {expected[0]} x {expected[1]} as {picture.name}, found one of "
         f"{found[0]} x {found[1]}"
     )

@@ -18,6 +18,8 @@ from skimage.filters import threshold_otsu
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
+from tucker_cam.errors import BadTypeError, BadValueError
+
 Score = Callable[[Tensor], Tensor]
 """From images, batch x channels x height x width, to scores, batch or batch x scores; image i is always sample i."""
 
@@ -343,11 +345,11 @@ def _auc(start: Tensor, end: Tensor, maps: Tensor, score: Score, steps: int) -> 
 
 def _check_baseline(images: Tensor, baseline: Tensor, steps: int) -> None:
     if baseline.shape != images.shape:
-        raise ValueError(
+        raise BadValueError(
             f"expected a baseline shaped as the images, {tuple(images.shape)}, got {tuple(baseline.shape)}"
         )
     if steps < 1:
-        raise ValueError(f"expected at least 1 step, got {steps}")
+        raise BadValueError(f"expected at least 1 step, got {steps}")
 
 
 def _ranks(maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,24 +377,24 @@ def _checked(maps: Tensor, masks: Tensor | None = None, *, images: Tensor | None
     """Return the maps in float32, or say what is wrong with the arguments."""
     if not isinstance(maps, Tensor) or not maps.is_floating_point():
         kind = maps.dtype if isinstance(maps, Tensor) else type(maps).__name__
-        raise TypeError(f"expected maps as a floating-point torch.Tensor, got {kind}: use torch.as_tensor(maps)")
+        raise BadTypeError(f"expected maps as a floating-point torch.Tensor, got {kind}: use torch.as_tensor(maps)")
     if maps.dim() != 3 or 0 in maps.shape:
-        raise ValueError(f"expected maps as batch x height x width, got {tuple(maps.shape)}")
+        raise BadValueError(f"expected maps as batch x height x width, got {tuple(maps.shape)}")
     low, high = maps.min().item(), maps.max().item()
     # Resizing rounds.
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
-        raise ValueError(f"expected finite maps in [0, 1], got values from {low:.4g} to {high:.4g}")
+        raise BadValueError(f"expected finite maps in [0, 1], got values from {low:.4g} to {high:.4g}")
     if masks is not None:
         if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
             kind = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
-            raise TypeError(f"expected masks as a torch.Tensor of bool, got {kind}: use masks > 0")
+            raise BadTypeError(f"expected masks as a torch.Tensor of bool, got {kind}: use masks > 0")
         if masks.shape != maps.shape:
-            raise ValueError(f"expected masks of the maps' shape, {tuple(maps.shape)}, got {tuple(masks.shape)}")
+            raise BadValueError(f"expected masks of the maps' shape, {tuple(maps.shape)}, got {tuple(masks.shape)}")
     if images is not None:
         if not isinstance(images, Tensor):
-            raise TypeError(f"expected images as a torch.Tensor, got {type(images).__name__}")
+            raise BadTypeError(f"expected images as a torch.Tensor, got {type(images).__name__}")
         if images.dim() != 4 or images.shape[0] != len(maps) or images.shape[-2:] != maps.shape[-2:]:
-            raise ValueError(
+            raise BadValueError(
                 f"expected images as batch x channels x height x width with the maps' batch, height and width, "
                 f"{tuple(maps.shape)}, got {tuple(images.shape)}"
             )

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from pytorch_grad_cam.utils.image import show_cam_on_image
 
+from tucker_cam.errors import BadValueError
 from tucker_cam.evaluation.comparison import Measure
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.results import Row
@@ -78,7 +79,7 @@ def check_format(path: Path) -> None:
         ValueError: it names none; the message holds those that can be written.
     """
     if path.suffix.lower() not in _FORMATS:
-        raise ValueError(f"{path}: expected a figure's file, ending in {', '.join(_FORMATS)}")
+        raise BadValueError(f"{path}: expected a figure's file, ending in {', '.join(_FORMATS)}")
 
 
 def write_report(

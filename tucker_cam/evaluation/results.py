@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from tucker_cam.errors import BadValueError
 from tucker_cam.writing import complete_or_absent
 
 KEYS = ("picture", "method")
@@ -70,10 +71,10 @@ class ResultsFile:
         except csv.Error:
             lines = []
         if not lines or lines[0][: len(KEYS)] != list(KEYS):
-            raise ValueError(f"{self.path}: expected results to go on with, found something else: give another file")
+            raise BadValueError(f"{self.path}: expected results to go on with, found something else: give another file")
         if lines[0] != self._header:
             differing = ", ".join(sorted(set(self._header) ^ set(lines[0]))) or "their order"
-            raise ValueError(
+            raise BadValueError(
                 f"{self.path}: expected the columns of this run, found others (the difference: {differing}): ask for "
                 "the metrics it was written with, or give another file"
             )
@@ -83,12 +84,12 @@ class ResultsFile:
             row = dict(zip(self._header, line, strict=True))
             for column in self._columns:
                 if row[column] and not _is_number(row[column]):
-                    raise ValueError(
+                    raise BadValueError(
                         f"{self.path}: expected a number as {column} of {row['picture']!r}, found {row[column]!r}"
                     )
             for name, expected in self._run.items():
                 if row[name] != expected:
-                    raise ValueError(
+                    raise BadValueError(
                         f"{self.path}: expected results of the {name} {expected}, found some of {row[name]}: "
                         "give another file"
                     )

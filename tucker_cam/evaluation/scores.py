@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from tucker_cam.activations import ReshapeTransform, record
+from tucker_cam.errors import BadTypeError
 from tucker_cam.evaluation.metrics import Score
 
 
@@ -104,7 +105,7 @@ def probability_and_similarity(
 def _pooled(features: object) -> Tensor:
     if not isinstance(features, Tensor) or features.dim() not in (2, 4, 5):
         found = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise TypeError(
+        raise BadTypeError(
             f"expected an embedding, batch x features or batch x channels x spatial, got {found}: name the layer, and "
             "for tokens a reshape_transform"
         )
@@ -118,7 +119,7 @@ def _probability(logits: object, classes: Tensor) -> Tensor:
 def _logits(output: object) -> Tensor:
     if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
         found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise TypeError(
+        raise BadTypeError(
             f"expected logits, batch x classes, of two classes at least from the model, got {found}: for a model that "
             "does not classify use embedding_similarity, or classifies=False in its Network"
         )

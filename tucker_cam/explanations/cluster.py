@@ -20,6 +20,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from ray.data.datasource import FilenameProvider
 
+from tucker_cam.errors import BadFileError, BadValueError
 from tucker_cam.explanations.explainer import Explainer
 from tucker_cam.explanations.folder import CPU_BATCH, in_batches, problem_with, read_input
 from tucker_cam.explanations.outputs import identity, is_of_run, not_of_a_run, read_manifest, versions
@@ -85,7 +86,7 @@ def explain_on_ray(
     for name in classes:
         method_named(name)
     if workers == 0:
-        raise ValueError("expected at least one actor to explain the pictures, got --workers 0")
+        raise BadValueError("expected at least one actor to explain the pictures, got --workers 0")
     sources, unusable = find_sources(images, out=None if is_url(out) else Path(out))
     sources = random_sample(sources, limit)
     filesystem, folder = url_to_fs(out)
@@ -217,7 +218,7 @@ def _claim_folder(filesystem: Any, folder: str, out: str, run: Mapping[str, Any]
         filesystem.pipe_file(unfinished, json.dumps({**run, "versions": versions()}, indent=1).encode())
         filesystem.mv(unfinished, path)
     except OSError as error:
-        raise OSError(f"{path}: could not be written ({error})") from error
+        raise BadFileError(f"{path}: could not be written ({error})") from error
 
 
 def _read_tables(filesystem: Any, folder: str, *, known: Collection[str] = ()) -> _Tables:

@@ -15,8 +15,9 @@ from PIL import Image, ImageOps
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor, nn
 
+from tucker_cam.errors import BadTypeError, BadValueError, Failure
 from tucker_cam.explanations.explainer import Explainer
-from tucker_cam.explanations.explanation import Explanation, Failure
+from tucker_cam.explanations.explanation import Explanation
 from tucker_cam.methods import method_named
 from tucker_cam.models import LoadedModel, Network, load_model
 from tucker_cam.models.families import preprocessed
@@ -74,9 +75,9 @@ def explain(
     names = [methods] if isinstance(methods, str) else methods
     chosen = dict(names) if isinstance(names, Mapping) else {name: method_named(name) for name in names}
     if not chosen:
-        raise ValueError("expected at least one method, got none")
+        raise BadValueError("expected at least one method, got none")
     if batch_size < 1:
-        raise ValueError(f"expected a batch_size of at least 1, got {batch_size}")
+        raise BadValueError(f"expected a batch_size of at least 1, got {batch_size}")
     items, length, failures = _items(pictures)
     given = {"weights": weights, "pretrained": pretrained, "layers": layers, "device": device}
     loaded = model if isinstance(model, LoadedModel) else load_model(model, **given)  # type: ignore[arg-type]
@@ -109,7 +110,7 @@ class Explanations:
     def __len__(self) -> int:
         """Return how many pictures there are, those that fail included; TypeError where that is not known."""
         if self._length is None:
-            raise TypeError("the number of pictures is not known before they were gone through")
+            raise BadTypeError("the number of pictures is not known before they were gone through")
         return self._length
 
     def __iter__(self) -> Iterator[Explanation]:
@@ -181,7 +182,7 @@ def _items(pictures: Pictures) -> tuple[Callable[[], Iterator[_Item]], int | Non
         pictures = [pictures]
     if isinstance(pictures, Tensor):
         if pictures.dim() not in (4, 5):
-            raise ValueError(
+            raise BadValueError(
                 f"expected a batch of network inputs, batch x channels x height x width, got {tuple(pictures.shape)}: "
                 "a single one needs images[None]"
             )
@@ -190,7 +191,7 @@ def _items(pictures: Pictures) -> tuple[Callable[[], Iterator[_Item]], int | Non
     if isinstance(pictures, (list, tuple)) and not any(isinstance(each, Tensor) for each in pictures):
         return _of_list(pictures)
     if not isinstance(pictures, Iterable):
-        raise TypeError(
+        raise BadTypeError(
             "expected pictures as a path, a PIL image, an array, a list of these, a tensor, or batches of tensors, got "
             f"{type(pictures).__name__}"
         )
@@ -209,27 +210,29 @@ def _of_list(pictures: Sequence[object]) -> tuple[Callable[[], Iterator[_Item]],
                 failures.append(Failure(str(each), error))
                 continue
             items += [_Item(source.name, source) for source in sources]
-            failures += [Failure(str(each), ValueError(problem)) for problem in problems]
+            failures += [Failure(str(each), BadValueError(problem)) for problem in problems]
         elif isinstance(each, Image.Image):
             items.append(_Item(f"picture-{index}", ImageOps.exif_transpose(each).convert("RGB")))
         elif isinstance(each, np.ndarray):
             items.append(_Item(f"picture-{index}", _from_array(each)))
         else:
-            raise TypeError(f"expected a path, a PIL image or an array as picture {index}, got {type(each).__name__}")
+            raise BadTypeError(
+                f"expected a path, a PIL image or an array as picture {index}, got {type(each).__name__}"
+            )
     if not items:
-        raise failures[0].error if failures else ValueError("expected pictures, got an empty list")
+        raise failures[0].error if failures else BadValueError("expected pictures, got an empty list")
     return lambda: iter(items), len(items), failures
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
     if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise ValueError(f"expected a picture as height x width x 3, got {array.shape}")
+        raise BadValueError(f"expected a picture as height x width x 3, got {array.shape}")
     if np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ValueError("expected a floating point picture in [0, 1], got numbers outside: divide by 255")
+            raise BadValueError("expected a floating point picture in [0, 1], got numbers outside: divide by 255")
         array = np.rint(255 * array).astype(np.uint8)
     if array.dtype != np.uint8:
-        raise TypeError(f"expected a picture of uint8, or of floating point in [0, 1], got {array.dtype}")
+        raise BadTypeError(f"expected a picture of uint8, or of floating point in [0, 1], got {array.dtype}")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -242,7 +245,7 @@ def _of_batches(batches: Iterable[Any]) -> Iterator[_Item]:
     for batch in batches:
         images = batch[0] if isinstance(batch, (list, tuple)) else batch
         if not isinstance(images, Tensor) or images.dim() not in (4, 5):
-            raise TypeError(
+            raise BadTypeError(
                 f"expected batches of network inputs, batch x channels x height x width, got {type(images).__name__}"
             )
         yield from _of_batch(images, done)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from io import BytesIO
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +21,6 @@ from tucker_cam.text import printable
 # What the network did not see keeps this much of its brightness.
 _DIMMED = 0.4
 _SHOWN_HEIGHT = 240
-
-
-class Failure(NamedTuple):
-    """A picture that could not be read or explained.
-
-    Attributes:
-        name: of the picture, or what was given in its place.
-        error: why; with its traceback.
-    """
-
-    name: str
-    error: Exception
 
 
 @dataclass(frozen=True)

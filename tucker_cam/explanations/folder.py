@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tucker_cam.errors import BadFileError, BadValueError
 from tucker_cam.explanations.explainer import Explainer, Found
 from tucker_cam.explanations.outputs import FORMATS, NOT_OURS, GalleryParts, Manifest, Output, Picture
 from tucker_cam.methods import method_named
@@ -73,7 +74,7 @@ def explain_pictures(
     """
     classes = {name: method_named(name) for name in dict.fromkeys(methods)}
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: expected a folder for what is written, found a file")
+        raise BadValueError(f"{out}: expected a folder for what is written, found a file")
     sources, unusable = find_sources(images, out=out)
     sources = random_sample(sources, limit)
     # What takes long comes last: the pictures are there, and the folder can be written to.
@@ -225,7 +226,9 @@ def _batches(loader: DataLoader[Tensor | Exception]) -> Iterator[list[Tensor | E
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise OSError("a process that read pictures was killed, for want of memory perhaps: --workers 0") from error
+        raise BadFileError(
+            "a process that read pictures was killed, for want of memory perhaps: --workers 0"
+        ) from error
 
 
 def _write(outputs: Sequence[Output], name: str, picture: Picture, explanation: Found) -> None:

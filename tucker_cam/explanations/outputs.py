@@ -18,6 +18,7 @@ from PIL import Image
 from pytorch_grad_cam.utils.image import show_cam_on_image
 
 from tucker_cam import __version__
+from tucker_cam.errors import BadValueError
 from tucker_cam.explanations.explainer import Found
 from tucker_cam.explanations.gallery import gallery_entry, write_gallery
 from tucker_cam.methods import METHODS
@@ -157,7 +158,7 @@ class ZarrStore(Output):
             earlier: Any = self.group.attrs.get("pictures", [])
             now = [printable(name) for name in names]
             if now[: len(earlier)] != earlier:
-                raise ValueError("its pictures are not in the manifest's order")
+                raise BadValueError("its pictures are not in the manifest's order")
             self.group.attrs.update({"pictures": now})
             # What a killed run was writing.
             for unfinished in self.path.rglob("*.partial"):
@@ -166,7 +167,7 @@ class ZarrStore(Output):
                 if method in methods and array.shape[0] < len(names):
                     array.resize((len(names), *array.shape[1:]))
         except Exception as error:
-            raise ValueError(
+            raise BadValueError(
                 f"{self.path}: expected a Zarr store of an earlier run, found something else or a broken one "
                 f"({error}): give another --out"
             ) from error
@@ -191,7 +192,7 @@ class ZarrStore(Output):
                         method, shape=shape, chunks=(1, *saliency.shape), dtype="float32", fill_value=np.nan
                     )
             if array.shape[1:] != saliency.shape:
-                raise ValueError(
+                raise BadValueError(
                     f"its map is {'x'.join(map(str, saliency.shape))}, the store's are "
                     f"{'x'.join(map(str, array.shape[1:]))}: --format npy takes maps of any size"
                 )
@@ -223,7 +224,7 @@ class GalleryParts(Output):
     def write(self, name: str, picture: Picture, explanation: Found) -> None:
         seen = picture()
         if seen.ndim == 4:
-            raise ValueError("the gallery shows pictures, not clips: leave out --gallery")
+            raise BadValueError("the gallery shows pictures, not clips: leave out --gallery")
         entry = gallery_entry(name, seen, explanation.maps, explanation.components, explanation.values)
         with _new_file(self._path(name)) as unfinished:
             unfinished.write_text(json.dumps(entry), encoding="utf-8")
@@ -252,7 +253,7 @@ class GalleryParts(Output):
             entry["picture"]
             entry["methods"] = dict(entry["methods"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}: expected a part of the gallery, found a broken one: delete it") from error
+            raise BadValueError(f"{path}: expected a part of the gallery, found a broken one: delete it") from error
         return entry
 
     def _path(self, name: str) -> Path:
@@ -292,7 +293,7 @@ class Manifest:
                     size = picture.get("size")
                     self.stamps[key] = Stamp(int(picture["modified"]), None if size is None else int(size))
                 if len(set(self.names.values())) < len(self.names):
-                    raise ValueError("two pictures of one name")
+                    raise BadValueError("two pictures of one name")
             except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
                 raise _no_manifest(out) from error
             self._is_ours = is_of_run(content, self.run, str(out), self._holds_maps)
@@ -418,16 +419,16 @@ def is_of_run(content: Mapping[str, Any], run: Mapping[str, Any], out: str, hold
 
 
 def _other_run(out: str, key: str, found: object, now: object) -> ValueError:
-    return ValueError(f"{out}: holds the maps of another run ({key}: {found}, now {now}): give another --out")
+    return BadValueError(f"{out}: holds the maps of another run ({key}: {found}, now {now}): give another --out")
 
 
 def not_of_a_run(taken: Path | str) -> ValueError:
     """Return the error of a folder that holds what no manifest knows."""
-    return ValueError(f"{taken}: is there already, and not of a run in this folder: give another --out")
+    return BadValueError(f"{taken}: is there already, and not of a run in this folder: give another --out")
 
 
 def _no_manifest(out: Path | str) -> ValueError:
-    return ValueError(f"{out}: expected {MANIFEST} of an earlier run, found something else: give another --out")
+    return BadValueError(f"{out}: expected {MANIFEST} of an earlier run, found something else: give another --out")
 
 
 def versions() -> dict[str, str]:

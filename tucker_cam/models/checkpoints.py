@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
+from tucker_cam.errors import BadFileError, BadValueError
+
 _DEEPEST_PREFIX = 6
 _SHOWN = 8
 # What checkpoints hold beside tensors and is inert: the command line's arguments, NumPy's numbers.
@@ -87,9 +89,9 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
     try:
         states = list(_states(_read(file)))
     except RecursionError as error:
-        raise ValueError(f"{file}: expected a state dict, found dictionaries that hold themselves") from error
+        raise BadValueError(f"{file}: expected a state dict, found dictionaries that hold themselves") from error
     if not states:
-        raise ValueError(f"{file}: expected a state dict, found no tensors with names in it")
+        raise BadValueError(f"{file}: expected a state dict, found no tensors with names in it")
     found: dict[str, dict[str, Tensor]] = {}
     for container, state in states:
         for prefix, renamed in _candidates(model, state, at_least=len(needed) // 2):
@@ -101,14 +103,14 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
     place, fitting = _best(file, found, needed)
     missing = sorted(needed - fitting.keys())
     if missing:
-        raise ValueError(
+        raise BadValueError(
             f"{file}: expected the whole backbone of {type(model).__name__}, found "
             f"{len(needed) - len(missing)} of its {len(needed)} entries; missing or of another shape: "
             f"{_some(missing, _SHOWN)}; the file has {_some(sorted(states[0][1]), _SHOWN)}"
         )
     broken = sorted(name for name in needed if not fitting[name].isfinite().all())
     if broken:
-        raise ValueError(f"{file}: expected finite weights, found NaN or Inf in {_some(broken, _SHOWN)}")
+        raise BadValueError(f"{file}: expected finite weights, found NaN or Inf in {_some(broken, _SHOWN)}")
     model.load_state_dict(fitting, strict=False)
     taken = {_memory(value) for value in fitting.values()}
     return Report(
@@ -146,7 +148,7 @@ def _best(file: Path, found: Mapping[str, dict[str, Tensor]], needed: Collection
     chosen = [place for place in fullest if rank(place) == first]
     tensors = {place: {_memory(fullest[place][name]) for name in needed} for place in chosen}
     if any(tensors[place] != tensors[chosen[0]] for place in chosen):
-        raise ValueError(
+        raise BadValueError(
             f"{file}: expected one backbone, found several, in {', '.join(f'{place}*' for place in chosen)}: save the "
             "one that is meant by itself"
         )
@@ -156,16 +158,16 @@ def _best(file: Path, found: Mapping[str, dict[str, Tensor]], needed: Collection
 def _read(file: Path) -> object:
     if file.exists() and not file.is_file():
         # Reading a pipe could wait for ever.
-        raise OSError(f"{file}: expected a file of weights, found a folder, a pipe or a device")
+        raise BadFileError(f"{file}: expected a file of weights, found a folder, a pipe or a device")
     try:
         with file.open("rb") as opened:
             start = opened.read(256).lstrip()
     except OSError as error:
-        raise OSError(f"{file}: expected a file of weights, found none that can be read ({error})") from error
+        raise BadFileError(f"{file}: expected a file of weights, found none that can be read ({error})") from error
     if start.startswith((b"<!", b"<html", b"<HTML", b"<?xml")):
-        raise ValueError(f"{file}: expected weights, found a web page: the download went wrong")
+        raise BadValueError(f"{file}: expected weights, found a web page: the download went wrong")
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{file}: expected weights, found a pointer of Git LFS: git lfs pull fetches them")
+        raise BadValueError(f"{file}: expected weights, found a pointer of Git LFS: git lfs pull fetches them")
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
 
 
@@ -176,13 +178,13 @@ def _read_pickle(file: Path) -> object:
     except UnpicklingError as error:
         foreign = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
         what = f"an object of {foreign}" if foreign else "something else, or a broken file"
-        raise ValueError(
+        raise BadValueError(
             f"{file}: expected tensors, found {what}; nothing in it was run. If you trust the file, save the "
             "weights by themselves: torch.save(model.state_dict(), file)"
         ) from error
     except Exception as error:
         # A broken file makes torch.load fail in many ways.
-        raise ValueError(
+        raise BadValueError(
             f"{file}: expected weights written by torch.save, found something else or a broken file; nothing in it "
             "was run"
         ) from error
@@ -195,7 +197,7 @@ def _read_safetensors(file: Path) -> object:
         return load_file(file)
     except Exception as error:
         # SafetensorError, or what an element type that this version does not know makes it raise.
-        raise ValueError(f"{file}: expected safetensors, found something else or a broken file ({error})") from error
+        raise BadValueError(f"{file}: expected safetensors, found something else or a broken file ({error})") from error
 
 
 def _states(content: object, place: str = "") -> Iterator[tuple[str, State]]:

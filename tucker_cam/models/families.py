@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from tucker_cam.errors import BadFileError, BadTypeError, BadValueError, MissingPackageError
 from tucker_cam.extras import install
 from tucker_cam.text import one_line
 
@@ -110,7 +111,7 @@ def preprocessed(preprocess: Callable[[Any], Tensor], picture: object, name: str
     try:
         return preprocess(picture)
     except Exception as error:
-        raise ValueError(f"{name}: its preprocessing failed ({type(error).__name__}: {error})") from error
+        raise BadValueError(f"{name}: its preprocessing failed ({type(error).__name__}: {error})") from error
 
 
 def build_network(spec: str, *, pretrained: bool) -> Network:
@@ -127,13 +128,13 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] not in family.packages:
                 raise
-            raise ModuleNotFoundError(
+            raise MissingPackageError(
                 f"the model {spec} needs the package {error.name}: {install(family.extra)}", name=error.name
             ) from error
     if family is None and name and rest.isidentifier():
         return _own(name, rest)
     meant = " or ".join(_with_a_family(spec)) if ":" not in spec else ""
-    raise ValueError(f"expected a model named {_USAGE}, got {spec!r}{meant and f': did you mean {meant}?'}")
+    raise BadValueError(f"expected a model named {_USAGE}, got {spec!r}{meant and f': did you mean {meant}?'}")
 
 
 def _with_a_family(name: str) -> Iterator[str]:
@@ -182,7 +183,7 @@ def _timm(name: str, pretrained: bool) -> Network:
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(f"timm has no model {name!r}; {_near(name, timm.list_models())}")
+        raise BadValueError(f"timm has no model {name!r}; {_near(name, timm.list_models())}")
     try:
         model = timm.create_model(name, pretrained=pretrained)
     except (OSError, RuntimeError, UnpicklingError) as error:
@@ -208,7 +209,7 @@ def _torchvision(name: str, pretrained: bool) -> Network:
     with_backbones = models.list_models(module=models.segmentation) + models.list_models(module=models.detection)
     known = [*pictures, *with_backbones, *videos]
     if name not in known:
-        raise ValueError(
+        raise BadValueError(
             f"torchvision has no model {name!r} for classification, segmentation, detection or video; "
             f"{_near(name, known)}"
         )
@@ -265,14 +266,14 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         _refuse_code(name, error)
-        raise OSError(
+        raise BadFileError(
             f"hf:{name} could not be had: expected a repository of the hub, or a folder with config.json and "
             f"preprocessor_config.json ({one_line(error)})"
         ) from error
     for part in _parts(config):
         # What has a slash is a kernel on the hub.
         if "/" in (kernel := str(getattr(part, "_attn_implementation", None))):
-            raise ValueError(
+            raise BadValueError(
                 f"hf:{name} asks for attention by {kernel}, and no code of a repository is run: remove "
                 "attn_implementation from its config.json"
             )
@@ -286,7 +287,7 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
     except Exception as error:
         _refuse_code(name, error)
         # Whatever a configuration that does not fit together leads to.
-        raise ValueError(f"hf:{name} could not be built ({type(error).__name__}: {one_line(error)})") from error
+        raise BadValueError(f"hf:{name} could not be built ({type(error).__name__}: {one_line(error)})") from error
     if hasattr(config, "vision_config"):
         # Of a model of pictures and texts, such as CLIP, the part that sees the picture.
         model = getattr(model, "vision_model", model)
@@ -308,7 +309,7 @@ def _parts(config: Any) -> Iterator[Any]:
 
 def _refuse_code(name: str, error: Exception) -> None:
     if "custom code" in str(error):
-        raise ValueError(
+        raise BadValueError(
             f"hf:{name} needs code of a repository, and none is run: if you trust it, load the model in a function of "
             "your own and give MODULE:CALLABLE"
         ) from error
@@ -326,10 +327,10 @@ class _Processor:
 def _torch_hub(name: str, pretrained: bool) -> Network:
     repository, _, entry = name.rpartition(":")
     if not repository or not entry.isidentifier():
-        raise ValueError(f"expected hub:OWNER/REPOSITORY:ENTRY or hub:FOLDER:ENTRY, got 'hub:{name}'")
+        raise BadValueError(f"expected hub:OWNER/REPOSITORY:ENTRY or hub:FOLDER:ENTRY, got 'hub:{name}'")
     source: Literal["local", "github"] = "local" if (Path(repository) / "hubconf.py").is_file() else "github"
     if source == "github" and repository.count("/") != 1:
-        raise ValueError(f"{repository}: expected OWNER/REPOSITORY, or a folder with a hubconf.py")
+        raise BadValueError(f"{repository}: expected OWNER/REPOSITORY, or a folder with a hubconf.py")
     load = partial(torch.hub.load, repository, entry, source=source, trust_repo=True, verbose=False)
     try:
         try:
@@ -341,9 +342,9 @@ def _torch_hub(name: str, pretrained: bool) -> Network:
     except OSError as error:
         raise _no_weights(f"hub:{name}", pretrained, error) from error
     except (RuntimeError, SystemExit) as error:
-        raise ValueError(f"hub:{name} could not be built: {_described(error)}") from error
+        raise BadValueError(f"hub:{name} could not be built: {_described(error)}") from error
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module from hub:{name}, got {type(model).__name__}")
+        raise BadTypeError(f"expected a torch.nn.Module from hub:{name}, got {type(model).__name__}")
     return Network(model)
 
 
@@ -356,21 +357,21 @@ def _own(module_name: str, function_name: str) -> Network:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise ValueError(f"expected a model named {_USAGE}, and there is no module {error.name!r} here") from error
+        raise BadValueError(f"expected a model named {_USAGE}, and there is no module {error.name!r} here") from error
     except (Exception, SystemExit) as error:
         # A script that does its work, or reads its arguments, when it is imported ends the program so.
-        raise ValueError(f"{module_name} could not be imported ({_described(error)})") from error
+        raise BadValueError(f"{module_name} could not be imported ({_described(error)})") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ValueError(f"{module_name} has no function {function_name!r}")
+        raise BadValueError(f"{module_name} has no function {function_name!r}")
     try:
         built = function()
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{module_name}:{function_name} failed ({_described(error)})") from error
+        raise BadValueError(f"{module_name}:{function_name} failed ({_described(error)})") from error
     if isinstance(built, nn.Module):
         return Network(built)
     if not isinstance(built, Network):
-        raise TypeError(
+        raise BadTypeError(
             f"expected a torch.nn.Module or a tucker_cam.models.Network from {module_name}:{function_name}, got "
             f"{type(built).__name__}"
         )
@@ -389,8 +390,8 @@ def _near(name: str, known: list[str]) -> str:
 
 def _no_weights(name: str, pretrained: bool, error: Exception) -> Exception:
     if not pretrained:
-        return ValueError(f"{name} could not be built: {one_line(error)}")
-    return OSError(
+        return BadValueError(f"{name} could not be built: {one_line(error)}")
+    return BadFileError(
         f"the weights of {name} could not be had ({one_line(error)}): --no-pretrained runs it with random weights"
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from tucker_cam.activations import ReshapeTransform
+from tucker_cam.errors import BadValueError
 from tucker_cam.models.reshape import holds_maps, is_map, maps_of, spatial_output, tensors_in
 from tucker_cam.models.responses import Sketch, changes, follows, same, sketches, with_other_corners
 
@@ -110,7 +111,7 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
     return target_of(model, dry_run(model, example))
 
 
-class NoLayerError(ValueError):
+class NoLayerError(BadValueError):
     """No layer of a model can be chosen.
 
     Attributes:
@@ -319,18 +320,18 @@ def choose_layers(model: nn.Module, run: DryRun, names: Sequence[str]) -> list[S
     for name in names:
         if name.startswith("-") and name[1:].isdecimal():
             if not 1 <= int(name[1:]) <= len(run.layers):
-                raise ValueError(f"expected a layer's index from -{len(run.layers)} to -1, got {name}")
+                raise BadValueError(f"expected a layer's index from -{len(run.layers)} to -1, got {name}")
             chosen.append(run.layers[int(name)])
         elif name in by_name:
             chosen.append(by_name[name])
         elif name in parts:
-            raise ValueError(
+            raise BadValueError(
                 f"expected a layer with a spatial map, and `{name}` has none (or is not reached): `tucker-cam layers` "
                 "lists those that have"
             )
         else:
             near = get_close_matches(name, parts, n=3, cutoff=0.4) or parts[-3:]
-            raise ValueError(f"{type(model).__name__} has no layer {name!r}; near it: {', '.join(near)}")
+            raise BadValueError(f"{type(model).__name__} has no layer {name!r}; near it: {', '.join(near)}")
     return chosen
 
 
@@ -343,5 +344,5 @@ def common_transform(layers: Sequence[SpatialLayer]) -> ReshapeTransform | None:
     transforms = [layer.reshape_transform for layer in layers]
     if any(transform != transforms[0] for transform in transforms):
         kinds = ", ".join(f"`{layer.name}` {layer.shape}" for layer in layers)
-        raise ValueError(f"expected layers that become maps in one way, got {kinds}: explain them one at a time")
+        raise BadValueError(f"expected layers that become maps in one way, got {kinds}: explain them one at a time")
     return transforms[0] if transforms else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tucker_cam.activations import ReshapeTransform
+from tucker_cam.errors import BadTypeError, BadValueError
 from tucker_cam.models.checkpoints import load_checkpoint
 from tucker_cam.models.families import FAMILIES, Network, build_network
 from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common_transform, dry_run, target_of
@@ -107,16 +108,16 @@ def load_model(
         spec, device = model, _device(device)
         network = build_network(spec, pretrained=pretrained and weights is None)
     elif not isinstance(model, (nn.Module, Network)):
-        raise TypeError(f"expected a model's name, a torch.nn.Module or a Network, got {type(model).__name__}")
+        raise BadTypeError(f"expected a model's name, a torch.nn.Module or a Network, got {type(model).__name__}")
     else:
         network = model if isinstance(model, Network) else Network(model)
         spec, device = type(network.model).__name__, network.device if device is None else _device(device)
     family = FAMILIES.get(spec.partition(":")[0])
     if not pretrained and weights is None and (family is None or not family.random):
-        raise ValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
+        raise BadValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
     model = network.model.eval()
     if absent := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
-        raise ValueError(
+        raise BadValueError(
             f"{spec}: expected weights and buffers that hold numbers, found none in {', '.join(absent[:3])}: build the "
             "model without torch.device('meta')"
         )
@@ -154,7 +155,7 @@ def load_model(
 def _name_of(model: nn.Module, layer: nn.Module) -> str:
     names: list[str] = [name for name, module in model.named_modules() if module is layer]
     if not names:
-        raise ValueError(f"expected a layer that is part of the model, got a {type(layer).__name__} that is not")
+        raise BadValueError(f"expected a layer that is part of the model, got a {type(layer).__name__} that is not")
     return names[0]
 
 
@@ -164,7 +165,7 @@ def _dry_run(spec: str, network: Network) -> DryRun:
     except Exception as error:
         # Whatever a model raises that takes something else than a picture: text, several pictures, another size.
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise ValueError(
+        raise BadValueError(
             f"{spec}: expected a network that takes one picture, and it failed on one ({reason})"
         ) from error
 
@@ -177,7 +178,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=found)
     except Exception as error:
         # Each backend that is not there says so with an error of its own kind.
-        raise ValueError(f"there is no device {str(device)!r} here ({one_line(error)}): use cpu") from error
+        raise BadValueError(f"there is no device {str(device)!r} here ({one_line(error)}): use cpu") from error
     if found.type == "meta":
-        raise ValueError("expected a device that holds numbers, got 'meta': use cpu")
+        raise BadValueError("expected a device that holds numbers, got 'meta': use cpu")
     return found

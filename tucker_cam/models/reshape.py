@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from tucker_cam.activations import ReshapeTransform
+from tucker_cam.errors import BadValueError
 
 _MOST_PREFIX_TOKENS = 16
 """A class token, a distillation token and the registers; DINOv2 has 1 or 5."""
@@ -46,7 +47,7 @@ class TokensToMaps:
         patches = tokens.shape[1] - self.prefix
         height = round((patches * self.aspect) ** 0.5)
         if height < 1 or patches % height:
-            raise ValueError(
+            raise BadValueError(
                 f"expected {self.prefix} tokens and a grid of patches {self.aspect:g} times as high as wide, got "
                 f"{tuple(tokens.shape)}: load the model for pictures of this size, or pass your own reshape_transform"
             )

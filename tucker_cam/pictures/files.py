@@ -14,6 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from tucker_cam.errors import BadFileError
 from tucker_cam.text import one_line
 
 _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVIF")
@@ -50,7 +51,7 @@ def open_file(path: str) -> BinaryIO:
             found = "a link that leads nowhere"
         elif os.path.isdir(path):
             found = "a folder" if os.access(path, os.R_OK) else "a folder that may not be entered"
-        raise FileNotFoundError(f"{path}: expected a file to read, found {found}")
+        raise BadFileError(f"{path}: expected a file to read, found {found}")
     return Path(path).open("rb")
 
 
@@ -65,7 +66,7 @@ def _open_url(url: str) -> BinaryIO:
         opened: BinaryIO = fsspec.open(url, "rb").open()
     except Exception as error:
         # A file system of another kind fails in its own ways.
-        raise OSError(f"{url}: could not be opened ({one_line(error)})") from error
+        raise BadFileError(f"{url}: could not be opened ({one_line(error)})") from error
     return opened
 
 
@@ -129,14 +130,16 @@ def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
                 raise _RangeError
             yield picture
     except _RangeError as error:
-        raise OSError(f"{name}: expected a picture of 8 or 16 bits a channel, found one of 32: convert it") from error
+        raise BadFileError(
+            f"{name}: expected a picture of 8 or 16 bits a channel, found one of 32: convert it"
+        ) from error
     except UnidentifiedImageError as error:
-        raise OSError(f"{name}: expected a picture (PNG, JPEG, WebP ...), found a file of another kind") from error
+        raise BadFileError(f"{name}: expected a picture (PNG, JPEG, WebP ...), found a file of another kind") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise OSError(f"{name}: expected a picture of sane size, found a huge one ({error})") from error
+        raise BadFileError(f"{name}: expected a picture of sane size, found a huge one ({error})") from error
     except Exception as error:
         # Pillow's decoders, and EXIF data of its own kind, raise nearly anything.
-        raise OSError(f"{name}: expected a whole picture, found a broken one ({error})") from error
+        raise BadFileError(f"{name}: expected a whole picture, found a broken one ({error})") from error
 
 
 def open_image(file: BinaryIO | Path) -> Image.Image:

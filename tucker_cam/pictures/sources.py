@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from PIL import Image
 
+from tucker_cam.errors import BadFileError, BadValueError
 from tucker_cam.pictures.files import decode_frames, decode_picture, files_below, is_url, may_be_file, open_file
 from tucker_cam.text import one_line
 
@@ -133,7 +134,7 @@ def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[
     if not found and missing:
         raise missing[0]
     if not found:
-        raise ValueError("; ".join(problems))
+        raise BadValueError("; ".join(problems))
     return list(found.values()), problems
 
 
@@ -146,7 +147,7 @@ def random_sample(items: Sequence[Item], limit: int | None, *, seed: int = 0) ->
     if limit is None:
         return list(items)
     if limit < 1:
-        raise ValueError(f"expected a limit of at least 1 picture, got {limit}")
+        raise BadValueError(f"expected a limit of at least 1 picture, got {limit}")
     places = random.Random(seed).sample(range(len(items)), len(items))[:limit]  # noqa: S311
     return [items[place] for place in sorted(places)]
 
@@ -165,7 +166,7 @@ def _sources_of(argument: str, out: Path | None, problems: list[str]) -> Iterato
             problems.append(f"{path}: {one_line(error).removeprefix(f'{path}: ')}")
             empty = False
     if empty:
-        raise ValueError(f"{argument}: expected pictures or Parquet files with rows, found none")
+        raise BadValueError(f"{argument}: expected pictures or Parquet files with rows, found none")
 
 
 def _expanded(argument: str, out: Path | None) -> tuple[str, list[str]]:
@@ -175,7 +176,7 @@ def _expanded(argument: str, out: Path | None) -> tuple[str, list[str]]:
     path = Path(argument)
     if os.path.isdir(path):
         if out is not None and out.resolve() == path.resolve():
-            raise ValueError(f"{argument}: expected another folder for the results, got this one as --out")
+            raise BadValueError(f"{argument}: expected another folder for the results, got this one as --out")
         found, root = files_below(path, _WANTED), path
     elif not os.path.exists(path) and any(character in argument for character in _MAGIC):
         found = [Path(file) for file in glob.glob(argument, recursive=True)]
@@ -184,7 +185,7 @@ def _expanded(argument: str, out: Path | None) -> tuple[str, list[str]]:
         magic = next((i for i, part in enumerate(fixed) if any(each in part for each in _MAGIC)), len(fixed))
         root = Path(*fixed[:magic])
     elif not os.path.lexists(path):
-        raise ValueError(
+        raise BadValueError(
             f"{argument}: expected pictures or Parquet files, found none: no such file or folder that may be read"
         )
     else:
@@ -195,7 +196,7 @@ def _expanded(argument: str, out: Path | None) -> tuple[str, list[str]]:
     ours = [file for file in found if results.isdisjoint(file.resolve().parents)]
     if not ours:
         left_out = " but results of earlier runs" if found else ""
-        raise ValueError(f"{argument}: expected pictures or Parquet files, found none{left_out}")
+        raise BadValueError(f"{argument}: expected pictures or Parquet files, found none{left_out}")
     return str(root), sorted(str(file) for file in ours)
 
 
@@ -221,7 +222,7 @@ def _expanded_url(argument: str) -> tuple[str, list[str]]:
         # A host that cannot be reached, a broken archive: opening it says so.
         return itself
     if not found:
-        raise ValueError(f"{argument}: expected pictures or Parquet files, found none")
+        raise BadValueError(f"{argument}: expected pictures or Parquet files, found none")
     return filesystem.unstrip_protocol(root), sorted(filesystem.unstrip_protocol(file) + outside for file in found)
 
 
@@ -263,7 +264,7 @@ def _rows(path: str, name: str) -> Iterator[Source]:
                 for row, each in enumerate(_row_names(table, group, name)):
                     yield Source(safe_name(each), path, (group, row))
     except (UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise OSError(_NO_TABLE) from error
+        raise BadFileError(_NO_TABLE) from error
 
 
 def _row_names(table: Any, group: int, name: str) -> list[str]:
@@ -293,10 +294,10 @@ def _row_group(path: str, group: int) -> Any:
         with open_file(path) as file:
             table = pq.ParquetFile(file)
             if table.schema_arrow.names.count("image") != 1:
-                raise OSError(f"expected one column image, found {', '.join(table.schema_arrow.names)}")
+                raise BadFileError(f"expected one column image, found {', '.join(table.schema_arrow.names)}")
             return table.read_row_group(group, columns=["image"])
     except (UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise OSError(_NO_TABLE) from error
+        raise BadFileError(_NO_TABLE) from error
 
 
 def _is_manifest(file: Path) -> bool:
@@ -310,5 +311,5 @@ def _encoded_picture(value: object, name: str) -> bytes:
     if isinstance(value, dict):
         value = value.get("bytes")
     if not isinstance(value, bytes):
-        raise OSError(f"{name}: expected an encoded picture, found {type(value).__name__}")
+        raise BadFileError(f"{name}: expected an encoded picture, found {type(value).__name__}")
     return value

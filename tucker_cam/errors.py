@@ -1,0 +1,35 @@
+"""Errors that a user can mend: all are one kind, and each is also the built-in kind that fits. And what failed, as a value."""
+
+from typing import NamedTuple
+
+
+class TuckerCamError(Exception):
+    """What was given cannot be used; the message says what was expected, what came and what to do."""
+
+
+class BadValueError(TuckerCamError, ValueError):
+    """An argument of the right type has a value that cannot be used."""
+
+
+class BadTypeError(TuckerCamError, TypeError):
+    """An argument is of a type that cannot be used."""
+
+
+class BadFileError(TuckerCamError, OSError):
+    """A file, folder or URL cannot be read or written."""
+
+
+class MissingPackageError(TuckerCamError, ModuleNotFoundError):
+    """A package of an extra is not installed; the message holds the command that installs it."""
+
+
+class Failure(NamedTuple):
+    """A picture that could not be read, explained, scored or written.
+
+    Attributes:
+        name: of the picture, or what was given in its place.
+        error: why; with its traceback.
+    """
+
+    name: str
+    error: Exception
