@@ -1,4 +1,4 @@
-"""Errors that a user can mend: all are one kind, and each is also the built-in kind that fits. And what failed, as a value."""
+"""Errors that a user can mend: one kind, and each is also the built-in kind that fits. What failed is a value."""
 
 from typing import NamedTuple
 
