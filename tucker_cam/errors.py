@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from tucker_cam.text import one_line
+
 
 class TuckerCamError(Exception):
     """What was given cannot be used; the message says what was expected, what came and what to do."""
@@ -33,3 +35,6 @@ class Failure(NamedTuple):
 
     name: str
     error: Exception
+
+    def __str__(self) -> str:
+        return f"{self.name}: {one_line(self.error).removeprefix(f'{self.name}: ')}"

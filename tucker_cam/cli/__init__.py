@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,7 +17,8 @@ import typer
 
 from tucker_cam import __version__
 from tucker_cam.cli.lines import say
-from tucker_cam.errors import BadValueError, TuckerCamError
+from tucker_cam.errors import TuckerCamError
+from tucker_cam.explanations.outputs import FORMATS
 from tucker_cam.extras import install
 from tucker_cam.interrupts import INTERRUPTED, importing
 from tucker_cam.methods import METHODS, check_name, method_named
@@ -32,29 +33,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-
-class AnnotationKind(StrEnum):
-    """The annotations that can be asked for."""
-
-    BOXES = "boxes"
-    MASKS = "masks"
-    NONE = "none"
-
-
-class Format(StrEnum):
-    """The files that can be written."""
-
-    OVERLAY = "overlay"
-    NPY = "npy"
-    ZARR = "zarr"
-
-
-class Engine(StrEnum):
-    """What runs the work."""
-
-    TORCH = "torch"
-    RAY = "ray"
 
 
 OutputFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if it is missing.")]
@@ -80,13 +58,31 @@ Weights = Annotated[
     Path | None,
     typer.Option(help="A checkpoint, of torch.save or .safetensors; the backbone is found in it.", show_default=False),
 ]
+Size = Annotated[int | None, typer.Option(min=1, help="Side of the network's input. (default: the model's own)")]
+NoCrop = Annotated[bool, typer.Option("--no-crop", help="Show the network the whole picture, not its middle.")]
+Mean = Annotated[tuple[float, float, float] | None, typer.Option(help="What the input is normalised by, in [0, 1].")]
+Std = Annotated[tuple[float, float, float] | None, typer.Option(help="See --mean.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps ... (default: cuda if there is one)")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", "-b", min=1, help="(default: 8, on a GPU what it holds)")
+]
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", "-j", min=0, help="Processes that read pictures, or actors. (default: one core is left)"),
+]
 # Of `Group`, those that can be asked for; its module is imported when there is something to score.
 _METRICS: tuple[Literal["localisation", "drop", "curves", "road"], ...] = ("localisation", "drop", "curves", "road")
 _DEBUG = ContextVar("debug", default=False)
 _USER_ERROR = 2
 _SOME_FAILED = 1
 _EXTRAS = {"pyarrow": "ray", "ray": "ray", "zarr": "zarr"}
+
+
+class _Say(logging.Handler):
+    """Prints what the library tells of its work."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
 
 
 def _print_version(asked: bool) -> None:
@@ -103,6 +99,8 @@ def _prepare(
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
 ) -> None:
     _DEBUG.set(debug)
+    logging.getLogger("tucker_cam").handlers = [_Say(level=logging.INFO)]
+    logging.getLogger("tucker_cam").setLevel(logging.INFO)
     # The hub's retries without a network would bury the one line that says what to do.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # One line, without a path in a package and a line of its source.
@@ -128,7 +126,8 @@ def explain(
         ),
     ],
     method: Annotated[
-        list[str] | None, typer.Option(help=f"May be repeated: {', '.join(METHODS)}. (default: tsm)")
+        list[str] | None,
+        typer.Option(help=f"May be repeated: {', '.join(METHODS)}, or your own MODULE:CLASS. (default: tsm)"),
     ] = None,
     model: ModelName = "demo",
     layer: LayerNames = None,
@@ -137,70 +136,66 @@ def explain(
     ] = "tucker-cam-out",
     limit: Limit = None,
     formats: Annotated[
-        list[Format] | None,
+        list[str] | None,
         typer.Option(
-            "--format", help="May be repeated: overlays, or maps as .npy or one Zarr store. (default: overlay)"
+            "--format",
+            help=f"May be repeated: {', '.join(FORMATS)}; maps as .npy or one Zarr store. (default: overlay)",
         ),
     ] = None,
     gallery: Annotated[
         bool, typer.Option("--gallery", help="Write one page with all pictures, to open alone.")
     ] = False,
+    view: Annotated[
+        Literal["picture", "network"], typer.Option(help="Draw on your whole picture, or on what the network saw.")
+    ] = "picture",
+    colormap: Annotated[str, typer.Option(help="Of OpenCV: jet, viridis, turbo, inferno ...")] = "jet",
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="The map's weight in an overlay.")] = 0.5,
     aug_smooth: Annotated[bool, typer.Option("--aug-smooth", help="Average over flips and brightness.")] = False,
     no_pretrained: RandomWeights = False,
     weights: Weights = None,
+    size: Size = None,
+    no_crop: NoCrop = False,
+    mean: Mean = None,
+    std: Std = None,
     device: Device = None,
     engine: Annotated[
-        Engine, typer.Option(help="torch: this machine. ray: a Ray cluster, which writes Parquet to --out.")
-    ] = Engine.TORCH,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", min=1, help="(default: 8, on a GPU what it holds)")
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers", "-j", min=0, help="Processes that read pictures, or actors. (default: one core is left)"
-        ),
-    ] = None,
+        Literal["torch", "ray"], typer.Option(help="torch: this machine. ray: a Ray cluster, which writes Parquet.")
+    ] = "torch",
+    batch_size: BatchSize = None,
+    workers: Workers = None,
 ) -> None:
     """Write an overlay, or the map, for each picture and method."""
     with _user_errors("models", goes_on=True) as problems:
         for name in method or []:
             method_named(name)
-        load = partial(_load, model, layer or [], weights, not no_pretrained, device)
-        if engine is Engine.RAY:
-            if formats or gallery:
-                raise BadValueError("expected no --format and no --gallery with --engine ray, which writes Parquet")
-            with importing():
-                from tucker_cam.explanations.cluster import explain_on_ray
+        with importing():
+            from tucker_cam.explanations.explain import explain as explain_pictures
 
-            problems += explain_on_ray(
-                images,
-                load=load,
-                methods=method or ["tsm"],
-                out=out,
-                aug_smooth=aug_smooth,
-                limit=limit,
-                batch_size=batch_size,
-                workers=workers,
-                say=say,
-            )
-        else:
-            with importing():
-                from tucker_cam.explanations.folder import explain_pictures
-
-            problems += explain_pictures(
-                images,
-                load=load,
-                methods=method or ["tsm"],
-                formats=[each.value for each in formats or [Format.OVERLAY]],
-                gallery=gallery,
-                out=Path(out),
-                aug_smooth=aug_smooth,
-                limit=limit,
-                batch_size=batch_size,
-                workers=workers,
-                say=say,
-            )
+        explanations = explain_pictures(
+            images,
+            model,
+            method or ["tsm"],
+            out=out,
+            formats=formats or ["overlay"],
+            gallery=gallery,
+            view=view,
+            colormap=colormap,
+            alpha=alpha,
+            weights=weights,
+            pretrained=not no_pretrained,
+            layers=layer or [],
+            size=size,
+            crop=not no_crop,
+            mean=mean,
+            std=std,
+            device=device,
+            aug_smooth=aug_smooth,
+            limit=limit,
+            batch_size=batch_size,
+            workers=workers,
+            engine=engine,
+        )
+        problems += map(str, explanations.failures)
 
 
 @app.command()
@@ -237,7 +232,8 @@ def evaluate(
         ),
     ] = None,
     annotations: Annotated[
-        AnnotationKind | None, typer.Option(help="Score only pictures with these. (default: what there is)")
+        Literal["boxes", "masks", "none"] | None,
+        typer.Option(help="Score only pictures with these. (default: what there is)"),
     ] = None,
     limit: Limit = None,
     out: Annotated[
@@ -269,7 +265,7 @@ def evaluate(
             load=partial(_load, model, [layer] if layer else [], weights, not no_pretrained, device),
             methods=method or list(METHODS),
             groups=groups,
-            annotations=annotations.value if annotations else None,
+            annotations=annotations,
             limit=limit,
             out=out,
             report=report,

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +19,14 @@ import pyarrow.parquet as pq
 import ray
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
+from pytorch_grad_cam.base_cam import BaseCAM
 from ray.data.datasource import FilenameProvider
 
-from tucker_cam.errors import BadFileError, BadValueError
-from tucker_cam.explanations.explainer import Explainer
-from tucker_cam.explanations.folder import CPU_BATCH, in_batches, problem_with, read_input
-from tucker_cam.explanations.outputs import identity, is_of_run, not_of_a_run, read_manifest, versions
-from tucker_cam.methods import method_named
+from tucker_cam.errors import BadFileError, BadValueError, Failure
+from tucker_cam.explanations.explainer import CPU_BATCH, Explainer, in_batches, read_input
+from tucker_cam.explanations.manifest import identity, not_of_a_run, place_of_run, versions
 from tucker_cam.models import LoadedModel
-from tucker_cam.pictures.files import is_url
-from tucker_cam.pictures.sources import MANIFEST, Source, find_sources, random_sample
+from tucker_cam.pictures.sources import MANIFEST, Source
 from tucker_cam.text import counted
 from tucker_cam.writing import only_run
 
@@ -43,108 +42,106 @@ _SCHEMA = pyarrow.schema(
         ("error", pyarrow.string()),
     ]
 )
+logger = logging.getLogger("tucker_cam")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every actor does.
+
+    Attributes:
+        load: loads the model.
+        methods: classes of the host's kind, by name.
+        aug_smooth: average over flips and brightness.
+    """
+
+    load: Callable[[], LoadedModel]
+    methods: Mapping[str, Callable[..., BaseCAM]]
+    aug_smooth: bool
 
 
 def explain_on_ray(
-    images: Sequence[str],
-    *,
-    load: Callable[[], LoadedModel],
-    methods: Sequence[str],
-    out: str,
-    aug_smooth: bool,
-    limit: int | None,
-    batch_size: int | None,
-    workers: int | None,
-    say: Callable[[str], None],
-) -> list[str]:
+    pictures: Sequence[Source], work: Work, out: str, *, batch_size: int | None, workers: int | None
+) -> tuple[LoadedModel, list[Failure]]:
     """Explain the pictures that the tables in `out` have not yet.
 
     A table has a row for each picture and method: ``saliency``, the map row by row, float32 in [0, 1], and its
     ``shape``. The batches are those of a single machine with the same `batch_size`, and so are the maps.
 
     Args:
-        images: as for `explain_pictures`; every node must be able to read them.
-        load: loads the model; it is called in every actor.
-        methods: their names.
+        pictures: which every node must be able to read.
+        work: what is done with them.
         out: a folder, local to all nodes or a URL.
-        aug_smooth: average over flips and brightness.
-        limit: take a random sample of so many pictures, see `random_sample`.
         batch_size: None for 8.
         workers: actors; None for one fewer than the cluster has CPUs.
-        say: told what was loaded, and what came out.
 
     Returns:
-        One line for each argument that names no picture, and each picture that could not be read or explained; all
-        others are done.
+        The model, and what could not be read or explained; all others are done.
 
     Raises:
-        ValueError: as for `explain_pictures`; or no actor is to do the work.
-        ModuleNotFoundError: the model's package is missing.
-        OSError: weights could not be had, or `out` could not be written.
+        ValueError: no actor is to do the work; another run is writing to `out`, or it holds what is not of a run.
+        OSError: `out` could not be written.
     """
-    classes = list(dict.fromkeys(methods))
-    for name in classes:
-        method_named(name)
     if workers == 0:
-        raise BadValueError("expected at least one actor to explain the pictures, got --workers 0")
-    sources, unusable = find_sources(images, out=None if is_url(out) else Path(out))
-    sources = random_sample(sources, limit)
-    filesystem, folder = url_to_fs(out)
-    filesystem.makedirs(folder, exist_ok=True)
+        raise BadValueError("expected at least one actor to explain the pictures, got workers=0")
+    filesystem, root = url_to_fs(out)
+    filesystem.makedirs(root, exist_ok=True)
     # Elsewhere there is no lock that all file systems keep.
     local = isinstance(filesystem, LocalFileSystem)
-    with only_run(Path(folder, MANIFEST)) if local else nullcontext():
-        loaded = load()
-        say(loaded.description)
+    with only_run(Path(root, MANIFEST)) if local else nullcontext():
+        loaded = work.load()
+        logger.info(loaded.description)
+        folder = _claim_folder(filesystem, root, identity(loaded, "ray", aug_smooth=work.aug_smooth))
         earlier = _read_tables(filesystem, folder)
-        _claim_folder(filesystem, folder, out, identity(loaded, "ray", aug_smooth=aug_smooth), earlier)
-        before = earlier.done
-        size = batch_size or CPU_BATCH
-        items = [_item(batch, classes, before) for batch in in_batches(sources, size)]
-        items = [item for item in items if any(item["missing"])]
-        if items:
-            if not ray.is_initialized():
-                ray.init(log_to_driver=False, logging_level=logging.WARNING)
-            logging.getLogger("ray.data").setLevel(logging.WARNING)
-            actors = workers or max(int(ray.cluster_resources().get("CPU", 1)) - 1, 1)
-            explained = ray.data.from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS)).map_batches(
-                _Actor,
-                fn_constructor_args=(load, classes, aug_smooth),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=min(actors, len(items))),
-                num_gpus=int(loaded.device.type == "cuda"),
-            )
-            explained.write_parquet(
-                folder,
-                filesystem=filesystem,
-                filename_provider=_Names(file_format="parquet"),
-                # Writing must not wait for a core while the actors hold them all.
-                ray_remote_args={"num_cpus": 0},
-            )
+        items = [_item(batch, work.methods, earlier.done) for batch in in_batches(pictures, batch_size or CPU_BATCH)]
+        if items := [item for item in items if any(item["missing"])]:
+            _run(items, work, folder, filesystem, workers, on_gpu=loaded.device.type == "cuda")
         new = _read_tables(filesystem, folder, known=earlier.paths)
-    after = before | new.done
     for path in earlier.broken + new.broken:
-        say(
+        logger.info(
             f"note: {path}: expected a whole table, found a damaged one, or one that a run is still writing: left out, "
             "and its maps made again; delete it when no run is writing"
         )
-    already = sum(all((source.key, name) in before for name in classes) for source in sources)
-    failed = [source for source in sources if not all((source.key, name) in after for name in classes)]
-    say(
-        f"{counted(len(sources))}: {len(sources) - already - len(failed)} explained, {already} there already, "
-        f"{len(failed)} failed; in {out}"
+    after = earlier.done | new.done
+    already = sum(all((picture.key, name) in earlier.done for name in work.methods) for picture in pictures)
+    failed = [picture for picture in pictures if not all((picture.key, name) in after for name in work.methods)]
+    logger.info(
+        f"{counted(len(pictures))}: {len(pictures) - already - len(failed)} explained, {already} there already, "
+        f"{len(failed)} failed; in {folder if local else filesystem.unstrip_protocol(folder)}"
     )
-    return unusable + [
-        new.errors.get(source.key, f"{source}: it is in no table; the same command tries again") for source in failed
-    ]
+    unknown = "it is in no table; the same command tries again"
+    return loaded, [Failure(str(each), BadValueError(new.errors.get(each.key, unknown))) for each in failed]
+
+
+def _run(
+    items: Sequence[Mapping[str, Any]], work: Work, folder: str, filesystem: Any, workers: int | None, *, on_gpu: bool
+) -> None:
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    actors = workers or max(int(ray.cluster_resources().get("CPU", 1)) - 1, 1)
+    explained = ray.data.from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS)).map_batches(
+        _Actor,
+        fn_constructor_args=(work,),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(actors, len(items))),
+        num_gpus=int(on_gpu),
+    )
+    explained.write_parquet(
+        folder,
+        filesystem=filesystem,
+        filename_provider=_Names(file_format="parquet"),
+        # Writing must not wait for a core while the actors hold them all.
+        ray_remote_args={"num_cpus": 0},
+    )
 
 
 class _Actor:
     """Explains the pictures of one batch after the other; Ray keeps it, and so its model, for many."""
 
-    def __init__(self, load: Callable[[], LoadedModel], methods: Sequence[str], aug_smooth: bool) -> None:
-        self.explainer = Explainer(load(), {name: method_named(name) for name in methods}, aug_smooth=aug_smooth)
+    def __init__(self, work: Work) -> None:
+        self.explainer = Explainer(work.load(), work.methods, work.aug_smooth)
 
     def __call__(self, items: pyarrow.Table) -> pyarrow.Table:
         rows = [row for item in items.to_pylist() for row in self._rows(item)]
@@ -155,22 +152,17 @@ class _Actor:
             Source(name, path, None if row is None else (row[0], row[1]))
             for name, path, row in zip(item["names"], item["paths"], item["rows"], strict=True)
         ]
-        loaded = self.explainer.loaded
-        inputs = [read_input(source, loaded.preprocess, loaded.frames) for source in sources]
-        for source, found, missing in zip(sources, self.explainer.explain(inputs), item["missing"], strict=True):
-            if isinstance(found, Exception):
-                if missing:
-                    yield {"picture": source.key, "name": source.name, "error": problem_with(source, found)}
-            else:
-                for method in missing:
-                    saliency = found.maps[method]
-                    yield {
-                        "picture": source.key,
-                        "name": source.name,
-                        "method": method,
-                        "shape": saliency.shape,
-                        "saliency": saliency.ravel(),
-                    }
+        inputs = [read_input(source, self.explainer.loaded) for source in sources]
+        explained = self.explainer.explain(sources, inputs)
+        for source, found, missing in zip(sources, explained, item["missing"], strict=True):
+            about = {"picture": source.key, "name": source.name}
+            if not isinstance(found, Exception):
+                maps = {method: found.maps[method] for method in missing}
+                yield from (
+                    about | {"method": m, "shape": each.shape, "saliency": each.ravel()} for m, each in maps.items()
+                )
+            elif missing:
+                yield about | {"error": str(Failure(str(source), found)).removeprefix(f"{source}: ")}
 
 
 class _Names(FilenameProvider):
@@ -178,13 +170,35 @@ class _Names(FilenameProvider):
         return f"{_PREFIX}{super().get_filename_for_task(write_uuid, task_index)}"
 
 
-def _item(batch: Sequence[Source], methods: Sequence[str], done: set[tuple[str, str]]) -> dict[str, list[Any]]:
+def _item(batch: Sequence[Source], methods: Collection[str], done: set[tuple[str, str]]) -> dict[str, list[Any]]:
     return {
         "names": [source.name for source in batch],
         "paths": [source.location for source in batch],
         "rows": [source.row if source.row is None else list(source.row) for source in batch],
         "missing": [[name for name in methods if (source.key, name) not in done] for source in batch],
     }
+
+
+def _claim_folder(filesystem: Any, root: str, run: Mapping[str, Any]) -> str:
+    """Return the folder of this run, with a manifest in it."""
+    manifests = {
+        path.rpartition("/")[0]: filesystem.cat_file(path).decode(errors="surrogateescape")
+        for path in [*filesystem.glob(f"{root}/{MANIFEST}"), *sorted(filesystem.glob(f"{root}/*/{MANIFEST}"))]
+    }
+    folder = place_of_run(root, run, manifests)
+    if folder in manifests:
+        return folder
+    # Tables are read: they must be a run's.
+    if tables := filesystem.glob(f"{folder}/{_PREFIX}*.parquet"):
+        raise not_of_a_run(tables[0])
+    unfinished, path = f"{folder}/.{MANIFEST}.unfinished", f"{folder}/{MANIFEST}"
+    try:
+        filesystem.makedirs(folder, exist_ok=True)
+        filesystem.pipe_file(unfinished, json.dumps({**run, "versions": versions()}, indent=1).encode())
+        filesystem.mv(unfinished, path)
+    except OSError as error:
+        raise BadFileError(f"{path}: could not be written ({error})") from error
+    return folder
 
 
 class _Tables(NamedTuple):
@@ -201,24 +215,6 @@ class _Tables(NamedTuple):
     done: set[tuple[str, str]]
     errors: dict[str, str]
     broken: list[str]
-
-
-def _claim_folder(filesystem: Any, folder: str, out: str, run: Mapping[str, Any], tables: _Tables) -> None:
-    """Write the manifest of a new folder; in one of this run there is nothing to do."""
-    path = f"{folder}/{MANIFEST}"
-    if filesystem.exists(path):
-        content = read_manifest(filesystem.cat_file(path).decode(errors="surrogateescape"), run, out)
-        if is_of_run(content, run, out, lambda: bool(tables.done or tables.broken)):
-            return
-    # Tables are read: they must be a run's.
-    elif tables.paths:
-        raise not_of_a_run(tables.paths[0])
-    unfinished = f"{folder}/.{MANIFEST}.unfinished"
-    try:
-        filesystem.pipe_file(unfinished, json.dumps({**run, "versions": versions()}, indent=1).encode())
-        filesystem.mv(unfinished, path)
-    except OSError as error:
-        raise BadFileError(f"{path}: could not be written ({error})") from error
 
 
 def _read_tables(filesystem: Any, folder: str, *, known: Collection[str] = ()) -> _Tables:

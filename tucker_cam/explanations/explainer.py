@@ -1,37 +1,31 @@
-"""Preprocessed pictures in, their saliency maps out: the work that every engine does, batch by batch."""
+"""Pictures in, their explanations out: read ahead, through the network in batches, by all methods together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from tucker_cam.decomposition.modes import channel_modes
+from tucker_cam.errors import BadFileError
+from tucker_cam.explanations.explanation import Explanation
 from tucker_cam.explanations.maps import OnePass
-from tucker_cam.models import LoadedModel
+from tucker_cam.models import LoadedModel, Network
+from tucker_cam.models.families import preprocessed
+from tucker_cam.pictures.held import Held, Picture
+from tucker_cam.pictures.view import View, view_of
 
+CPU_BATCH = 8
+_LARGEST_BATCH = 256
 _COMPONENTS = 6
-
-
-@dataclass(frozen=True)
-class Found:
-    """What was found out about one network input.
-
-    Attributes:
-        maps: by method, (time x) height x width in [0, 1].
-        components: the strongest components of MTSM at the last of the layers, count x its positions, signed;
-            none unless asked for.
-        values: all singular values, descending; none unless asked for.
-    """
-
-    maps: dict[str, NDArray[np.float32]]
-    components: NDArray[np.float32]
-    values: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class Explainer:
         loaded: the model.
         methods: classes of the host's kind, by name.
         aug_smooth: average over flips and brightness, as the host does.
-        components: return the single components of MTSM too.
+        components: find the single components of MTSM too.
     """
 
     loaded: LoadedModel
@@ -50,18 +44,39 @@ class Explainer:
     aug_smooth: bool = False
     components: bool = False
 
-    def explain(self, inputs: Sequence[Tensor | Exception] | Tensor) -> list[Found | Exception]:
-        """Explain pictures; those of one size go through the network together.
+    def explain_all(
+        self, batches: Sequence[Sequence[Picture]], workers: int = 0
+    ) -> Iterator[list[tuple[Picture, Explanation | Exception]]]:
+        """Yield each batch's explanations, or the errors for which there are none.
 
         Args:
-            inputs: as `loaded.preprocess` returns them, or the error for which there is none; or all in one tensor.
+            batches: of pictures.
+            workers: processes that read pictures ahead.
 
-        Returns:
-            For each picture what was found, or the error for which nothing was.
+        Raises:
+            OSError: one of these was killed.
+        """
+        pictures = [picture for batch in batches for picture in batch]
+        ends = accumulate(map(len, batches))
+        indices = [list(range(end - len(batch), end)) for end, batch in zip(ends, batches, strict=True)]
+        loader = DataLoader(
+            _Inputs(pictures, self.loaded), batch_sampler=indices, collate_fn=_collate, num_workers=workers
+        )
+        for batch, inputs in zip(batches, _unless_killed(loader), strict=True):
+            yield list(zip(batch, self.explain(batch, inputs), strict=True))
+
+    def explain(
+        self, pictures: Sequence[Picture], inputs: Sequence[Tensor | Exception] | Tensor
+    ) -> list[Explanation | Exception]:
+        """Explain a batch; pictures of one size go through the network together.
+
+        Args:
+            pictures: where they are from.
+            inputs: as of `read_input`; or all in one tensor.
         """
         if isinstance(inputs, Tensor):
-            return self._together(inputs)
-        results: dict[int, Found | Exception] = {}
+            return self._together(pictures, inputs)
+        results: dict[int, Explanation | Exception] = {}
         by_size: dict[torch.Size, dict[int, Tensor]] = {}
         for index, each in enumerate(inputs):
             if isinstance(each, Tensor):
@@ -69,32 +84,116 @@ class Explainer:
             else:
                 results[index] = each
         for of_one_size in by_size.values():
-            together = self._together(torch.stack(list(of_one_size.values())))
+            these = [pictures[index] for index in of_one_size]
+            together = self._together(these, torch.stack(list(of_one_size.values())))
             results |= dict(zip(of_one_size, together, strict=True))
         return [results[index] for index in range(len(inputs))]
 
-    def _together(self, images: Tensor) -> list[Found | Exception]:
+    def _together(self, pictures: Sequence[Picture], images: Tensor) -> list[Explanation | Exception]:
         try:
-            return [*self._explain(images)]
+            return [*self._explain(pictures, images)]
         except Exception as error:
             # One picture on which a network fails in its own way, or a batch too large for the memory, costs no
             # other picture its map.
-            if len(images) > 1:
-                return [result for image in images.split(1) for result in self._together(image)]
-            return [error]
+            if len(images) == 1:
+                return [error]
+            alone = zip(pictures, images.split(1), strict=True)
+            return [result for picture, image in alone for result in self._together([picture], image)]
 
-    def _explain(self, images: Tensor) -> list[Found]:
-        loaded = self.loaded
-        images = images.to(loaded.device)
+    def _explain(self, pictures: Sequence[Picture], images: Tensor) -> list[Explanation]:
+        loaded, on_device = self.loaded, images.to(self.loaded.device)
         components = values = np.zeros((len(images), 0), np.float32)
         with OnePass(
-            loaded.model, loaded.target_layers, loaded.reshape_transform, images, aug_smooth=self.aug_smooth
+            loaded.model, loaded.target_layers, loaded.reshape_transform, on_device, aug_smooth=self.aug_smooth
         ) as one_pass:
             maps = {name: one_pass.maps(build) for name, build in self.methods.items()}
             if self.components:
                 modes = channel_modes(one_pass.output_and_features()[1][-1])
                 components, values = modes.maps[:, :_COMPONENTS].cpu().numpy(), modes.values.cpu().numpy()
         return [
-            Found({name: each[index] for name, each in maps.items()}, components[index], values[index])
-            for index in range(len(images))
+            Explanation(
+                picture,
+                images[index],
+                loaded,
+                self.find_view,
+                {name: each[index] for name, each in maps.items()},
+                components[index],
+                values[index],
+            )
+            for index, picture in enumerate(pictures)
         ]
+
+    @cached_property
+    def find_view(self) -> Callable[[tuple[int, int]], View | None]:
+        """From a picture's size to where in it the network looks."""
+
+        @lru_cache(maxsize=256)
+        def find(size: tuple[int, int]) -> View | None:
+            try:
+                return view_of(self.loaded.preprocess, size, self.loaded.frames)
+            except Exception:
+                # A preprocessing of one's own may take nothing but the pictures that it is made for.
+                return None
+
+        return find
+
+    @cached_property
+    def batch_size(self) -> int:
+        """How many pictures the device takes at once: on a GPU, what fills half of its free memory."""
+        example = self.loaded.example()
+        if example.device.type != "cuda":
+            return CPU_BATCH
+        grey = Held("grey", example[0])
+        self._explain([grey], example)
+        torch.cuda.reset_peak_memory_stats(example.device)
+        before = torch.cuda.memory_allocated(example.device)
+        self._explain([grey], example)
+        each = max(torch.cuda.max_memory_allocated(example.device) - before, 1)
+        free, _ = torch.cuda.mem_get_info(example.device)
+        return int(min(max(free // 2 // each, 1), _LARGEST_BATCH))
+
+
+def in_batches(pictures: Sequence[Picture], size: int) -> list[Sequence[Picture]]:
+    """Cut the pictures into batches: alike in every run, so that a map does not depend on where one was stopped."""
+    return [pictures[start : start + size] for start in range(0, len(pictures), size)]
+
+
+def read_input(picture: Picture, network: Network) -> Tensor | Exception:
+    """Return the network's input for a picture, or the error for which there is none."""
+    try:
+        content = picture.read(network.frames)
+        return content if isinstance(content, Tensor) else preprocessed(network.preprocess, content, str(picture))
+    except (OSError, ValueError) as error:
+        return error
+
+
+class _Inputs(Dataset[Any]):
+    def __init__(self, pictures: Sequence[Picture], loaded: LoadedModel) -> None:
+        # Without the model: a worker that is spawned gets a copy of this.
+        self.pictures, self.network = pictures, Network(torch.nn.Identity(), loaded.preprocess, frames=loaded.frames)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Tensor | Exception:
+        return read_input(self.pictures[index], self.network)
+
+
+def _collate(inputs: list[Tensor | Exception]) -> list[Tensor | Exception] | Tensor:
+    """Put inputs of one size into one tensor, which a worker hands over at once and not picture by picture."""
+    try:
+        return torch.stack(inputs)  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):
+        # An error of a picture that cannot be read; another size.
+        return inputs
+
+
+def _unless_killed(loader: DataLoader[Any]) -> Iterator[list[Tensor | Exception] | Tensor]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise BadFileError(
+            "a process that read pictures was killed, for want of memory perhaps: try workers=0"
+        ) from error

@@ -3,91 +3,160 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from io import BytesIO
-from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageEnhance
 from pytorch_grad_cam.utils.image import show_cam_on_image
+from torch import Tensor
 
+from tucker_cam.errors import BadValueError
+from tucker_cam.methods import check_name
+from tucker_cam.models import Network
+from tucker_cam.pictures.held import Picture
 from tucker_cam.pictures.view import View
 from tucker_cam.text import printable
 
 # What the network did not see keeps this much of its brightness.
 _DIMMED = 0.4
 _SHOWN_HEIGHT = 240
+_COLORMAPS = {
+    name.removeprefix("COLORMAP_").lower(): getattr(cv2, name) for name in dir(cv2) if name.startswith("COLORMAP_")
+}
 
 
-@dataclass(frozen=True)
+class Look(NamedTuple):
+    """How a map is drawn.
+
+    Attributes:
+        view: ``picture`` draws it at its place in the user's own picture, whole and at its own size, with what the
+            network did not see dimmed; ``network`` over what the network saw.
+        colormap: of OpenCV, such as ``jet``, the host's, or ``viridis``.
+        alpha: the map's weight over the picture's, in [0, 1].
+    """
+
+    view: Literal["picture", "network"] = "picture"
+    colormap: str = "jet"
+    alpha: float = 0.5
+
+    def check(self) -> None:
+        """Raise ValueError unless there is such a look."""
+        check_name("view", self.view, ("picture", "network"))
+        check_name("colormap", self.colormap, _COLORMAPS)
+        if not 0 <= self.alpha <= 1:
+            raise BadValueError(f"expected alpha in [0, 1], got {self.alpha}")
+
+    def draw(self, picture: NDArray[np.float32], saliency: NDArray[np.float32]) -> Image.Image:
+        colormap = _COLORMAPS[self.colormap]
+        return Image.fromarray(show_cam_on_image(picture, saliency, True, colormap, image_weight=1 - self.alpha))
+
+
+DEFAULT_LOOK = Look()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     r"""What was found out about one picture.
 
     Attributes:
-        name: of the picture.
-        picture: as the user has it, upright and whole; of a clip its first frame. Where only the network's input was
-            given, that, with its normalisation undone.
-        seen: what the network saw, height x width x 3 in [0, 1]; of a clip its first frame.
-        view: where in the picture that is; None where it is no box of it.
+        source: where it is from.
+        network_input: what it became, (channels x) time x height x width.
+        network: that took it.
+        find_view: from a picture's size to what the network sees of it.
         maps: by method, float32 in [0, 1], height x width as the network saw it (time x height x width for clips).
-        components: MTSM's strongest components $a_i^\top F_{(1)}$, count x layer height x layer width, signed; none
-            unless asked for.
+        components: MTSM's strongest components $a_i^\top F_{(1)}$ at the last of the layers, count x its positions,
+            signed; none unless asked for.
         values: all singular values, descending; none unless asked for.
     """
 
-    name: str
-    picture: Image.Image
-    seen: NDArray[np.float32]
-    view: View | None
+    source: Picture
+    network_input: Tensor
+    network: Network
+    find_view: Callable[[tuple[int, int]], View | None]
     maps: Mapping[str, NDArray[np.float32]]
     components: NDArray[np.float32]
     values: NDArray[np.float32]
 
-    def overlay(self, method: str | None = None, *, view: Literal["picture", "network"] = "picture") -> Image.Image:
-        """Draw a map over the picture, in the host's colours.
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @cached_property
+    def picture(self) -> Image.Image:
+        """As the user has it, upright and whole, read again; of a clip its first frame.
+
+        Where only the network's input was given it is that, with its normalisation undone.
+        """
+        content = self.source.read(self.network.frames)
+        if isinstance(content, Tensor):
+            return Image.fromarray(np.uint8(255 * self.seen))
+        return content if isinstance(content, Image.Image) else content[0]
+
+    @cached_property
+    def seen(self) -> NDArray[np.float32]:
+        """What the network saw, height x width x 3 in [0, 1]; of a clip its first frame."""
+        saw = self.network.picture(self.network_input)
+        return saw if saw.ndim == 3 else saw[0]
+
+    @cached_property
+    def view(self) -> View | None:
+        """Where in the picture that is; None where it is no box of it."""
+        return self.find_view(self.picture.size)
+
+    def overlay(
+        self,
+        method: str | None = None,
+        *,
+        view: Literal["picture", "network"] = "picture",
+        colormap: str = "jet",
+        alpha: float = 0.5,
+    ) -> Image.Image:
+        """Draw a map over the picture; of a clip, over its first frame.
 
         Args:
             method: its name; None for the first.
-            view: ``picture`` draws it at its place in the user's own picture, whole and at its own size, with what the
-                network did not see dimmed; ``network`` over what the network saw.
+            view: see `Look`.
+            colormap: see `Look`.
+            alpha: see `Look`.
 
         Raises:
             KeyError: there is no map of this method.
+            ValueError: there is no such look.
         """
+        look = Look(view, colormap, alpha)
+        look.check()
         saliency = self.maps[next(iter(self.maps)) if method is None else method]
-        frame = saliency if saliency.ndim == 2 else saliency[0]
-        if view == "network" or self.view is None:
-            return Image.fromarray(show_cam_on_image(self.seen, frame, use_rgb=True))
-        height, width = frame.shape
-        across, down = width / self.view.width, height / self.view.height
-        matrix = (across, 0, -self.view.left * across, 0, down, -self.view.top * down)
-        laid, size = Image.fromarray(np.ascontiguousarray(frame)), self.picture.size
-        placed = np.asarray(laid.transform(size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR))
-        x, y = np.arange(size[0]) + 0.5, np.arange(size[1])[:, None] + 0.5
-        inside = (x >= self.view.left) & (x < self.view.left + self.view.width)
-        inside = inside & (y >= self.view.top) & (y < self.view.top + self.view.height)
-        picture = np.asarray(self.picture, dtype=np.float32) / 255
-        drawn = show_cam_on_image(picture, placed, use_rgb=True)
-        dimmed = np.uint8(255 * _DIMMED * picture)
-        return Image.fromarray(np.where(inside[..., None], drawn, dimmed))
+        return self.drawn(saliency if saliency.ndim == 2 else saliency[0], look)
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write the overlay of each method as ``NAME_METHOD.png``, and return the files.
-
-        Raises:
-            OSError: they cannot be written.
-        """
-        paths = []
-        for method in self.maps:
-            path = Path(folder, f"{self.name}_{method}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.overlay(method).save(path)
-            paths.append(path)
-        return paths
+    def drawn(self, saliency: NDArray[np.float32], look: Look) -> Image.Image:
+        """Return a map, height x width as the network saw it, over the picture."""
+        if look.view == "network" or self.view is None:
+            return look.draw(self.seen, saliency)
+        left, top, width, height = self.view
+        size = self.picture.size
+        box = (
+            min(max(round(left), 0), size[0] - 1),
+            min(max(round(top), 0), size[1] - 1),
+            max(min(round(left + width), size[0]), 1),
+            max(min(round(top + height), size[1]), 1),
+        )
+        across, down = saliency.shape[1] / width, saliency.shape[0] / height
+        matrix = (across, 0, (box[0] - left) * across, 0, down, (box[1] - top) * down)
+        inside = (box[2] - box[0], box[3] - box[1])
+        laid = Image.fromarray(np.ascontiguousarray(saliency)).transform(
+            inside, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+        )
+        there = np.asarray(self.picture.crop(box), dtype=np.float32) / 255
+        whole = ImageEnhance.Brightness(self.picture).enhance(_DIMMED)
+        whole.paste(look.draw(there, np.asarray(laid)), box)
+        return whole
 
     def __repr__(self) -> str:
         return f"<Explanation of {self.name}: {', '.join(self.maps)}>"

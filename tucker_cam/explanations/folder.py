@@ -1,244 +1,258 @@
-"""Pictures in, overlays, maps and a gallery on the disk out: on one machine, read ahead by workers."""
+"""Explanations in, files in a folder out: what is there is gone on with, and what others wrote is left alone."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from itertools import accumulate
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from tucker_cam.errors import BadFileError, BadValueError
-from tucker_cam.explanations.explainer import Explainer, Found
-from tucker_cam.explanations.outputs import FORMATS, NOT_OURS, GalleryParts, Manifest, Output, Picture
-from tucker_cam.methods import method_named
-from tucker_cam.models import LoadedModel
-from tucker_cam.models.families import preprocessed
-from tucker_cam.pictures.sources import MANIFEST, Source, find_sources, random_sample
+from tucker_cam.errors import BadFileError, BadValueError, Failure
+from tucker_cam.explanations.explainer import Explainer, in_batches
+from tucker_cam.explanations.explanation import Explanation, Look
+from tucker_cam.explanations.gallery import write_gallery
+from tucker_cam.explanations.manifest import NOT_OURS, Manifest, folder_of_run, identity, not_of_a_run
+from tucker_cam.explanations.outputs import (
+    FORMATS,
+    KINDS,
+    PAGE,
+    STORE,
+    SUFFIXES,
+    GalleryParts,
+    Output,
+    Overlays,
+    gallery_entries,
+)
+from tucker_cam.methods import check_name
+from tucker_cam.pictures.held import Collection, Picture
+from tucker_cam.pictures.sources import MANIFEST, safe_name
+from tucker_cam.pictures.view import View
 from tucker_cam.progress import progress
-from tucker_cam.text import counted, one_line
+from tucker_cam.text import counted
 from tucker_cam.writing import only_run
 
-CPU_BATCH = 8
-_LARGEST_BATCH = 256
-_MOST_WORKERS = 8
 _WRITERS = 4
+_MOST_WORKERS = 8
+# Of a stream, whose names are not known before, so many pictures are listed in the manifest at a time.
+_PART = 256
+_NONE = np.zeros(0, np.float32)
+logger = logging.getLogger("tucker_cam")
 
 
-def explain_pictures(
-    images: Sequence[str],
-    *,
-    load: Callable[[], LoadedModel],
-    methods: Sequence[str],
-    formats: Sequence[str],
-    gallery: bool,
-    out: Path,
-    aug_smooth: bool,
-    limit: int | None,
-    batch_size: int | None,
-    workers: int | None,
-    say: Callable[[str], None],
-) -> list[str]:
-    """Explain the pictures that `out` has not yet, and write what was asked for.
+def default_workers(batches: Sequence[object]) -> int:
+    """Return how many processes shall read: one fewer than there are cores, not too many, and none for one batch."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if len(batches) < 2 else min(max(cores - 1, 1), _MOST_WORKERS)
+
+
+def check_writing(out: Path | None, formats: Sequence[str], look: Look, methods: Iterable[str]) -> None:
+    """Raise ValueError for a format, a look or a method's name that cannot be, or an `out` that is a file."""
+    for name in formats:
+        check_name("format", name, FORMATS)
+    look.check()
+    for name in methods:
+        if safe_name(name) != name or "/" in name:
+            raise BadValueError(f"expected a method's name that a file's can hold, got {name!r}")
+    if out is not None:
+        if out.exists() and not out.is_dir():
+            raise BadValueError(f"{out}: expected a folder for what is written, found a file")
+        # What takes long comes later.
+        out.mkdir(parents=True, exist_ok=True)
+
+
+@dataclass
+class FolderWriter:
+    """Writes explanations into a folder.
 
     A map does not depend on where an earlier run was interrupted: batches are cut alike in every run. What no manifest
     lists is neither taken for a map nor overwritten.
 
-    Args:
-        images: files, folders, globs and Parquet files.
-        load: loads the model.
-        methods: their names.
-        formats: of overlay, npy, zarr.
+    Attributes:
+        explainer: makes them.
+        out: the folder; made if it is missing. What holds another run's results gets a folder below it for this one.
+        formats: see `explain`.
         gallery: write a page with all pictures too.
-        out: a folder; made if it is missing.
-        aug_smooth: average over flips and brightness.
-        limit: take a random sample of so many pictures, see `random_sample`.
-        batch_size: None for what the device takes.
-        workers: processes that read pictures ahead; None for one less than there are cores, and none for few pictures.
-        say: told what was loaded, and what came out.
-
-    Returns:
-        One line for each argument that names no picture, and each picture, and the gallery, that could not be read,
-        explained or written; all others are done.
-
-    Raises:
-        ValueError: an unknown method, model, layer or device; no pictures; another run in `out`, or its maps.
-        ModuleNotFoundError: a package is missing.
-        OSError: weights could not be had, `out` could not be written, or a reading process was killed.
+        look: of overlays.
+        batch_size: how many pictures go through the network together.
+        workers: processes that read pictures ahead; None for what the machine has, and none for few pictures.
+        failures: what could not be read, explained or written.
     """
-    classes = {name: method_named(name) for name in dict.fromkeys(methods)}
-    if out.exists() and not out.is_dir():
-        raise BadValueError(f"{out}: expected a folder for what is written, found a file")
-    sources, unusable = find_sources(images, out=out)
-    sources = random_sample(sources, limit)
-    # What takes long comes last: the pictures are there, and the folder can be written to.
-    out.mkdir(parents=True, exist_ok=True)
-    with only_run(out / MANIFEST):
-        loaded = load()
-        say(loaded.description)
-        manifest = Manifest(out, loaded, aug_smooth=aug_smooth)
-        manifest.claim_folder()
-        names, earlier = manifest.add(sources), dict(manifest.stamps)
-        manifest.stamps |= {source.key: source.stamp for source in sources}
-        page = GalleryParts(out, list(classes)) if gallery else None
-        outputs = [kind.begin(out, list(classes), manifest) for name, kind in FORMATS.items() if name in formats]
-        outputs += [] if page is None else [page]
-        missing, problems = {}, []
-        for source in sources:
-            before = earlier.get(source.key, NOT_OURS)
-            paths = [path for output in outputs for path in output.paths(names[source])] if before == NOT_OURS else []
-            if taken := [path for path in paths if path.exists()]:
-                manifest.stamps[source.key] = NOT_OURS
-                problems.append(f"{source}: {taken[0]} is there already, and not of a run in this folder")
-                continue
-            if before != NOT_OURS and before.differs(manifest.stamps[source.key]):
-                try:
-                    manifest.remove_files(source)
-                except OSError as error:
-                    manifest.stamps[source.key] = before
-                    problems.append(f"{source}: what an earlier run wrote could not be removed ({error})")
-                    continue
-            missing[source] = [output for output in outputs if not output.has(names[source])]
+
+    explainer: Explainer
+    out: Path
+    formats: Sequence[str]
+    gallery: bool
+    look: Look
+    batch_size: int
+    workers: int | None
+    failures: list[Failure] = field(default_factory=list)
+
+    def write(self, pictures: Collection, *, shown: bool) -> None:
+        """Write what is missing, and say at the end what came out.
+
+        Args:
+            pictures: to explain.
+            shown: whether a bar is.
+
+        Raises:
+            ValueError: another run is writing to the folder, or its manifest or store is none.
+            OSError: the folder cannot be written to, or a reading process was killed.
+        """
+        with only_run(self.out / MANIFEST):
+            run = identity(self.explainer.loaded, "torch", aug_smooth=self.explainer.aug_smooth)
+            manifest = Manifest(folder_of_run(self.out, run), run)
+            self._claim(manifest)
+            count = there = 0
+            with progress("explaining", pictures.count, shown=shown) as advance:
+                for part in _parts(pictures):
+                    there += self._write_part(part, manifest, advance)
+                    count += len(part)
+            unfinished = self._write_gallery() if self.gallery else []
+        page = f"; gallery: {self.out / PAGE}" if self.gallery and not unfinished else ""
+        failed = len(self.failures)
+        logger.info(
+            f"{counted(count)}: {count - there - failed} explained, {there} there already, {failed} failed; in "
+            f"{manifest.folder}{page}"
+        )
+        self.failures += unfinished
+
+    def _claim(self, manifest: Manifest) -> None:
+        """Write the manifest of a new folder, so that whatever a killed run leaves is known to be of a run."""
+        if manifest.is_new:
+            manifest.folder.mkdir(exist_ok=True)
+            for name in (STORE, PAGE):
+                if (manifest.folder / name).exists():
+                    raise not_of_a_run(manifest.folder / name)
+        manifest.methods = [*dict.fromkeys([*manifest.methods, *self.explainer.methods])]
+        if "overlay" in self.formats and manifest.look != self.look._asdict():
+            # They are drawn again, also where this run is killed in between.
+            for key in manifest.ours():
+                for path in Overlays.left(manifest, key):
+                    path.unlink(missing_ok=True)
+            manifest.look = self.look._asdict()
         manifest.write()
-        explainer = Explainer(loaded, classes, aug_smooth=aug_smooth, components=gallery)
-        size = batch_size or batch_size_for(explainer)
-        batches = [batch for batch in in_batches(sources, size) if any(missing.get(source) for source in batch)]
-        if batches:
-            problems += _run(explainer, batches, names, missing, workers)
-        unfinished = [] if page is None else _finish(page, manifest.names.values(), loaded)
-    there = sum(not outputs for outputs in missing.values())
-    say(
-        f"{counted(len(sources))}: {len(sources) - there - len(problems)} explained, {there} there already, "
-        f"{len(problems)} failed; in {out}" + (f"; gallery: {page.page}" if page is not None and not unfinished else "")
-    )
-    return unusable + problems + unfinished
 
-
-def _finish(page: GalleryParts, names: Iterable[str], loaded: LoadedModel) -> list[str]:
-    try:
-        page.finish(names, f"{loaded.name}, {', '.join(loaded.layer_names)}")
-    except (OSError, ValueError) as error:
-        return [f"the gallery could not be written ({error})"]
-    return []
-
-
-def in_batches(sources: Sequence[Source], size: int) -> list[Sequence[Source]]:
-    """Cut the pictures into batches: alike in every run, so that a map does not depend on where one was stopped."""
-    return [sources[start : start + size] for start in range(0, len(sources), size)]
-
-
-def batch_size_for(explainer: Explainer) -> int:
-    """Return how many pictures the device takes at once: on a GPU, what fills half of its free memory."""
-    example = explainer.loaded.example()
-    if example.device.type != "cuda":
-        return CPU_BATCH
-    explainer.explain([example[0]])
-    torch.cuda.reset_peak_memory_stats(example.device)
-    before = torch.cuda.memory_allocated(example.device)
-    explainer.explain([example[0]])
-    each = max(torch.cuda.max_memory_allocated(example.device) - before, 1)
-    free, _ = torch.cuda.mem_get_info(example.device)
-    return min(max(free // 2 // each, 1), _LARGEST_BATCH)
-
-
-class _Pictures(Dataset[Tensor | Exception]):
-    """Preprocessed pictures; for one that cannot be read, the error."""
-
-    def __init__(self, sources: Sequence[Source], loaded: LoadedModel) -> None:
-        self.sources, self.preprocess, self.frames = sources, loaded.preprocess, loaded.frames
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    def __getitem__(self, index: int) -> Tensor | Exception:
-        return read_input(self.sources[index], self.preprocess, self.frames)
-
-
-def read_input(source: Source, preprocess: Callable[[object], Tensor], frames: int | None) -> Tensor | Exception:
-    """Return the network's input for a picture, or the error for which there is none."""
-    try:
-        return preprocessed(preprocess, source.read(frames), str(source))
-    except (OSError, ValueError) as error:
-        return error
-
-
-def problem_with(source: Source, error: Exception) -> str:
-    """Return one line on a picture that could not be read or explained."""
-    return f"{source}: {one_line(error).removeprefix(f'{source}: ')}"
-
-
-def _run(
-    explainer: Explainer,
-    batches: Sequence[Sequence[Source]],
-    names: dict[Source, str],
-    missing: dict[Source, list[Output]],
-    workers: int | None,
-) -> list[str]:
-    total = sum(map(len, batches))
-    sources = [source for batch in batches for source in batch]
-    ends = accumulate(map(len, batches))
-    indices = [list(range(end - len(batch), end)) for end, batch in zip(ends, batches, strict=True)]
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 0 if len(batches) < 2 else min(max(cores - 1, 1), _MOST_WORKERS)
-    loader = DataLoader(
-        _Pictures(sources, explainer.loaded), batch_sampler=indices, collate_fn=_collate, num_workers=workers
-    )
-    problems: list[str] = []
-    writing: deque[tuple[Source, Future[None]]] = deque()
-    with ThreadPoolExecutor(_WRITERS) as writers, progress("explaining", total) as advance:
-        for batch, inputs in zip(batches, _batches(loader), strict=True):
-            for source, each, found in zip(batch, inputs, explainer.explain(inputs), strict=True):
-                if not missing.get(source):
+    def _write_part(self, pictures: Sequence[Picture], manifest: Manifest, advance: Callable[[int], None]) -> int:
+        """Write what is missing of some pictures, and return of how many nothing was."""
+        earlier = dict(manifest.stamps)
+        manifest.add(pictures, SUFFIXES)
+        kinds = [FORMATS[name] for name in self.formats] + ([GalleryParts] if self.gallery else [])
+        outputs = [kind(manifest, list(self.explainer.methods), self.look) for kind in kinds]
+        missing: dict[str, list[Output]] = {}
+        for picture in pictures:
+            before, name = earlier.get(picture.key, NOT_OURS), manifest.names[picture.key]
+            paths = [path for output in outputs for path in output.paths(name)] if before == NOT_OURS else []
+            if taken := [path for path in paths if path.exists()]:
+                manifest.stamps[picture.key] = NOT_OURS
+                self._fail(picture, BadValueError(f"{taken[0]} is there already, and not of a run in this folder"))
+                continue
+            if before != NOT_OURS and before.differs(manifest.stamps[picture.key]):
+                try:
+                    remove_files(manifest, picture.key)
+                except OSError as error:
+                    manifest.stamps[picture.key] = before
+                    self._fail(picture, BadFileError(f"what an earlier run wrote could not be removed ({error})"))
                     continue
-                if isinstance(found, Exception):
-                    problems.append(problem_with(source, found))
-                elif isinstance(each, Tensor):
-                    view = partial(explainer.loaded.picture, each)
-                    writing.append((source, writers.submit(_write, missing[source], names[source], view, found)))
-            # So many wait at most, and what they hold is not let grow.
-            while len(writing) > 2 * len(batch):
-                problems += _settle(*writing.popleft())
-            advance(len(batch))
-        while writing:
-            problems += _settle(*writing.popleft())
-    return problems
+            missing[picture.key] = [output for output in outputs if not output.has(name)]
+        manifest.write()
+        batches = [each for each in in_batches(pictures, self.batch_size) if any(missing.get(p.key) for p in each)]
+        if batches:
+            self._explain(batches, missing, manifest, advance)
+        there = [picture for picture in pictures if missing.get(picture.key) == []]
+        for picture in there:
+            # A run that was killed has written a picture's files, and not where in it the network looked.
+            if picture.key not in manifest.views:
+                manifest.see(picture.key, self._view_of(picture))
+        manifest.write()
+        return len(there)
+
+    def _explain(
+        self,
+        batches: Sequence[Sequence[Picture]],
+        missing: Mapping[str, list[Output]],
+        manifest: Manifest,
+        advance: Callable[[int], None],
+    ) -> None:
+        workers = default_workers(batches) if self.workers is None else self.workers
+        writing: deque[tuple[Picture, Future[None]]] = deque()
+
+        def write(explanation: Explanation) -> None:
+            key = explanation.source.key
+            for output in missing[key]:
+                output.write(manifest.names[key], explanation)
+            manifest.see(key, explanation.view)
+
+        def settle(picture: Picture, written: Future[None]) -> None:
+            try:
+                written.result()
+            except (OSError, ValueError) as error:
+                self._fail(picture, BadFileError(f"could not be written ({error})"))
+
+        with ThreadPoolExecutor(_WRITERS) as writers:
+            for batch in self.explainer.explain_all(batches, workers):
+                for picture, found in batch:
+                    if isinstance(found, Exception):
+                        if missing.get(picture.key):
+                            self._fail(picture, found)
+                    elif missing.get(picture.key):
+                        writing.append((picture, writers.submit(write, found)))
+                # So many wait at most, and what they hold is not let grow.
+                while len(writing) > 2 * len(batch):
+                    settle(*writing.popleft())
+                advance(len(batch))
+            while writing:
+                settle(*writing.popleft())
+
+    def _view_of(self, picture: Picture) -> View | None:
+        network = self.explainer.loaded
+        try:
+            return Explanation(picture, torch.empty(0), network, self.explainer.find_view, {}, _NONE, _NONE).view
+        except OSError:
+            # It was whole when it was explained.
+            return None
+
+    def _write_gallery(self) -> list[Failure]:
+        """Write the page of all runs in the folder."""
+        found = [self.out / MANIFEST, *sorted(self.out.glob(f"*/{MANIFEST}"))]
+        try:
+            runs = [Manifest(path.parent, None) for path in found if (path.parent / ".gallery").is_dir()]
+            titles = [f"{run.run['model']}, {', '.join(run.run['layers'])}" for run in runs]
+            several = len(runs) > 1
+            entries = (
+                entry
+                for run, title in zip(runs, titles, strict=True)
+                for entry in gallery_entries(run, f" ({title})" if several else "")
+            )
+            write_gallery(self.out / PAGE, "; ".join(titles), entries)
+        except (OSError, ValueError) as error:
+            return [Failure("gallery", BadFileError(f"it could not be written ({error})"))]
+        return []
+
+    def _fail(self, picture: Picture, error: Exception) -> None:
+        self.failures.append(Failure(str(picture), error))
 
 
-def _collate(inputs: list[Tensor | Exception]) -> list[Tensor | Exception] | Tensor:
-    """Put inputs of one size into one tensor, which a worker hands over at once and not picture by picture."""
-    try:
-        return torch.stack(inputs)  # type: ignore[arg-type]
-    except (TypeError, RuntimeError):
-        # An error of a picture that cannot be read; another size.
-        return inputs
+def remove_files(manifest: Manifest, key: str) -> None:
+    """Remove what earlier runs wrote of a picture, which has changed since."""
+    for kind in KINDS:
+        for path in kind.left(manifest, key):
+            path.unlink(missing_ok=True)
+    manifest.views.pop(key, None)
 
 
-def _batches(loader: DataLoader[Tensor | Exception]) -> Iterator[list[Tensor | Exception] | Tensor]:
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise BadFileError(
-            "a process that read pictures was killed, for want of memory perhaps: --workers 0"
-        ) from error
-
-
-def _write(outputs: Sequence[Output], name: str, picture: Picture, explanation: Found) -> None:
-    for output in outputs:
-        output.write(name, picture, explanation)
-
-
-def _settle(source: Source, written: Future[None]) -> list[str]:
-    try:
-        written.result()
-    except (OSError, ValueError) as error:
-        return [f"{source}: could not be written ({error})"]
-    return []
+def _parts(pictures: Collection) -> Iterator[list[Picture]]:
+    waiting: list[Picture] = []
+    for part in pictures.parts():
+        waiting += part
+        if pictures.count is None and len(waiting) < _PART:
+            continue
+        yield waiting
+        waiting = []
+    if waiting:
+        yield waiting

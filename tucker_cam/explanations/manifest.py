@@ -1,0 +1,219 @@
+"""A folder of results and what a run computes in, the list of what is there out: of which model, pictures and files.
+
+One folder holds the results of one run, which may have been stopped and gone on with. What another model, layer or
+engine makes goes into a folder beside them, which the same command finds again.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from tucker_cam import __version__
+from tucker_cam.errors import BadFileError, BadValueError
+from tucker_cam.models import LoadedModel
+from tucker_cam.pictures.held import Picture
+from tucker_cam.pictures.sources import MANIFEST, Stamp, safe_name
+from tucker_cam.pictures.view import View
+from tucker_cam.writing import complete_or_absent
+
+NOT_OURS = Stamp(-1, None)
+"""Stands in a manifest for a picture whose files were there before, and are somebody else's."""
+Engine = Literal["torch", "ray"]
+_PACKAGES = ("torch", "numpy", "grad-cam", "pillow")
+_LONGEST_FOLDER = 100
+
+
+class Manifest:
+    """``manifest.json``: what the files in a folder are: of which model and layers, made with which versions.
+
+    It also keeps the pictures' names, so that a later run, with more pictures or fewer, gives each the same one again;
+    when each was written and its size, so that one that changed since is explained again; and where in it the network
+    looked.
+
+    Args:
+        folder: of this run; see `place_of_run`.
+        run: see `identity`; None for what the manifest says.
+
+    Attributes:
+        names: by picture, of its files, relative to the folder.
+        stamps: by picture.
+        views: by picture; see `View`.
+        methods: whose files are there.
+        look: of the overlays; empty where there are none.
+
+    Raises:
+        ValueError: the manifest is none.
+        OSError: the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any] | None) -> None:
+        self.folder, self.path, self.run = folder, folder / MANIFEST, dict(run or {})
+        self.names: dict[str, str] = {}
+        self.stamps: dict[str, Stamp] = {}
+        self.views: dict[str, list[float] | None] = {}
+        self.methods: list[str] = []
+        self.look: dict[str, Any] = {}
+        self.is_new = not self.path.exists()
+        if not self.is_new:
+            content = read_manifest(_text(self.path), str(folder))
+            self.run = dict(run or content)
+            try:
+                self._take(content)
+            except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+                raise _no_manifest(str(folder)) from error
+        self.places = {key: place for place, key in enumerate(self.names)}
+
+    def _take(self, content: Mapping[str, Any]) -> None:
+        self.methods, self.look = list(content.get("methods", [])), dict(content.get("look", {}))
+        for key, picture in content["pictures"].items():
+            self.names[key] = safe_name(picture["name"])
+            size = picture.get("size")
+            self.stamps[key] = Stamp(int(picture["modified"]), None if size is None else int(size))
+            if "view" in picture:
+                self.views[key] = picture["view"]
+        if len(set(self.names.values())) < len(self.names):
+            raise BadValueError("two pictures of one name")
+
+    def add(self, pictures: Iterable[Picture], suffixes: Iterable[str]) -> None:
+        """Note each picture as it is now, under a name of its own; the second ``cat`` becomes ``cat-2``.
+
+        Args:
+            pictures: to name.
+            suffixes: in which no folder of a picture's name may end.
+        """
+        taken = set(self.names.values())
+        last: dict[str, int] = {}
+        ours = (".json", *suffixes)
+        for picture in pictures:
+            self.stamps[picture.key] = picture.stamp
+            if picture.key not in self.names:
+                name = base = _apart_from(ours, picture.name)
+                while name in taken:
+                    last[base] = last.get(base, 1) + 1
+                    name = f"{base}-{last[base]}"
+                self.places[picture.key] = len(self.names)
+                self.names[picture.key] = name
+                taken.add(name)
+
+    def see(self, key: str, view: View | None) -> None:
+        """Note where in a picture the network looked, to a hundredth of a pixel."""
+        self.views[key] = None if view is None else [round(edge, 2) for edge in view]
+
+    def ours(self) -> list[str]:
+        """Return the pictures but those of which the files are somebody else's."""
+        return [key for key in self.names if self.stamps[key] != NOT_OURS]
+
+    def write(self) -> None:
+        """Write the manifest.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        pictures = {key: {"name": name, **self.stamps[key]._asdict()} for key, name in self.names.items()}
+        for key, view in self.views.items():
+            pictures[key]["view"] = view
+        content = {**self.run, "versions": versions(), "methods": self.methods, "look": self.look, "pictures": pictures}
+        with complete_or_absent(self.path) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def identity(loaded: LoadedModel, engine: Engine, *, aug_smooth: bool) -> dict[str, Any]:
+    """Return what all maps of a run have in common."""
+    return {
+        "engine": engine,
+        "model": loaded.name,
+        "weights": loaded.digest(),
+        "layers": loaded.layer_names,
+        "aug_smooth": aug_smooth,
+        "preprocessing": getattr(loaded, "preprocessing", None),
+    }
+
+
+def folder_of_run(out: Path, run: Mapping[str, Any]) -> Path:
+    """Return the folder of a run in `out`: that itself, or where it holds another run's results one below it.
+
+    Raises:
+        ValueError: a manifest is none.
+    """
+    manifests = [out / MANIFEST, *sorted(out.glob(f"*/{MANIFEST}"))]
+    place = place_of_run(str(out), run, {str(each.parent): _text(each) for each in manifests if each.is_file()})
+    return Path(place)
+
+
+def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, str]) -> str:
+    """Return where the results of a run are, or go: `out`, or a folder below it that is named by model and layers.
+
+    Args:
+        out: a folder, or its URL.
+        run: as of `identity`.
+        manifests: the texts of those in `out` and the folders below it, by their folders.
+
+    Raises:
+        ValueError: one of them is no manifest.
+    """
+    for place, text in manifests.items():
+        content = read_manifest(text, place)
+        if all(content.get(key) == value for key, value in run.items()):
+            return place
+    if out not in manifests:
+        return out
+    model = re.sub(r"[^\w.+-]+", "-", run["model"])
+    name = "_".join([model, *run["layers"], *(["ray"] if run["engine"] == "ray" else [])])[:_LONGEST_FOLDER]
+    number, place = 1, f"{out}/{name}"
+    while place in manifests:
+        number, place = number + 1, f"{out}/{name}-{number + 1}"
+    return place
+
+
+def read_manifest(manifest: str, folder: str) -> dict[str, Any]:
+    """Return the content of an earlier run's manifest.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        content: dict[str, Any] = json.loads(manifest)
+        # Older manifests do not say it; Ray's tables are the list of its pictures.
+        content.setdefault("engine", "torch" if "pictures" in content else "ray")
+        if not {"model", "weights", "layers", "aug_smooth"} <= content.keys():
+            raise BadValueError("not all is said")
+    except (AttributeError, ValueError, TypeError, RecursionError) as error:
+        raise _no_manifest(folder) from error
+    return content
+
+
+def not_of_a_run(taken: Path | str) -> BadValueError:
+    """Return the error of a folder that holds what no manifest knows."""
+    return BadValueError(f"{taken}: is there already, and not of a run in this folder: choose another one")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computed the maps."""
+    return {"tucker-cam": __version__, "python": platform.python_version()} | {
+        name: version(name) for name in _PACKAGES
+    }
+
+
+def _no_manifest(folder: str) -> BadValueError:
+    return BadValueError(
+        f"{folder}: expected {MANIFEST} of an earlier run, found something else: choose another folder"
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise BadFileError(f"{path}: could not be read ({error.strerror})") from error
+
+
+def _apart_from(suffixes: tuple[str, ...], name: str) -> str:
+    """Change the parts of a name that would be hidden, and its folders that could be called as a file of ours."""
+    *folders, last = (f"_{part}" if part.startswith(".") else part for part in PurePosixPath(name).parts)
+    return "/".join([*(f"{part}_" if part.lower().endswith(suffixes) else part for part in folders), last])
