@@ -1,11 +1,13 @@
 """Explaining from Python: whatever holds pictures in, explanations of the user's own pictures out."""
 
+import json
 import re
 
 import networks
 import numpy as np
 import pytest
 import torch
+import zarr
 from PIL import Image
 from repositories import make_repositories
 from torch import nn
@@ -44,7 +46,7 @@ def test_a_folder_is_explained_one_after_the_other_and_what_fails_keeps_its_erro
         found = list(explanations)
         assert [each.name for each in found] == ["p0", "p1", "p3", "p4"]
         (failure,) = explanations.failures
-        assert failure.name == "p2"
+        assert failure.name == str(folder / "p2.png")
         assert isinstance(failure.error, OSError)
         assert failure.error.__traceback__ is not None
     for index, explanation in zip((0, 1, 3, 4), found, strict=True):
@@ -226,10 +228,94 @@ def test_a_notebook_shows_the_picture_beside_its_overlays_without_fetching_anyth
     assert repr(explanations).startswith("<Explanations of 2 pictures by tsm, mtsm; model: networks:tiny")
 
 
-def test_overlays_are_saved(folder):
-    explanations = explain(folder, TINY, ["tsm", "fem"])
-    files = explanations.save(folder / "out")
-    assert [path.name for path in files][:3] == ["p0_tsm.png", "p0_fem.png", "p1_tsm.png"]
-    assert len(files) == 8
-    with Image.open(files[0]) as overlay:
+def files_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_folder_is_written_in_the_call_or_by_save_and_gone_on_with(folder, tmp_path):
+    options = {"formats": ["overlay", "npy"], "progress": False}
+    explanations = explain(folder, TINY, ["tsm", "fem"], out=tmp_path / "out", **options)
+    assert len(files_in(tmp_path / "out")) == 17
+    assert [failure.name for failure in explanations.failures] == [str(folder / "p2.png")]
+    with Image.open(tmp_path / "out" / "p0_tsm.png") as overlay:
         assert overlay.size == (40, 30)
+    before = (tmp_path / "out" / "p0_tsm.png").stat().st_mtime_ns
+    (tmp_path / "out" / "p1_fem.npy").unlink()
+    explain(folder, TINY, ["tsm", "fem"]).save(tmp_path / "out", **options)
+    assert (tmp_path / "out" / "p0_tsm.png").stat().st_mtime_ns == before
+    (explanation,) = explain(folder / "p1.png", TINY, "fem")
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "p1_fem.npy"), explanation.maps["fem"], atol=1e-5)
+
+
+def test_pictures_that_a_program_holds_are_written_and_others_of_their_place_are_not_taken_for_them(tmp_path):
+    out, loaded = tmp_path / "out", load_model(TINY)
+    for seed in (0, 1, 1):
+        explain(noise(seed=seed), TINY, out=out, formats=["npy"], progress=False)
+        np.testing.assert_allclose(np.load(out / "picture-0_tsm.npy"), expected_map(noise(seed=seed)), atol=1e-5)
+    images = torch.stack([loaded.preprocess(noise(seed=index)) for index in range(5)])
+    explanations = explain(DataLoader(images, batch_size=2), loaded, out=out, progress=False)
+    assert not explanations.failures
+    assert files_in(out)[:2] == ["000000_tsm.png", "000001_tsm.png"]
+    assert len(files_in(out)) == 7
+
+
+def test_a_stream_is_written_part_by_part(tmp_path, monkeypatch):
+    monkeypatch.setattr("tucker_cam.explanations.folder._PART", 4)
+    loaded = load_model(TINY)
+    images = torch.stack([loaded.preprocess(noise(seed=index)) for index in range(10)])
+    explain([images[:3], images[3:6], images[6:]], loaded, out=tmp_path, formats=["npy", "zarr"], progress=False)
+    for index in (0, 5, 9):
+        expected = expected_map(noise(seed=index))
+        np.testing.assert_allclose(np.load(tmp_path / f"{index:06}_tsm.npy"), expected, atol=1e-5)
+        np.testing.assert_allclose(zarr.open_group(tmp_path / "maps.zarr")["tsm"][index], expected, atol=1e-5)
+
+
+def test_what_another_model_or_layer_makes_goes_beside_and_is_found_again(folder, tmp_path):
+    out, options = tmp_path / "out", {"out": tmp_path / "out", "gallery": True, "progress": False}
+    explain(folder / "p0.png", TINY, **options)
+    first = {name: (out / name).read_bytes() for name in files_in(out) if name != "gallery.html"}
+    for layers, aug_smooth, place in (["1"], False, "_1"), (["1"], True, "_1-2"), (["1"], False, "_1"):
+        explain(folder / "p0.png", TINY, layers=layers, aug_smooth=aug_smooth, **options)
+        assert (out / f"networks-tiny_loaded_model{place}" / "p0_tsm.png").is_file()
+    assert {name: (out / name).read_bytes() for name in first} == first
+    assert len([each for each in files_in(out) if each.endswith("manifest.json")]) == 3
+    names = re.findall(r'"name":"([^"]*)"', (out / "gallery.html").read_text())
+    assert names == [f"p0 (networks:tiny_loaded_model, {layer})" for layer in "311"]
+
+
+def test_overlays_that_are_asked_for_in_another_look_are_drawn_again(folder, tmp_path):
+    drawn = []
+    for look in {}, {"alpha": 1.0}, {"view": "network"}, {"colormap": "viridis"}, {"colormap": "viridis"}:
+        explain(folder / "p0.png", TINY, out=tmp_path / "out", progress=False, **look)
+        drawn.append((tmp_path / "out" / "p0_tsm.png").read_bytes())
+        (explanation,) = explain(folder / "p0.png", TINY)
+        with Image.open(tmp_path / "out" / "p0_tsm.png") as overlay:
+            assert np.array_equal(np.asarray(overlay), np.asarray(explanation.overlay(**look)))
+    assert len(set(drawn)) == 4
+
+
+def test_where_the_network_looked_stands_in_the_manifest_also_after_a_kill(tmp_path):
+    noise(80, 40).save(tmp_path / "wide.png")
+    for _ in range(2):
+        explain(tmp_path / "wide.png", TINY, out=tmp_path / "out", progress=False)
+        path = tmp_path / "out" / "manifest.json"
+        manifest = json.loads(path.read_text())
+        (entry,) = manifest["pictures"].values()
+        assert entry["view"] == pytest.approx([20, 0, 40, 40], abs=0.5)
+        del entry["view"]
+        path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"formats": ["pgn"]}, "no format 'pgn'; near it: npy"),
+        ({"colormap": "jett"}, "no colormap 'jett'; near it: jet"),
+        ({"alpha": 1.5}, r"alpha in \[0, 1\]"),
+        ({"methods": {"../x": TSM}}, "a method's name that a file's can hold"),
+        ({"engine": "ray", "gallery": True}, "with Ray, which writes Parquet"),
+    ],
+)
+def test_what_cannot_be_written_is_one_clear_error_before_the_work(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        explain(noise(), "no:model", out=tmp_path, **options)

@@ -14,6 +14,7 @@ from tucker_cam.explanations.explainer import Explainer
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.methods import METHODS
 from tucker_cam.models import load_model
+from tucker_cam.pictures.held import Held
 
 
 def images(batch=2, size=32):
@@ -100,7 +101,9 @@ def test_explanations_with_every_method_and_components_take_one_pass_and_the_com
     seen = []
     loaded.model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     inputs = images(3, 24)
-    found = Explainer(loaded, METHODS, components=True).explain(inputs)
+    found = Explainer(loaded, METHODS, components=True).explain(
+        [Held(str(i), each) for i, each in enumerate(inputs)], inputs
+    )
     assert seen == [3]
     features = loaded.model[: int(loaded.layer_names[0]) + 1](inputs).detach()
     modes = channel_modes(features)
