@@ -50,7 +50,21 @@ class Sample:
     annotation: Path | None
 
 
-class Seen(NamedTuple):
+class Samples(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        samples: the pictures, in the order of their names.
+        annotations: what theirs are.
+        remarks: a line on annotations of no picture, and one on each folder of pictures that look like masks.
+    """
+
+    samples: list[Sample]
+    annotations: Annotations
+    remarks: list[str]
+
+
+class NetworkView(NamedTuple):
     """What the network sees of a sample.
 
     Attributes:
@@ -66,7 +80,7 @@ class Seen(NamedTuple):
 
 def find_samples(
     folder: Path, *, annotations: Annotations | None = None, limit: int | None = None, seed: int = 0
-) -> tuple[list[Sample], Annotations]:
+) -> Samples:
     """Find the pictures of a folder, at any depth, and their annotations.
 
     The layouts of torchvision's `ImageFolder`, `VOCDetection` and `VOCSegmentation` are read as they are: boxes are
@@ -82,7 +96,7 @@ def find_samples(
         seed: of the sample.
 
     Returns:
-        The samples in the order of their names, and what the annotations are.
+        The samples, what their annotations are, and what was overlooked.
 
     Raises:
         OSError: there is no such folder.
@@ -95,6 +109,7 @@ def find_samples(
     pictures, files_of = files["pictures"], _by_name(files)
     if not pictures:
         raise BadValueError(f"{folder}: expected pictures ({' '.join(IMG_EXTENSIONS)}) at any depth, found none")
+    remarks = _overlooked(folder, files)
     found: dict[Annotations, list[Sample]] = {
         kind: [
             Sample(path.relative_to(folder).as_posix(), path, _annotation(path, folder, kind, of_kind))
@@ -108,19 +123,19 @@ def find_samples(
     if annotations in ("boxes", "masks"):
         samples = [sample for sample in samples if sample.annotation is not None]
         if not samples:
-            remarks = "".join(f"; {remark}" for remark in overlooked(folder))
-            message = f"{folder}: expected pictures with {annotations}, found none among {len(pictures)}{remarks}"
-            raise BadValueError(message)
-    return random_sample(samples, limit, seed=seed), kind
+            said = "".join(f"; {remark}" for remark in remarks)
+            raise BadValueError(
+                f"{folder}: expected pictures with {annotations}, found none among {len(pictures)}{said}"
+            )
+    return Samples(random_sample(samples, limit, seed=seed), kind, remarks)
 
 
-def overlooked(folder: Path) -> list[str]:
+def _overlooked(folder: Path, files: Mapping[_Role, Sequence[Path]]) -> list[str]:
     """Return a line on annotations of no picture, and one on each folder of pictures that look like masks.
 
     The first lie in another folder than is looked into, or have other names than their pictures. The others are scored
     as pictures: they are grey or of colour numbers, and another folder has pictures of all their names in colour.
     """
-    files = _files(folder)
     found = {
         _annotation(picture, folder, kind, of_kind)
         for kind, of_kind in _by_name(files).items()
@@ -141,7 +156,7 @@ def overlooked(folder: Path) -> list[str]:
     return remarks
 
 
-def see(sample: Sample, annotations: Annotations, network: Network) -> Seen:
+def network_view(sample: Sample, annotations: Annotations, network: Network) -> NetworkView:
     """Read a sample and preprocess it for the network, and its annotation with it.
 
     Raises:
@@ -152,9 +167,11 @@ def see(sample: Sample, annotations: Annotations, network: Network) -> Seen:
     network_input = preprocessed(network.preprocess, picture, str(sample.picture))
     nothing = torch.zeros(network_input.shape[-2:], dtype=torch.bool)
     if annotations == "none":
-        return Seen(network_input, nothing, [])
+        return NetworkView(network_input, nothing, [])
     if sample.annotation is None:
-        return Seen(network_input, nothing, [f"{sample.picture}: without {annotations}, so not scored on localisation"])
+        return NetworkView(
+            network_input, nothing, [f"{sample.picture}: without {annotations}, so not scored on localisation"]
+        )
     if annotations == "boxes":
         drawn, remarks = _draw_boxes(sample.annotation, picture.size, sample.picture)
     else:
@@ -165,7 +182,7 @@ def see(sample: Sample, annotations: Annotations, network: Network) -> Seen:
         remarks.append(f"{sample.annotation}: taken to be drawn on {sample.picture.name} as its EXIF data turns it")
     if not drawn.any():
         empty = [f"{sample.annotation}: without an object, so not scored on localisation"]
-        return Seen(network_input, nothing, remarks + empty)
+        return NetworkView(network_input, nothing, remarks + empty)
     black_and_white = Image.fromarray(drawn.astype(np.uint8) * 255)
     if black_and_white.size not in (picture.size, stored_size):
         raise _does_not_fit(sample.annotation, sample.picture, picture.size, black_and_white.size)
@@ -178,7 +195,7 @@ def see(sample: Sample, annotations: Annotations, network: Network) -> Seen:
     if not mask.any():
         why = "its object is cropped away or too small for the network, so not scored on localisation"
         remarks = [*remarks, f"{sample.annotation}: {why}"]
-    return Seen(network_input, mask, remarks)
+    return NetworkView(network_input, mask, remarks)
 
 
 def _files(folder: Path) -> dict[_Role, list[Path]]:
