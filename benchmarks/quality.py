@@ -29,13 +29,13 @@ from tucker_cam.activations import record
 from tucker_cam.decomposition.projection import leading_map
 from tucker_cam.evaluation.comparison import MEASURES, Group, Subject, measures
 from tucker_cam.evaluation.controls import CONTROLS
-from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.folder import compare_on_folder
 from tucker_cam.evaluation.results import ResultsFile
 from tucker_cam.evaluation.spectrum import draw_spectrum, spectrum
 from tucker_cam.evaluation.summary import Summary, summarise
 from tucker_cam.methods import LABEL_DEPENDENT, METHODS
 from tucker_cam.models import LoadedModel, load_model
+from tucker_cam.pictures.annotations import find_samples, network_view
 
 SEED = 0
 LAYERS = {"blocks.6": "the last block's output, 320x7x7", "bn2": "after the head, 1280x7x7"}
@@ -57,7 +57,7 @@ def summaries_of(
     folder: Path, limit: int | None, loaded: LoadedModel, layer: str, groups: tuple[Group, ...]
 ) -> tuple[int, str, dict[str, dict[str, Summary]]]:
     """Score all methods on a folder, and return how many pictures, with which annotations, and what came out."""
-    samples, annotations = find_samples(folder, limit=limit)
+    samples, annotations, _ = find_samples(folder, limit=limit)
     model = loaded.model
     subject = Subject(model, model.get_submodule(layer), model.get_submodule("bn2"), classifies=True)
     columns = measures(groups, subject.score_names)
@@ -117,11 +117,11 @@ def measure_polarity(features: Tensor, masks: Tensor) -> dict[str, float]:
 
 def features_of(folder: Path, limit: int | None, loaded: LoadedModel, layer: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return the network's inputs, a layer's features, and the masks at the features' size."""
-    samples, annotations = find_samples(folder, limit=limit)
+    samples, annotations, _ = find_samples(folder, limit=limit)
     seen = []
     for sample in samples:
         try:
-            seen.append(see(sample, annotations, loaded))
+            seen.append(network_view(sample, annotations, loaded))
         except (OSError, ValueError):
             continue
     images = torch.stack([each.network_input for each in seen])

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import skimage.data
+from annotated import write_boxes
 from PIL import Image
-from test_datasets import write_boxes
 from typer.testing import CliRunner
 
 from tucker_cam.cli import app

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from annotated import write_boxes, write_picture
 from filelock import FileLock
 from matplotlib.figure import Figure
 from networks import tiny_loaded_model
 from PIL import Image
-from test_datasets import write_boxes, write_picture
 from test_security import huge_png
 from typer.testing import CliRunner
 
@@ -24,12 +24,12 @@ from tucker_cam.cli import app
 from tucker_cam.evaluation import comparison, folder, metrics
 from tucker_cam.evaluation.comparison import MEASURES, Measure, measures
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
-from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.report import Example, caption, pick_examples, write_report
 from tucker_cam.evaluation.results import ResultsFile
 from tucker_cam.evaluation.spectrum import draw_spectrum, spectrum
 from tucker_cam.evaluation.summary import summarise
 from tucker_cam.models import load_model
+from tucker_cam.pictures.annotations import find_samples, network_view
 from tucker_cam.pictures.files import open_picture
 
 METHODS = {"eigencam", "tsm", "mtsm", "mtsm-energy", "multivec-eigencam", "kpca-cam", "fem"}
@@ -87,9 +87,9 @@ def test_the_rows_hold_what_the_metrics_say(data, tmp_path):
     run("evaluate", data, "--out", tmp_path / "results.csv", *groups)
     loaded = tiny_loaded_model()
     model = loaded.model.eval()
-    samples, kind = find_samples(data)
+    samples, kind, _ = find_samples(data)
     for sample in samples:
-        seen = see(sample, kind, loaded)
+        seen = network_view(sample, kind, loaded)
         images, masks = seen.network_input[None], seen.mask[None]
         with TSM(model, [model[3]]) as cam:
             maps = torch.as_tensor(cam(images))

@@ -25,12 +25,12 @@ from typer.testing import CliRunner
 
 from tucker_cam import MTSM, TSM
 from tucker_cam.cli import Format, app
-from tucker_cam.evaluation.datasets import find_samples
 from tucker_cam.explanations import outputs
 from tucker_cam.explanations.explainer import Explainer
 from tucker_cam.explanations.folder import batch_size_for, explain_pictures, problem_with
 from tucker_cam.explanations.outputs import Manifest, MethodFiles
 from tucker_cam.models import load_model
+from tucker_cam.pictures.annotations import find_samples
 from tucker_cam.pictures.files import open_picture
 from tucker_cam.pictures.sources import Source, find_sources
 from tucker_cam.text import printable
@@ -202,7 +202,7 @@ def test_a_folder_that_may_not_be_entered_is_named_and_the_others_are_done(pictu
     assert result.exit_code == 1
     assert "deeper: expected a file to read, found a folder that may not be entered" in result.stderr.replace("\n", " ")
     assert "10 pictures: 9 explained, 0 there already, 1 failed" in result.output
-    samples, _ = find_samples(pictures)
+    samples = find_samples(pictures).samples
     assert [sample.name for sample in samples if "." not in sample.name] == ["deeper"]
 
 
@@ -342,7 +342,7 @@ def test_a_broken_link_is_named(pictures, tmp_path):
         result = run(argument, *MODEL, "--out", tmp_path / "out")
         assert result.exit_code == 1
         assert "link.png: expected a file to read, found a link that leads nowhere" in result.stderr.replace("\n", " ")
-    samples, _ = find_samples(pictures)
+    samples = find_samples(pictures).samples
     assert "link.png" in [sample.name for sample in samples]
 
 

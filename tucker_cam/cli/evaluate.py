@@ -15,13 +15,13 @@ from tucker_cam.console import PlainConsole
 from tucker_cam.errors import BadValueError
 from tucker_cam.evaluation.comparison import Group, Measure, Subject, measures, saliency_maps
 from tucker_cam.evaluation.controls import CONTROLS
-from tucker_cam.evaluation.datasets import Annotations, Sample, find_samples, overlooked, see
 from tucker_cam.evaluation.folder import Builder, compare_on_folder, on_device
 from tucker_cam.evaluation.report import Example, caption, check_format, pick_examples, write_report
 from tucker_cam.evaluation.results import ResultsFile, Row
 from tucker_cam.evaluation.summary import BASELINE, Interval, Summary, summarise
 from tucker_cam.methods import LABEL_DEPENDENT, METHODS, method_named
 from tucker_cam.models import LoadedModel
+from tucker_cam.pictures.annotations import Annotations, Sample, find_samples, network_view
 from tucker_cam.progress import progress
 from tucker_cam.text import counted
 from tucker_cam.writing import only_run
@@ -60,8 +60,8 @@ def evaluate_folder(
     check_outputs(data, [out] if report is None else [out, report])
     # EigenCAM is what the others are compared with.
     chosen = {name: method_named(name) for name in dict.fromkeys((BASELINE, *methods))}
-    samples, kind = find_samples(data, annotations=annotations, limit=limit)
-    for remark in overlooked(data):
+    samples, kind, overlooked = find_samples(data, annotations=annotations, limit=limit)
+    for remark in overlooked:
         say(f"note: {remark}")
     loaded = load()
     subject = subject_of(loaded)
@@ -139,7 +139,7 @@ def check_readable(samples: Sequence[Sample], loaded: LoadedModel) -> None:
     errors: list[str] = []
     for sample in samples:
         try:
-            see(sample, "none", loaded)
+            network_view(sample, "none", loaded)
         except (OSError, ValueError) as error:
             errors.append(str(error))
             continue
@@ -241,7 +241,7 @@ def _examples(
         examples[method] = {}
         for place, (picture, value) in by_place.items():
             try:
-                seen = see(by_name[picture], annotations, loaded)
+                seen = network_view(by_name[picture], annotations, loaded)
             except (OSError, ValueError):
                 # It was whole when it was scored.
                 continue

@@ -11,9 +11,9 @@ import numpy as np
 from tucker_cam.cli.evaluate import check_outputs, check_readable, subject_of
 from tucker_cam.cli.lines import say
 from tucker_cam.errors import BadValueError
-from tucker_cam.evaluation.datasets import find_samples, see
 from tucker_cam.evaluation.spectrum import DECOMPOSITIONS, draw_spectrum, rows_of_spectrum, spectrum
 from tucker_cam.models import LoadedModel
+from tucker_cam.pictures.annotations import find_samples, network_view
 from tucker_cam.progress import progress
 from tucker_cam.text import counted, one_line
 from tucker_cam.writing import complete_or_absent
@@ -43,7 +43,7 @@ def write_spectrum(
     check_outputs(data, [out, table])
     if table.exists() and not table.read_text(encoding="utf-8", errors="replace").startswith(",".join(_HEADER)):
         raise BadValueError(f"{table}: expected a spectrum to overwrite, found something else: give another --out")
-    samples, _ = find_samples(data, limit=limit)
+    samples = find_samples(data, limit=limit).samples
     loaded = load()
     subject = subject_of(loaded)
     check_readable(samples, loaded)
@@ -52,7 +52,7 @@ def write_spectrum(
     with progress("decomposing", len(samples)) as advance:
         for sample in samples:
             try:
-                image = see(sample, "none", loaded).network_input[None].to(loaded.device)
+                image = network_view(sample, "none", loaded).network_input[None].to(loaded.device)
             except (OSError, ValueError) as error:
                 skipped.append(str(error))
             else:

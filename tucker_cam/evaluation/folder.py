@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tucker_cam.evaluation.comparison import Measure, Subject, compare
 from tucker_cam.evaluation.controls import CONTROLS
-from tucker_cam.evaluation.datasets import Annotations, Sample, Seen, see
 from tucker_cam.evaluation.results import ResultsFile
 from tucker_cam.models import Network
+from tucker_cam.pictures.annotations import Annotations, NetworkView, Sample, network_view
 from tucker_cam.text import one_line
 
 _BATCH = 8
@@ -55,10 +55,10 @@ def compare_on_folder(
     # Batches are cut the same way in every run, so that a number does not depend on where a run was interrupted.
     for start in range(0, len(samples), _BATCH):
         batch = samples[start : start + _BATCH]
-        seen: dict[Sample, Seen] = {}
+        seen: dict[Sample, NetworkView] = {}
         for sample in batch:
             try:
-                seen[sample] = see(sample, annotations, network)
+                seen[sample] = network_view(sample, annotations, network)
             except (OSError, ValueError) as error:
                 skipped.append(str(error))
             else:
@@ -74,7 +74,7 @@ def compare_on_folder(
 
 
 def _compare(
-    seen: Mapping[Sample, Seen],
+    seen: Mapping[Sample, NetworkView],
     network: Network,
     subject: Subject,
     methods: Mapping[str, Builder],
@@ -101,7 +101,7 @@ def _compare(
     return [], remarks
 
 
-def on_device(seen: Sequence[Seen], network: Network) -> tuple[Tensor, Tensor]:
+def on_device(seen: Sequence[NetworkView], network: Network) -> tuple[Tensor, Tensor]:
     """Return the images and the masks as batches where the model is."""
     return (
         torch.stack([each.network_input for each in seen]).to(network.device),
@@ -109,9 +109,9 @@ def on_device(seen: Sequence[Seen], network: Network) -> tuple[Tensor, Tensor]:
     )
 
 
-def _of_one_size(seen: Mapping[Sample, Seen]) -> Iterator[dict[Sample, Seen]]:
+def _of_one_size(seen: Mapping[Sample, NetworkView]) -> Iterator[dict[Sample, NetworkView]]:
     """Part the batch by the size of the network's input: not every preprocessing crops."""
-    by_size: dict[torch.Size, dict[Sample, Seen]] = {}
+    by_size: dict[torch.Size, dict[Sample, NetworkView]] = {}
     for sample, each in seen.items():
         by_size.setdefault(each.network_input.shape, {})[sample] = each
     yield from by_size.values()

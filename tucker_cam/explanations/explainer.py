@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -21,7 +21,6 @@ from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import LoadedModel, Network
 from tucker_cam.models.families import preprocessed
 from tucker_cam.pictures.held import Held, Picture
-from tucker_cam.pictures.view import View, view_of
 
 CPU_BATCH = 8
 _LARGEST_BATCH = 256
@@ -115,27 +114,12 @@ class Explainer:
                 picture,
                 images[index],
                 loaded,
-                self.find_view,
                 {name: each[index] for name, each in maps.items()},
                 components[index],
                 values[index],
             )
             for index, picture in enumerate(pictures)
         ]
-
-    @cached_property
-    def find_view(self) -> Callable[[tuple[int, int]], View | None]:
-        """From a picture's size to where in it the network looks."""
-
-        @lru_cache(maxsize=256)
-        def find(size: tuple[int, int]) -> View | None:
-            try:
-                return view_of(self.loaded.preprocess, size, self.loaded.frames)
-            except Exception:
-                # A preprocessing of one's own may take nothing but the pictures that it is made for.
-                return None
-
-        return find
 
     @cached_property
     def batch_size(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -21,7 +21,7 @@ from tucker_cam.errors import BadValueError
 from tucker_cam.methods import check_name
 from tucker_cam.models import Network
 from tucker_cam.pictures.held import Picture
-from tucker_cam.pictures.view import View
+from tucker_cam.pictures.view import View, view_of
 from tucker_cam.text import printable
 
 # What the network did not see keeps this much of its brightness.
@@ -69,7 +69,6 @@ class Explanation:
         source: where it is from.
         network_input: what it became, (channels x) time x height x width.
         network: that took it.
-        find_view: from a picture's size to what the network sees of it.
         maps: by method, float32 in [0, 1], height x width as the network saw it (time x height x width for clips).
         components: MTSM's strongest components $a_i^\top F_{(1)}$ at the last of the layers, count x its positions,
             signed; none unless asked for.
@@ -79,7 +78,6 @@ class Explanation:
     source: Picture
     network_input: Tensor
     network: Network
-    find_view: Callable[[tuple[int, int]], View | None]
     maps: Mapping[str, NDArray[np.float32]]
     components: NDArray[np.float32]
     values: NDArray[np.float32]
@@ -89,26 +87,28 @@ class Explanation:
         return self.source.name
 
     @cached_property
+    def _given(self) -> tuple[Image.Image | None, View | None]:
+        return picture_and_view(self.source, self.network)
+
+    @property
     def picture(self) -> Image.Image:
         """As the user has it, upright and whole, read again; of a clip its first frame.
 
         Where only the network's input was given it is that, with its normalisation undone.
         """
-        content = self.source.read(self.network.frames)
-        if isinstance(content, Tensor):
-            return Image.fromarray(np.uint8(255 * self.seen))
-        return content if isinstance(content, Image.Image) else content[0]
+        picture, _ = self._given
+        return Image.fromarray(np.uint8(255 * self.seen)) if picture is None else picture
+
+    @property
+    def view(self) -> View | None:
+        """Where in the picture the network looked; None where that is no box of it."""
+        return self._given[1]
 
     @cached_property
     def seen(self) -> NDArray[np.float32]:
         """What the network saw, height x width x 3 in [0, 1]; of a clip its first frame."""
         saw = self.network.picture(self.network_input)
         return saw if saw.ndim == 3 else saw[0]
-
-    @cached_property
-    def view(self) -> View | None:
-        """Where in the picture that is; None where it is no box of it."""
-        return self.find_view(self.picture.size)
 
     def overlay(
         self,
@@ -170,6 +170,15 @@ class Explanation:
             for title, image in shown.items()
         )
         return f'<div style="display:flex;flex-wrap:wrap;gap:8px">{figures}</div>'
+
+
+def picture_and_view(source: Picture, network: Network) -> tuple[Image.Image | None, View | None]:
+    """Return a picture, of a clip its first frame, and where a network looks in it; nothing for a network's input."""
+    content = source.read(network.frames)
+    if isinstance(content, Tensor):
+        return None, None
+    picture = content if isinstance(content, Image.Image) else content[0]
+    return picture, view_of(network.preprocess, picture.size, network.frames)
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -7,15 +7,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from tucker_cam.errors import BadFileError, BadValueError, Failure
 from tucker_cam.explanations.explainer import Explainer, in_batches
-from tucker_cam.explanations.explanation import Explanation, Look
+from tucker_cam.explanations.explanation import Explanation, Look, picture_and_view
 from tucker_cam.explanations.gallery import write_gallery
 from tucker_cam.explanations.manifest import NOT_OURS, Manifest, folder_of_run, identity, not_of_a_run
 from tucker_cam.explanations.outputs import (
@@ -32,7 +30,6 @@ from tucker_cam.explanations.outputs import (
 from tucker_cam.methods import check_name
 from tucker_cam.pictures.held import Collection, Picture
 from tucker_cam.pictures.sources import MANIFEST, safe_name
-from tucker_cam.pictures.view import View
 from tucker_cam.progress import progress
 from tucker_cam.text import counted
 from tucker_cam.writing import only_run
@@ -41,7 +38,6 @@ _WRITERS = 4
 _MOST_WORKERS = 8
 # Of a stream, whose names are not known before, so many pictures are listed in the manifest at a time.
 _PART = 256
-_NONE = np.zeros(0, np.float32)
 logger = logging.getLogger("tucker_cam")
 
 
@@ -168,7 +164,8 @@ class FolderWriter:
         for picture in there:
             # A run that was killed has written a picture's files, and not where in it the network looked.
             if picture.key not in manifest.views:
-                manifest.see(picture.key, self._view_of(picture))
+                with suppress(OSError):
+                    manifest.see(picture.key, picture_and_view(picture, self.explainer.loaded)[1])
         manifest.write()
         return len(there)
 
@@ -208,14 +205,6 @@ class FolderWriter:
                 advance(len(batch))
             while writing:
                 settle(*writing.popleft())
-
-    def _view_of(self, picture: Picture) -> View | None:
-        network = self.explainer.loaded
-        try:
-            return Explanation(picture, torch.empty(0), network, self.explainer.find_view, {}, _NONE, _NONE).view
-        except OSError:
-            # It was whole when it was explained.
-            return None
 
     def _write_gallery(self) -> list[Failure]:
         """Write the page of all runs in the folder."""

@@ -105,7 +105,7 @@ def _listed(pictures: Sequence[Picture], failures: list[Failure], limit: int | N
 def _of_list(pictures: Sequence[object], out: Path | None) -> tuple[list[Picture], list[Failure]]:
     if pictures and all(isinstance(each, (str, Path)) for each in pictures):
         sources, failures = find_sources([str(each) for each in pictures], out=out)
-        return list(sources), _shim(failures)
+        return list(sources), failures
     found: list[Picture] = []
     failures = []
     for index, each in enumerate(pictures):
@@ -114,7 +114,7 @@ def _of_list(pictures: Sequence[object], out: Path | None) -> tuple[list[Picture
                 sources, problems = find_sources([str(each)], out=out)
             except (BadValueError, ImportError) as error:
                 sources, problems = [], [Failure(str(each), error)]
-            found, failures = found + sources, failures + _shim(problems)
+            found, failures = found + sources, failures + problems
         elif isinstance(each, Image.Image):
             found.append(Held(f"picture-{index}", ImageOps.exif_transpose(each).convert("RGB")))
         elif isinstance(each, np.ndarray):
@@ -154,10 +154,3 @@ def _of_batch(images: object, start: int) -> list[Picture]:
             "a single one needs images[None]"
         )
     return [Held(f"{start + index:06d}", image) for index, image in enumerate(images)]
-
-
-def _shim(problems):
-    return [
-        each if isinstance(each, Failure) else Failure(each.partition(": ")[0], BadValueError(each))
-        for each in problems
-    ]

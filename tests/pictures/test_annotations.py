@@ -3,35 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from annotated import BOX, VOC, write_boxes, write_mask, write_picture
 from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder, VOCDetection, VOCSegmentation
 
-from tucker_cam.evaluation.datasets import find_samples, overlooked, see
 from tucker_cam.models import Network
-
-VOC = "<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size>{objects}</annotation>"
-BOX = "<object><bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax><ymax>{3}</ymax></bndbox></object>"
-
-
-def write_picture(path, size=(8, 6), mode="RGB", **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
-    Image.fromarray(values).convert(mode).save(path, **options)
-    return path
-
-
-def write_boxes(path, *boxes, size=(8, 6)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(VOC.format(size=size, objects="".join(BOX.format(*box) for box in boxes)))
-
-
-def write_mask(path, array, mode=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mask = Image.fromarray(array)
-    if mode == "P":
-        mask.putpalette([0, 0, 0, 128, 0, 0] + [0] * 759 + [224, 224, 192])
-    mask.save(path)
+from tucker_cam.pictures.annotations import find_samples, network_view
 
 
 def model(*geometry):
@@ -45,8 +23,8 @@ def model(*geometry):
 
 def only(folder, *geometry, **options):
     """Return what is seen of a folder's only sample."""
-    (sample,), kind = find_samples(folder, **options)
-    return see(sample, kind, model(*geometry))
+    (sample,), kind, _ = find_samples(folder, **options)
+    return network_view(sample, kind, model(*geometry))
 
 
 def test_a_box_is_counted_from_1_with_both_ends_inside(tmp_path):
@@ -166,30 +144,30 @@ def voc(tmp_path):
 
 
 def test_vocs_boxes_are_those_that_torchvision_reads(voc):
-    samples, kind = find_samples(voc)
-    assert not overlooked(voc)
+    samples, kind, _ = find_samples(voc)
+    assert not find_samples(voc).remarks
     theirs = VOCDetection(voc, image_set="val")
     assert kind == "boxes"
     assert [str(sample.picture) for sample in samples] == theirs.images
     for sample, (_, target) in zip(samples, theirs, strict=True):
         corners = {k: int(v) for k, v in target["annotation"]["object"][0]["bndbox"].items()}
-        where = see(sample, kind, model()).mask.nonzero()
+        where = network_view(sample, kind, model()).mask.nonzero()
         assert where.amin(0).tolist() == [corners["ymin"] - 1, corners["xmin"] - 1]
         assert where.amax(0).tolist() == [corners["ymax"] - 1, corners["xmax"] - 1]
 
 
 def test_vocs_masks_are_those_that_torchvision_reads(voc):
-    samples, kind = find_samples(voc, annotations="masks")
+    samples, kind, _ = find_samples(voc, annotations="masks")
     theirs = VOCSegmentation(voc, image_set="val")
     assert [str(sample.picture) for sample in samples] == theirs.images
-    ours = see(samples[0], kind, model()).mask
+    ours = network_view(samples[0], kind, model()).mask
     assert torch.equal(ours, torch.from_numpy(np.asarray(theirs[0][1]) > 0))
 
 
 def test_an_image_folder_is_what_torchvision_finds(tmp_path):
     for name in ("cat/1.jpg", "cat/deep/2.PNG", "dog/1.jpg"):
         write_picture(tmp_path / name)
-    samples, kind = find_samples(tmp_path)
+    samples, kind, _ = find_samples(tmp_path)
     assert kind == "none"
     assert [sample.name for sample in samples] == ["cat/1.jpg", "cat/deep/2.PNG", "dog/1.jpg"]
     assert [str(s.picture) for s in samples] == sorted(path for path, _ in ImageFolder(tmp_path).samples)
@@ -199,24 +177,24 @@ def test_annotations_of_pictures_of_one_name_in_two_folders_are_not_mixed_up(tmp
     for kind, box in (("cat", (1, 1, 1, 1)), ("dog", (1, 1, 2, 2))):
         write_picture(tmp_path / kind / "1.png")
         write_boxes(tmp_path / "annotations" / kind / "1.xml", box)
-    samples, kind = find_samples(tmp_path)
-    assert [see(sample, kind, model()).mask.sum().item() for sample in samples] == [1, 4]
+    samples, kind, _ = find_samples(tmp_path)
+    assert [network_view(sample, kind, model()).mask.sum().item() for sample in samples] == [1, 4]
 
 
 def test_a_stray_xml_does_not_hide_the_masks(tmp_path):
     write_picture(tmp_path / "images" / "a.jpg")
     write_mask(tmp_path / "masks" / "a.png", np.full((6, 8), 255, np.uint8))
     (tmp_path / "pom.xml").write_text("<project/>")
-    assert find_samples(tmp_path)[1] == "masks"
+    assert find_samples(tmp_path).annotations == "masks"
 
 
 def test_annotations_that_no_pictures_name_finds_are_counted_and_one_is_named(tmp_path):
     write_picture(tmp_path / "images" / "a.jpg")
     write_picture(tmp_path / "masks" / "a.png")
-    assert not overlooked(tmp_path)
+    assert not find_samples(tmp_path).remarks
     for name in ("annots/a.xml", "masks/a_mask.png", "annotations/trimaps/a.png"):
         write_picture(tmp_path / name, format="PNG")
-    (remark,) = overlooked(tmp_path)
+    (remark,) = find_samples(tmp_path).remarks
     assert f"belong to no picture: 3, {tmp_path / 'annots' / 'a.xml'} among them" in remark
     with pytest.raises(ValueError, match="found none among 1; XML files or masks that belong to no picture: 3"):
         find_samples(tmp_path, annotations="boxes")
@@ -228,10 +206,10 @@ def test_masks_that_would_be_scored_as_pictures_are_named(tmp_path, mode):
         write_picture(tmp_path / "images" / f"{name}.jpg")
         write_picture(tmp_path / "faces" / f"{name}.jpg")
         write_picture(tmp_path / "grey" / f"of-{name}.jpg", mode="L")
-    assert not overlooked(tmp_path)
+    assert not find_samples(tmp_path).remarks
     for name in ("1", "2"):
         write_picture(tmp_path / "labels" / f"{name}.png", mode=mode)
-    (remark,) = overlooked(tmp_path)
+    (remark,) = find_samples(tmp_path).remarks
     assert remark.startswith(f"{tmp_path / 'labels'}: ")
 
 
@@ -240,8 +218,8 @@ def test_suffixes_may_be_written_in_any_case(tmp_path):
     write_boxes(tmp_path / "A.Xml", (1, 1, 2, 2))
     write_picture(tmp_path / "B.Png")
     write_mask(tmp_path / "masks" / "B.PNG", np.full((6, 8), 255, np.uint8))
-    assert find_samples(tmp_path, annotations="boxes")[0][0].annotation == tmp_path / "A.Xml"
-    assert find_samples(tmp_path, annotations="masks")[0][0].annotation == tmp_path / "masks" / "B.PNG"
+    assert find_samples(tmp_path, annotations="boxes").samples[0].annotation == tmp_path / "A.Xml"
+    assert find_samples(tmp_path, annotations="masks").samples[0].annotation == tmp_path / "masks" / "B.PNG"
 
 
 def test_a_jpeg_masks_noise_is_no_object(tmp_path):
@@ -264,14 +242,14 @@ def test_a_size_that_would_not_fit_into_memory_is_refused(tmp_path):
 def test_hidden_files_are_left_out(tmp_path):
     write_picture(tmp_path / "a.png")
     (tmp_path / "._a.png").write_bytes(b"a resource fork")
-    assert len(find_samples(tmp_path)[0]) == 1
+    assert len(find_samples(tmp_path).samples) == 1
 
 
 def test_a_sample_is_the_same_again_and_part_of_a_larger_one(tmp_path):
     for index in range(20):
         write_picture(tmp_path / f"{index}.png", size=(2, 2))
-    names = {limit: [s.name for s in find_samples(tmp_path, limit=limit)[0]] for limit in (5, 12, 100)}
-    assert names[5] == [s.name for s in find_samples(tmp_path, limit=5)[0]]
+    names = {limit: [s.name for s in find_samples(tmp_path, limit=limit).samples] for limit in (5, 12, 100)}
+    assert names[5] == [s.name for s in find_samples(tmp_path, limit=5).samples]
     assert set(names[5]) < set(names[12])
     assert len(names[100]) == 20
     assert names[12] == sorted(names[12])
@@ -283,12 +261,12 @@ def test_a_picture_without_boxes_is_seen_and_said_to_be_without(tmp_path):
     write_boxes(tmp_path / "b.xml")
     write_picture(tmp_path / "c.png")
     write_boxes(tmp_path / "c.xml", (1, 1, 2, 2))
-    samples, kind = find_samples(tmp_path)
-    seen = [see(sample, kind, model()) for sample in samples]
+    samples, kind, _ = find_samples(tmp_path)
+    seen = [network_view(sample, kind, model()) for sample in samples]
     assert [each.mask.any().item() for each in seen] == [False, False, True]
     assert "a.png: without boxes" in seen[0].remarks[0]
     assert "b.xml: without an object" in seen[1].remarks[0]
-    assert [s.name for s in find_samples(tmp_path, annotations="boxes")[0]] == ["b.png", "c.png"]
+    assert [s.name for s in find_samples(tmp_path, annotations="boxes").samples] == ["b.png", "c.png"]
 
 
 def test_an_object_that_is_cropped_away_is_said_to_be(tmp_path):

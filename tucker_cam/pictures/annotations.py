@@ -1,0 +1,269 @@
+"""A folder in, its pictures out, with the object's mask as the network sees it where boxes or masks are given.
+
+Boxes and masks go through the model's own preprocessing, as a black and white picture of the photograph's size, and so
+follow its resizing and cropping to the pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+from xml.etree.ElementTree import ParseError
+
+import numpy as np
+import torch
+from defusedxml import ElementTree
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from tucker_cam.errors import BadFileError, BadValueError
+from tucker_cam.models import Network
+from tucker_cam.models.families import preprocessed
+from tucker_cam.pictures.files import open_image, open_picture
+from tucker_cam.pictures.sources import PICTURES, files_below, random_sample, without_results
+
+Annotations = Literal["boxes", "masks", "none"]
+# Of a picture, as it is shown and as its file holds it.
+_Sizes = tuple[tuple[int, int], tuple[int, int]]
+
+_FOLDERS: dict[Annotations, tuple[str, ...]] = {
+    "boxes": ("annotations", "Annotations"),
+    "masks": ("masks", "Masks", "SegmentationClass"),
+}
+_ANNOTATION_FOLDERS = {name for names in _FOLDERS.values() for name in names}
+# VOC's masks of single objects.
+_NOT_NEEDED = "SegmentationObject"
+_WHERE = (
+    "those of a picture's name are found, boxes beside it or in a folder annotations, masks in masks or "
+    "SegmentationClass"
+)
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_ORIENTATION = 0x0112
+_MODES_OF_MASKS = ("1", "L", "P")
+_VOID = 255
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture of a folder.
+
+    Attributes:
+        name: its path below the folder, with slashes.
+        picture: its file.
+        annotation: the file with its boxes or its mask; None if there is none.
+    """
+
+    name: str
+    picture: Path
+    annotation: Path | None
+
+
+class Samples(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        samples: the pictures, in the order of their names.
+        annotations: what theirs are.
+        remarks: a line on annotations of no picture, and one on each folder of pictures that look like masks.
+    """
+
+    samples: list[Sample]
+    annotations: Annotations
+    remarks: list[str]
+
+
+class NetworkView(NamedTuple):
+    """What the network sees of a sample.
+
+    Attributes:
+        network_input: channels x height x width.
+        mask: bool, height x width, true on an object; all false where the picture has no annotation.
+        remarks: what a user should know about this sample, a line each.
+    """
+
+    network_input: Tensor
+    mask: Tensor
+    remarks: list[str]
+
+
+def find_samples(
+    folder: Path, *, annotations: Annotations | None = None, limit: int | None = None, seed: int = 0
+) -> Samples:
+    """Find the pictures of a folder, at any depth, and their annotations.
+
+    The layouts of torchvision's `ImageFolder`, `VOCDetection` and `VOCSegmentation` are read as they are: boxes are
+    Pascal VOC XML files of the picture's name, beside it or in a folder ``annotations``; masks are pictures of its name
+    in a folder ``masks`` or ``SegmentationClass``. What is left out, see `find_sources`.
+
+    Args:
+        folder: where the pictures are.
+        annotations: which to take; then pictures without one are left out. None takes boxes if there are any, or
+            masks, and all pictures.
+        limit: take a random sample of so many pictures, see `random_sample`.
+        seed: of the sample.
+
+    Raises:
+        OSError: there is no such folder.
+        ValueError: there are no pictures in it, or no annotations of the kind that was asked for; or the limit is
+            below 1.
+    """
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "nothing of that name"
+        raise BadFileError(f"{folder}: expected a folder of pictures, found {what}")
+    files: dict[Annotations, list[Path]] = {"boxes": [], "masks": [], "none": []}
+    for path in sorted(without_results(files_below(folder, PICTURES | {".xml"}), folder)):
+        above = path.relative_to(folder).parts[:-1]
+        if path.suffix.lower() == ".xml":
+            files["boxes"].append(path)
+        elif _NOT_NEEDED not in above:
+            files["none" if _ANNOTATION_FOLDERS.isdisjoint(above) else "masks"].append(path)
+    pictures = files.pop("none")
+    if not pictures:
+        raise BadValueError(f"{folder}: expected pictures ({' '.join(sorted(PICTURES))}) at any depth, found none")
+    found: dict[Annotations, dict[Path, Path | None]] = {"none": {}}
+    for each, paths in files.items():
+        by_name = {path.with_suffix(""): path for path in paths}
+        found[each] = {picture: _annotation(picture, folder, each, by_name) for picture in pictures}
+    used = {annotation for by_picture in found.values() for annotation in by_picture.values()}
+    remarks = _overlooked(pictures, [path for paths in files.values() for path in paths if path not in used])
+    fitting = (each for each, by_picture in found.items() if any(by_picture.values()))
+    kind = annotations or next(fitting, "none")
+    samples = [Sample(path.relative_to(folder).as_posix(), path, found[kind].get(path)) for path in pictures]
+    if annotations in files:
+        samples = [sample for sample in samples if sample.annotation is not None]
+        if not samples:
+            said = "; ".join([f"{folder}: expected pictures with {kind}, found none among {len(pictures)}", *remarks])
+            raise BadValueError(said)
+    return Samples(random_sample(samples, limit, seed=seed), kind, remarks)
+
+
+def network_view(sample: Sample, annotations: Annotations, network: Network) -> NetworkView:
+    """Read a sample and preprocess it for the network, and its annotation with it.
+
+    Raises:
+        OSError: the picture or its mask cannot be read.
+        ValueError: the annotation is none, or does not fit the picture; or the preprocessing failed on it.
+    """
+    picture = open_picture(sample.picture)
+    network_input = preprocessed(network.preprocess, picture, str(sample.picture))
+    nothing = torch.zeros(network_input.shape[-2:], dtype=torch.bool)
+    if annotations == "none":
+        return NetworkView(network_input, nothing, [])
+    if sample.annotation is None:
+        remark = f"{sample.picture}: without {annotations}, so not scored on localisation"
+        return NetworkView(network_input, nothing, [remark])
+    with open_image(sample.picture) as stored:
+        sizes, orientation = (picture.size, stored.size), stored.getexif().get(_ORIENTATION, 1)
+    drawn, remarks = (_draw_boxes if annotations == "boxes" else _read_mask)(sample.annotation, sizes)
+    black_and_white = Image.fromarray(drawn.astype(np.uint8) * 255)
+    if black_and_white.size != picture.size:
+        # Drawn on the file as it is stored: turned as the photograph was.
+        black_and_white.getexif()[_ORIENTATION] = orientation
+        black_and_white = ImageOps.exif_transpose(black_and_white)
+    elif orientation != 1 and len(set(sizes)) == 1:
+        remarks.append(f"{sample.annotation}: taken to be drawn on {sample.picture.name} as its EXIF data turns it")
+    mask_input = preprocessed(network.preprocess, black_and_white.convert("RGB"), str(sample.annotation))
+    mask = torch.from_numpy(network.picture(mask_input)[..., 0] > 0.5)
+    if not mask.any():
+        why = "its object is cropped away or too small for the network" if drawn.any() else "without an object"
+        remarks.append(f"{sample.annotation}: {why}, so not scored on localisation")
+    return NetworkView(network_input, mask, remarks)
+
+
+def _annotation(picture: Path, folder: Path, kind: Annotations, by_name: Mapping[Path, Path]) -> Path | None:
+    """Return what has this picture's name: beside it, or in an annotation folder above that mirrors its folders.
+
+    One of these may be missing there, as VOC's ``JPEGImages`` is.
+    """
+    below = picture.relative_to(folder).with_suffix("").parts
+    places = [picture.with_suffix("")] if kind == "boxes" else []
+    for depth in reversed(range(len(below))):
+        for name in _FOLDERS[kind]:
+            beside = folder.joinpath(*below[:depth], name)
+            places += [beside.joinpath(*rest) for rest in (below[depth:], below[depth + 1 :]) if rest]
+    return next((by_name[place] for place in places if place in by_name), None)
+
+
+def _overlooked(pictures: Sequence[Path], unused: Sequence[Path]) -> list[str]:
+    """Return a line on annotations of no picture, and one on each folder of pictures that look like masks.
+
+    These are grey or of colour numbers, and another folder has pictures of all their names in colour.
+    """
+    remarks = []
+    if unused:
+        remarks.append(f"XML files or masks that belong to no picture: {len(unused)}, {unused[0]} among them: {_WHERE}")
+    in_folder: dict[Path, dict[str, Path]] = {}
+    for picture in pictures:
+        in_folder.setdefault(picture.parent, {})[picture.stem] = picture
+    first = {parent: _mode(next(iter(by_name.values()))) for parent, by_name in in_folder.items()}
+    coloured = [in_folder[parent].keys() for parent, mode in first.items() if mode == "RGB"]
+    for parent, mode in first.items():
+        if mode in _MODES_OF_MASKS and any(in_folder[parent].keys() <= names for names in coloured):
+            remarks.append(f"{parent}: taken for pictures, though these look like masks of others: {_WHERE}")
+    return remarks
+
+
+def _mode(picture: Path) -> str | None:
+    """Return how a picture holds its colours, as Pillow names it; None where it cannot be read."""
+    try:
+        with open_image(picture) as opened:
+            return opened.mode
+    except Exception:
+        # Pillow's decoders raise nearly anything.
+        return None
+
+
+def _draw_boxes(file: Path, sizes: _Sizes) -> tuple[NDArray[np.bool_], list[str]]:
+    """Return the union of the boxes of a Pascal VOC file, whose pixels are counted from 1 with both ends inside."""
+    try:
+        root = ElementTree.parse(file).getroot()
+        width, height = (round(float(root.findtext(f"size/{name}") or 0)) for name in ("width", "height"))
+        boxes = [[round(float(box.findtext(name, ""))) for name in _CORNERS] for box in root.iterfind("object/bndbox")]
+    except (ParseError, ValueError, LookupError, OverflowError) as error:
+        raise BadValueError(f"{file}: expected boxes as Pascal VOC XML, found something else ({error})") from error
+    if not width or not height:
+        width, height = sizes[0]
+    _check_size(file, (width, height), sizes)
+    drawn, remarks = np.zeros((height, width), dtype=bool), []
+    for left, top, right, bottom in boxes:
+        inside = drawn[max(top - 1, 0) : max(bottom, 0), max(left - 1, 0) : max(right, 0)]
+        if not inside.size:
+            where = f"{left}, {top} to {right}, {bottom}"
+            raise BadValueError(f"{file}: expected boxes inside the picture, {width} x {height}, found {where}")
+        if left < 0 or top < 0 or right > width or bottom > height:
+            remarks.append(f"{file}: a box reaches beyond the picture, and was cut off at its edge")
+        inside[:] = True
+    return drawn, remarks
+
+
+def _read_mask(file: Path, sizes: _Sizes) -> tuple[NDArray[np.bool_], list[str]]:
+    """Return where a mask is not black; in one of colour numbers, as VOC's, where these are neither 0 nor 255, void.
+
+    JPEG blurs the edges of what was drawn: there the brighter half is the object.
+    """
+    try:
+        with open_image(file) as mask:
+            _check_size(file, mask.size, sizes)
+            values, mode, least = np.atleast_3d(np.asarray(mask)), mask.mode, 127 if mask.format == "JPEG" else 0
+    except BadValueError:
+        raise
+    except Exception as error:
+        # Pillow's decoders raise nearly anything.
+        raise BadFileError(f"{file}: expected a mask as a picture, found none or a broken one ({error})") from error
+    drawn = np.asarray(values > least)
+    if mode == "P":
+        drawn &= values != _VOID
+    elif mode.endswith("A"):
+        drawn = drawn[..., :-1] & drawn[..., -1:]
+    return drawn.any(-1), []
+
+
+def _check_size(file: Path, found: tuple[int, int], sizes: _Sizes) -> None:
+    if found not in sizes:
+        expected = "{} x {}".format(*sizes[0])
+        raise BadValueError(
+            f"{file}: expected an annotation of a picture of {expected}, found one of {found[0]} x {found[1]}"
+        )
