@@ -307,17 +307,24 @@ def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def choose_layers(model: nn.Module, run: DryRun, names: Sequence[str]) -> list[SpatialLayer]:
-    """Return the layers of these dotted names, or of these negative indices into ``run.layers`` (-1 is the last).
+def choose_layers(model: nn.Module, run: DryRun, layers: Sequence[str | int | nn.Module]) -> list[SpatialLayer]:
+    """Return these layers: modules, dotted names, or negative indices into ``run.layers`` (-1 is the last).
 
     Raises:
         ValueError: there is no such layer (the message holds the nearest names), or it has no spatial map.
     """
     # A name is an order: attention of random weights, to be replaced by a checkpoint's, follows nothing yet.
     by_name = {layer.name: layer for layer in (*run.layers, *run.doubtful)}
-    parts = [name for name, _ in model.named_modules() if name]
+    parts = {name: module for name, module in model.named_modules() if name}
     chosen = []
-    for name in names:
+    for layer in layers:
+        if isinstance(layer, nn.Module):
+            names = [name for name, module in parts.items() if module is layer]
+            if not names:
+                raise BadValueError(f"expected a layer that is part of the model, got a {type(layer).__name__}")
+            name = names[0]
+        else:
+            name = str(layer)
         if name.startswith("-") and name[1:].isdecimal():
             if not 1 <= int(name[1:]) <= len(run.layers):
                 raise BadValueError(f"expected a layer's index from -{len(run.layers)} to -1, got {name}")
@@ -326,11 +333,11 @@ def choose_layers(model: nn.Module, run: DryRun, names: Sequence[str]) -> list[S
             chosen.append(by_name[name])
         elif name in parts:
             raise BadValueError(
-                f"expected a layer with a spatial map, and `{name}` has none (or is not reached): `tucker-cam layers` "
-                "lists those that have"
+                f"expected a layer with a spatial map, and `{name}` has none (or is not reached): "
+                "`load_model(...).spatial_layers` holds those that have"
             )
         else:
-            near = get_close_matches(name, parts, n=3, cutoff=0.4) or parts[-3:]
+            near = get_close_matches(name, parts, n=3, cutoff=0.4) or list(parts)[-3:]
             raise BadValueError(f"{type(model).__name__} has no layer {name!r}; near it: {', '.join(near)}")
     return chosen
 
