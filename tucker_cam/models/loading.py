@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from tucker_cam.activations import ReshapeTransform
 from tucker_cam.errors import BadTypeError, BadValueError
 from tucker_cam.models.checkpoints import load_checkpoint
-from tucker_cam.models.families import FAMILIES, Network, build_network
+from tucker_cam.models.families import build_network, family_of
 from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common_transform, dry_run, target_of
+from tucker_cam.models.network import Network, Preprocessing, imagenet_preprocessing
 from tucker_cam.text import one_line
 
 
@@ -56,6 +58,14 @@ class LoadedModel(Network):
         """Turns their outputs into maps; None where they are maps."""
         return common_transform(self.layers)
 
+    @property
+    def preprocessing(self) -> dict[str, Any] | None:
+        """The size, crop, mean and std that were asked for, fit for JSON; None where the model's own are used."""
+        own = self.preprocess
+        if not isinstance(own, Preprocessing) or own == imagenet_preprocessing:
+            return None
+        return {"size": own.size, "crop": own.crop, "mean": list(own.mean), "std": list(own.std)}
+
     def digest(self) -> str:
         """Return a short hash of the weights, which tells two checkpoints of one name apart."""
         digest = hashlib.sha256()
@@ -72,6 +82,10 @@ def load_model(
     pretrained: bool = True,
     layers: Sequence[str | int | nn.Module] = (),
     device: str | torch.device | None = None,
+    size: int | None = None,
+    crop: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> LoadedModel:
     """Load a model by its name, or take one as it is, and find the layer to explain.
 
@@ -82,7 +96,7 @@ def load_model(
             (torch.hub, which runs the repository's code); or ``MODULE:CALLABLE``, your own function without
             arguments that returns a `torch.nn.Module`, taken to have ImageNet's usual preprocessing, or a `Network`;
             the module is looked for in the working directory too. Or a `torch.nn.Module` or a `Network` itself, which
-            is put into eval mode.
+            is put into eval mode; a `LoadedModel` is returned as it is where nothing else is asked for.
         weights: a checkpoint to load in place of the published weights, as self-supervised projects publish it; the
             backbone is found in it. Of ``torch.save``, or ``.safetensors``. No code in it is run.
         pretrained: download the published weights; without them the weights are random. ``demo`` and your own
@@ -90,11 +104,18 @@ def load_model(
         layers: dotted names of layers to explain, negative indices into all that have a spatial map (-1 is the last),
             or the modules; by default the one that `find_target_layer` finds.
         device: where the model shall run; None for a CUDA device if there is one, and for a model of yours where it is.
+        size: of the network's input, in pixels, in place of the model's own: a larger one gives a finer map, if the
+            network takes it. This and the next three replace the preprocessing by a `Preprocessing`, with what is not
+            given as the model has it; a video network takes none of them.
+        crop: False shows the network the whole picture, squeezed into a square, not the middle of it.
+        mean: of each channel, in [0, 1].
+        std: of each channel.
 
     Raises:
         NoLayerError: a ValueError where no layer can be chosen; it holds those that could be named.
         ValueError: no such model or layer; the message holds the names nearest to it. Or several layers need
-            different reshape transforms, or the file holds no weights of this model's whole backbone.
+            different reshape transforms, or the file holds no weights of this model's whole backbone, or the network
+            takes no picture of this size.
         ModuleNotFoundError: a package is missing; the message holds the command that installs it.
         TypeError: what was given, or what your own function returns, is no model.
         OSError: the weights could not be downloaded or read.
@@ -104,41 +125,38 @@ def load_model(
         >>> loaded.layer_names
         ['layer4']
     """
-    if isinstance(model, str):
-        spec, device = model, _device(device)
-        network = build_network(spec, pretrained=pretrained and weights is None)
-    elif not isinstance(model, (nn.Module, Network)):
-        raise BadTypeError(f"expected a model's name, a torch.nn.Module or a Network, got {type(model).__name__}")
-    else:
-        network = model if isinstance(model, Network) else Network(model)
-        spec, device = type(network.model).__name__, network.device if device is None else _device(device)
-    family = FAMILIES.get(spec.partition(":")[0])
-    if not pretrained and weights is None and (family is None or not family.random):
+    if isinstance(model, LoadedModel):
+        if pretrained and crop and not layers and all(each is None for each in (weights, device, size, mean, std)):
+            return model
+        layers = layers or model.target_layers
+    spec, network, device = _network_of(model, pretrained=pretrained and weights is None, device=device)
+    if not pretrained and weights is None and not (isinstance(model, str) and family_of(spec).random):
         raise BadValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
-    model = network.model.eval()
-    if absent := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
+    network = _with_preprocessing(spec, network, size, crop, mean, std)
+    module = network.model.eval()
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    if absent := [name for name, tensor in tensors if tensor.is_meta]:
         raise BadValueError(
             f"{spec}: expected weights and buffers that hold numbers, found none in {', '.join(absent[:3])}: build the "
             "model without torch.device('meta')"
         )
     run = _dry_run(spec, network)
-    names = [_name_of(model, layer) if isinstance(layer, nn.Module) else str(layer) for layer in layers]
-    chosen = choose_layers(model, run, names) if names else [target_of(model, run)]
+    chosen = choose_layers(module, run, layers) if layers else [target_of(module, run)]
     common_transform(chosen)
     name, report, classifies = spec, "", network.classifies
     if weights is not None:
         file = Path(weights)
         explained = {layer.name for layer in (*chosen, run.target) if layer is not None}
-        loaded = load_checkpoint(model, file, frozenset().union(*(run.upstream[name] for name in explained)))
+        loaded = load_checkpoint(module, file, frozenset().union(*(run.upstream[name] for name in explained)))
         name, report = f"{spec} with {file.name}", f"; {file.name}: {loaded}"
         # A head that the file has not is random.
         classifies = classifies and not loaded.missing
     elif not pretrained:
         name = f"{spec} with random weights"
-    model.to(device)
+    module.to(device)
     shown = ", ".join(f"{layer.name} {'x'.join(map(str, layer.shape[1:]))}" for layer in chosen)
     return LoadedModel(
-        model=model,
+        model=module,
         preprocess=network.preprocess,
         mean=network.mean,
         std=network.std,
@@ -152,21 +170,53 @@ def load_model(
     )
 
 
-def _name_of(model: nn.Module, layer: nn.Module) -> str:
-    names: list[str] = [name for name, module in model.named_modules() if module is layer]
-    if not names:
-        raise BadValueError(f"expected a layer that is part of the model, got a {type(layer).__name__} that is not")
-    return names[0]
+def _network_of(
+    model: str | nn.Module | Network, *, pretrained: bool, device: str | torch.device | None
+) -> tuple[str, Network, torch.device]:
+    """Return a model's name for messages, the network, and the device where it shall run."""
+    if isinstance(model, str):
+        found = _device(device)
+        return model, build_network(model, pretrained=pretrained), found
+    if not isinstance(model, (nn.Module, Network)):
+        raise BadTypeError(f"expected a model's name, a torch.nn.Module or a Network, got {type(model).__name__}")
+    network = model if isinstance(model, Network) else Network(model)
+    name = model.name if isinstance(model, LoadedModel) else type(network.model).__name__
+    return name, network, network.device if device is None else _device(device)
+
+
+def _with_preprocessing(
+    spec: str, network: Network, size: int | None, crop: bool, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Network:
+    if crop and size is None and mean is None and std is None:
+        return network
+    if network.frames is not None:
+        raise BadValueError(f"{spec}: expected no size, crop, mean or std, as it takes {network.frames} frames at once")
+    preprocess = Preprocessing(
+        size=_example(spec, network).shape[-1] if size is None else size,
+        crop=crop,
+        mean=tuple(network.mean if mean is None else mean),
+        std=tuple(network.std if std is None else std),
+    )
+    return replace(network, preprocess=preprocess, mean=preprocess.mean, std=preprocess.std)
+
+
+def _example(spec: str, network: Network) -> Tensor:
+    try:
+        return network.example()
+    except Exception as error:
+        raise BadValueError(f"{spec}: its preprocessing failed on a grey picture ({error})") from error
 
 
 def _dry_run(spec: str, network: Network) -> DryRun:
+    example = _example(spec, network)
     try:
-        return dry_run(network.model, network.example())
+        return dry_run(network.model, example)
     except Exception as error:
         # Whatever a model raises that takes something else than a picture: text, several pictures, another size.
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        size = "x".join(map(str, example.shape[1:]))
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise BadValueError(
-            f"{spec}: expected a network that takes one picture, and it failed on one ({reason})"
+            f"{spec}: expected a network that takes one picture, and it failed on one of {size} ({reason})"
         ) from error
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,11 +39,7 @@ class TokensToMaps:
     aspect: float
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Turn batch x tokens x channels into batch x channels x height x width.
-
-        Raises:
-            ValueError: so many tokens are no picture of these proportions.
-        """
+        """Turn batch x tokens x channels into batch x channels x height x width; ValueError if they lie on no grid."""
         patches = tokens.shape[1] - self.prefix
         height = round((patches * self.aspect) ** 0.5)
         if height < 1 or patches % height:
@@ -67,87 +63,77 @@ def only_map(output: Any) -> Tensor:
 
 
 def pyramid_to_maps(output: Any) -> Tensor:
-    """Put the levels of a feature pyramid on top of each other, resized to the middle one; one of 1x1 is left out.
-
-    Args:
-        output: a mapping, a list or a tuple of batch x channels x height x width, the sizes differing.
-
-    Returns:
-        batch x all channels x height x width.
-    """
+    """Put the levels of a feature pyramid on top of each other, resized to the middle one; one of 1x1 is left out."""
     levels = sorted(_maps_in(output), key=lambda level: level.shape[-1], reverse=True)
     size = levels[(len(levels) - 1) // 2].shape[-2:]
     resized = [interpolate(level.float(), size=size, mode="bilinear", antialias=True) for level in levels]
     return torch.cat(resized, dim=1)
 
 
-def spatial_output(output: object, picture: Tensor) -> tuple[tuple[int, ...], ReshapeTransform | None] | None:
-    """Return the shape of a layer's output and the transform that makes it maps; None if it shows no positions.
+def spatial_output(output: object, pictures: Tensor) -> tuple[tuple[int, ...], ReshapeTransform | None] | None:
+    """Return the shape of a layer's output for one picture, and the transform that makes it maps.
 
     Args:
         output: what the layer returned.
-        picture: the model's input, batch x channels x height x width or batch x channels x time x height x width.
+        pictures: the model's input, batch x channels x height x width or batch x channels x time x height x width.
+
+    Returns:
+        None if the output shows no positions.
     """
     if isinstance(output, Tensor):
-        if not is_map(output, picture):
+        if not is_map(output, pictures):
             return None
         if output.dim() == 3:
-            return tuple(output.shape), _tokens_to_maps(output, picture)
-        return tuple(output.shape), channels_last_to_maps if _is_channels_last(output, picture) else None
+            return (1, *output.shape[1:]), _tokens_to_maps(output, pictures)
+        return (1, *output.shape[1:]), channels_last_to_maps if _is_channels_last(output, pictures) else None
     levels = _maps_in(output)
-    if not all(is_map(level, picture) and not _is_channels_last(level, picture) for level in levels):
+    if not all(is_map(level, pictures) and not _is_channels_last(level, pictures) for level in levels):
         return None
     if len(levels) == 1 and not isinstance(output, Mapping):
-        return tuple(levels[0].shape), only_map
-    if picture.dim() == 4 and len({level.shape[-2:] for level in levels}) > 1:
-        return tuple(pyramid_to_maps(output).shape), pyramid_to_maps
+        return (1, *levels[0].shape[1:]), only_map
+    if pictures.dim() == 4 and len({level.shape[-2:] for level in levels}) > 1:
+        return (1, *pyramid_to_maps(output).shape[1:]), pyramid_to_maps
     return None
 
 
-def maps_of(output: Tensor, picture: Tensor) -> Tensor:
-    """Return a map, or tokens with all that stands before the patches, with the channels second."""
-    if output.dim() == 3:
-        return output.mT
-    return channels_last_to_maps(output) if _is_channels_last(output, picture) else output
+def positions_in(output: object, pictures: Tensor) -> list[Tensor]:
+    """Return all that has positions in an output, at any depth, each with its channels second, tokens as well."""
+    tensors = [each for each in _tensors_in(output) if _has_positions(each, pictures)]
+    return [
+        each.mT if each.dim() == 3 else each.movedim(-1, 1) if _is_channels_last(each, pictures) else each
+        for each in tensors
+    ]
 
 
-def tensors_in(output: object) -> list[Tensor]:
-    """Return the tensors that an output holds at any depth."""
-    if isinstance(output, Tensor):
-        return [output]
-    return [tensor for value in _values(output) for tensor in tensors_in(value)]
+def shows(output: object, pictures: Tensor) -> bool:
+    """Tell whether an output is or holds, at any depth, a map or tokens of the picture."""
+    return any(is_map(each, pictures) for each in _tensors_in(output))
 
 
-def holds_maps(output: object, picture: Tensor) -> bool:
-    """Tell whether a mapping, a list or a tuple holds, at any depth, a map or tokens of the picture."""
-    return any(is_map(each, picture) or holds_maps(each, picture) for each in _values(output))
-
-
-def is_map(value: object, picture: Tensor) -> bool:
+def is_map(value: Tensor, pictures: Tensor) -> bool:
     """Tell whether this shows where in the picture something is, and is not the picture itself, normalised or not."""
-    return has_positions(value, picture) and value.shape != picture.shape
+    return _has_positions(value, pictures) and value.shape != pictures.shape
 
 
-def has_positions(value: object, picture: Tensor) -> TypeGuard[Tensor]:
-    """Tell whether this is a map or tokens of the picture, or of the picture's own shape."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or not value.dim() or len(value) != len(picture):
+def _has_positions(value: Tensor, pictures: Tensor) -> bool:
+    if not value.is_floating_point() or not value.dim() or len(value) != len(pictures):
         return False
     if value.dim() == 3:
-        return picture.dim() == 4 and value.shape[2] > 1 and _tokens_to_maps(value, picture) is not None
-    if value.dim() != picture.dim():
+        return pictures.dim() == 4 and value.shape[2] > 1 and _tokens_to_maps(value, pictures) is not None
+    if value.dim() != pictures.dim():
         return False
-    spatial = value.shape[1:-1] if _is_channels_last(value, picture) else value.shape[2:]
+    spatial = value.shape[1:-1] if _is_channels_last(value, pictures) else value.shape[2:]
     return spatial[-2:].numel() > 1
 
 
-def _tokens_to_maps(tokens: Tensor, picture: Tensor) -> TokensToMaps | None:
+def _tokens_to_maps(tokens: Tensor, pictures: Tensor) -> TokensToMaps | None:
     """Return how batch x tokens x channels becomes maps of the picture; None if the tokens lie on no grid.
 
     The patches are as many as fit the picture's proportions, each a whole number of pixels high and wide but not
     larger than any network's (the queries of a detector may be a square number too). Of the tokens before them there
     are as few as possible, and not more than half as many.
     """
-    height, width = picture.shape[-2:]
+    height, width = pictures.shape[-2:]
     for prefix in range(min(_MOST_PREFIX_TOKENS, tokens.shape[1] // 3) + 1):
         patches = tokens.shape[1] - prefix
         rows = isqrt(patches * height // width)
@@ -158,9 +144,9 @@ def _tokens_to_maps(tokens: Tensor, picture: Tensor) -> TokensToMaps | None:
     return None
 
 
-def _is_channels_last(output: Tensor, picture: Tensor) -> bool:
+def _is_channels_last(output: Tensor, pictures: Tensor) -> bool:
     """Tell whether the picture's proportions are those of the axes before the last, as in Swin, and not of the last."""
-    height, width = picture.shape[-2:]
+    height, width = pictures.shape[-2:]
     first, second, third = output.shape[-3:]
     return first * width == second * height and second * width != third * height
 
@@ -168,6 +154,12 @@ def _is_channels_last(output: Tensor, picture: Tensor) -> bool:
 def _maps_in(output: object) -> list[Tensor]:
     tensors = [value for value in _values(output) if isinstance(value, Tensor) and value.dim() in (4, 5)]
     return [tensor for tensor in tensors if tensor.shape[2:].numel() > 1]
+
+
+def _tensors_in(output: object) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    return [tensor for value in _values(output) for tensor in _tensors_in(value)]
 
 
 def _values(output: object) -> list[object]:

@@ -1,0 +1,128 @@
+"""A network and its preprocessing: what a model's name becomes, and what your own ``MODULE:CALLABLE`` returns.
+
+PyTorch is imported where there is something to compute, so that the names of models can be listed without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from tucker_cam.errors import BadValueError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from PIL import Image
+    from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_CROPPED = 0.875
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an RGB picture to a network's input, channels x height x width.
+
+    Attributes:
+        size: of the input's sides, in pixels.
+        crop: whether the shorter side is resized to ``size / 0.875`` and the middle is cut out, as most ImageNet
+            networks have it; otherwise the whole picture is squeezed into the square.
+        mean: of each channel, what is subtracted; in [0, 1].
+        std: of each channel, what is divided by then; above 0 and at most 1.
+        interpolation: of the resizing; with antialias.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    size: int = 224
+    crop: bool = True
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise BadValueError(f"expected a size of at least 1 pixel, got {self.size}")
+        if len(self.mean) != 3 or not all(0 <= value <= 1 for value in self.mean):
+            raise BadValueError(f"expected a mean of three numbers in [0, 1], got {self.mean}")
+        if len(self.std) != 3 or not all(0 < value <= 1 for value in self.std):
+            raise BadValueError(f"expected a std of three numbers above 0 and at most 1, got {self.std}")
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """Resize, crop and normalise a picture."""
+        from torchvision.transforms import InterpolationMode, functional
+
+        mode = InterpolationMode(self.interpolation)
+        if self.crop:
+            resized = functional.resize(picture, round(self.size / _CROPPED), mode)
+            resized = functional.center_crop(resized, self.size)
+        else:
+            resized = functional.resize(picture, [self.size, self.size], mode)
+        normalised: Tensor = functional.normalize(functional.to_tensor(resized), self.mean, self.std)
+        return normalised
+
+
+imagenet_preprocessing = Preprocessing(interpolation="bilinear")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and its preprocessing.
+
+    Attributes:
+        model: the network.
+        preprocess: from an RGB picture, or a list of them for a video network, to the network's input, channels x
+            height x width or channels x time x height x width.
+        mean: of each channel, what `preprocess` subtracts; in [0, 1].
+        std: of each channel, what `preprocess` divides by then.
+        classifies: whether the model returns logits, batch x classes.
+        frames: how many pictures a video network takes; None for others.
+    """
+
+    model: nn.Module
+    preprocess: Callable[[Any], Tensor] = imagenet_preprocessing
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+    classifies: bool = False
+    frames: int | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        import torch
+
+        return next(self.model.parameters(), torch.empty(0)).device
+
+    def picture(self, network_input: Tensor) -> NDArray[np.float32]:
+        """Return what the network saw, resized and cropped, in [0, 1]: (time x) height x width x 3."""
+        import torch
+
+        shape = (-1, *(1 for _ in network_input.shape[1:]))
+        mean, std = torch.tensor(self.mean).reshape(shape), torch.tensor(self.std).reshape(shape)
+        picture = (network_input.cpu() * std + mean).clamp(0, 1).movedim(0, -1)
+        array: NDArray[np.float32] = picture.numpy()
+        return array
+
+    def example(self) -> Tensor:
+        """Return the input of a grey picture, as a batch of one where the model is."""
+        from PIL import Image
+
+        picture = Image.new("RGB", (256, 256), (127, 127, 127))
+        return self.preprocess(picture if self.frames is None else [picture] * self.frames)[None].to(self.device)
+
+
+def preprocessed(preprocess: Callable[[Any], Tensor], picture: object, name: str) -> Tensor:
+    """Return the network's input for a picture.
+
+    Raises:
+        ValueError: whatever a preprocessing of one's own raised on it, so that the other pictures can still be done.
+    """
+    try:
+        return preprocess(picture)
+    except Exception as error:
+        raise BadValueError(f"{name}: its preprocessing failed ({type(error).__name__}: {error})") from error
