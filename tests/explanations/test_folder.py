@@ -9,29 +9,31 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import zarr
 from filelock import FileLock
 from PIL import Image
-from pytorch_grad_cam.utils.image import show_cam_on_image
 from torch import nn
 from typer.testing import CliRunner
 
 from tucker_cam import MTSM, TSM
-from tucker_cam.cli import Format, app
+from tucker_cam.cli import app
+from tucker_cam.errors import Failure
 from tucker_cam.explanations import outputs
 from tucker_cam.explanations.explainer import Explainer
-from tucker_cam.explanations.folder import batch_size_for, explain_pictures, problem_with
-from tucker_cam.explanations.outputs import Manifest, MethodFiles
+from tucker_cam.explanations.folder import remove_files
+from tucker_cam.explanations.manifest import Manifest
+from tucker_cam.explanations.outputs import MethodFiles
 from tucker_cam.models import load_model
 from tucker_cam.pictures.annotations import find_samples
 from tucker_cam.pictures.files import open_picture
+from tucker_cam.pictures.held import Held
 from tucker_cam.pictures.sources import Source, find_sources
 from tucker_cam.text import printable
 
@@ -61,8 +63,7 @@ def pictures(tmp_path):
 
 
 def sources_in(arguments):
-    found, _ = find_sources(arguments)
-    return found
+    return find_sources(arguments)[0]
 
 
 def expected_map(path, method=TSM):
@@ -91,11 +92,8 @@ def test_a_folder_is_explained_at_any_depth_and_the_manifest_says_what_is_what(p
     assert manifest["model"] == "networks:tiny_loaded_model"
     assert manifest["layers"] == ["3"]
     path = pictures / "deeper" / "p001.png"
-    assert manifest["pictures"][str(path)] == {
-        "name": "deeper/p001",
-        "modified": path.stat().st_mtime_ns,
-        "size": path.stat().st_size,
-    }
+    entry = {"name": "deeper/p001", "modified": path.stat().st_mtime_ns, "size": path.stat().st_size}
+    assert manifest["pictures"][str(path)] == entry | {"view": pytest.approx([5, 0, 30, 30], abs=0.5)}
     assert {"tucker-cam", "torch", "grad-cam", "numpy"} <= manifest["versions"].keys()
     assert not list(out.rglob("*.unfinished"))
     assert not list(out.rglob("*.lock"))
@@ -363,13 +361,13 @@ def test_names_of_a_table_do_not_stand_in_the_way_of_our_files(pictures, tmp_pat
 
 def test_ten_thousand_pictures_of_one_name_are_named_and_removed_without_a_search(tmp_path):
     sources = [Source("cat", "t.parquet", (0, row)) for row in range(10_000)]
-    manifest = Manifest(tmp_path, load_model("networks:tiny_loaded_model"), aug_smooth=False)
+    manifest = Manifest(tmp_path, None)
     started = time.process_time()
-    names = manifest.add(sources)
+    manifest.add(sources, [".png"])
     for source in sources[-1000:]:
-        manifest.remove_files(source)
+        remove_files(manifest, source.key)
     assert time.process_time() - started < 3
-    assert list(names.values()) == ["cat", *(f"cat-{number}" for number in range(2, 10_001))]
+    assert list(manifest.names.values()) == ["cat", *(f"cat-{number}" for number in range(2, 10_001))]
 
 
 def test_a_zarr_store_of_the_older_format_whose_codec_unpickles_is_not_read(pictures, tmp_path, monkeypatch):
@@ -434,7 +432,7 @@ def test_a_map_of_another_size_does_not_fit_a_zarr_store_and_says_what_does(tmp_
     result = run(*arguments, "--format", "zarr")
     assert result.exit_code == 1
     assert "2 explained, 0 there already, 1 failed" in result.output
-    assert "its map is 30x60, the store's are 30x40: --format npy takes maps of any size" in result.stderr
+    assert "its map is 30x60, the store's are 30x40: the format npy takes maps of any size" in result.stderr
     assert run(*arguments, "--format", "npy").exit_code == 0
     assert np.load(tmp_path / "out" / "z_tsm.npy").shape == (30, 60)
 
@@ -445,11 +443,11 @@ def test_what_cannot_be_removed_of_a_changed_picture_is_named_and_tried_again(pi
     os.utime(pictures / "p002.png", (1e9, 1e9))
     make_pictures(pictures / "new", 1)
 
-    def denied(self, source):
+    def denied(manifest, key):
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Manifest, "remove_files", denied)
+        patch.setattr("tucker_cam.explanations.folder.remove_files", denied)
         result = run(pictures, *MODEL, "--out", out)
     assert result.exit_code == 1
     assert "p002.png: what an earlier run wrote could not be removed" in result.stderr
@@ -497,68 +495,6 @@ def test_a_picture_of_the_same_time_and_another_size_is_explained_again(pictures
     os.utime(picture, ns=(time_before, time_before))
     assert "1 explained, 10 there already" in run(pictures, *MODEL, "--format", "npy", "--out", out).output
     np.testing.assert_allclose(np.load(out / "p002_tsm.npy"), expected_map(picture), atol=1e-5)
-
-
-def test_a_run_that_came_to_no_map_leaves_the_folder_to_another_model(pictures, tmp_path):
-    out = tmp_path / "out"
-    options = ("--format", "zarr", "--format", "npy", "--gallery", "--out", out)
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    assert run(tmp_path / "broken.png", *MODEL, *options).exit_code == 1
-    result = run(pictures, *MODEL, "--layer", "1", *options)
-    assert result.exit_code == 0, result.output
-    assert json.loads((out / "manifest.json").read_text())["layers"] == ["1"]
-    assert zarr.open_group(out / "maps.zarr", mode="r").attrs["layers"] == ["1"]
-    for kept in ("*.npy", "deeper/*.npy", "gallery.html", "manifest.json"):
-        assert "(layers: ['1'], now ['3'])" in run(pictures, *MODEL, *options).stderr, kept
-        for path in out.glob(kept):
-            path.unlink()
-
-
-def test_a_folder_of_the_other_engine_is_refused_and_left_as_it_is(pictures, tmp_path):
-    out = tmp_path / "out"
-    assert run(pictures, *MODEL, "--out", out).exit_code == 0
-    before = contents(out)
-    result = run(pictures, *MODEL, "--engine", "ray", "--out", out)
-    assert result.exit_code == 2
-    assert "holds the maps of another run (engine: torch, now ray): give another --out" in result.stderr
-    assert contents(out) == before
-    # As older versions of either engine wrote it.
-    content = json.loads((out / "manifest.json").read_text())
-    del content["engine"]
-    (out / "manifest.json").write_text(json.dumps(content))
-    assert "(engine: torch, now ray)" in run(pictures, *MODEL, "--engine", "ray", "--out", out).stderr
-    assert "11 there already" in run(pictures, *MODEL, "--out", out).output
-    content = {key: value for key, value in content.items() if key != "pictures"}
-    (out / "manifest.json").write_text(json.dumps(content))
-    assert "(engine: ray, now torch)" in run(pictures, *MODEL, "--out", out).stderr
-
-
-def test_a_folder_of_another_run_is_refused_and_left_as_it_is(pictures, tmp_path):
-    out = tmp_path / "out"
-    assert run(pictures, *MODEL, "--out", out).exit_code == 0
-    before = contents(out)
-    weights = load_model("networks:tiny_loaded_model").model.state_dict()
-    weights["0.weight"] += 1
-    torch.save(weights, tmp_path / "w.pth")
-    for arguments, message in [
-        (["--layer", "1"], "(layers: ['3'], now ['1'])"),
-        (["--aug-smooth"], "(aug_smooth: False, now True)"),
-        (["--weights", tmp_path / "w.pth"], "holds the maps of another run (model: networks:tiny_loaded_model, now"),
-    ]:
-        result = run(pictures, *MODEL, "--out", out, *arguments)
-        assert result.exit_code == 2
-        assert message in result.stderr
-        assert "give another --out" in result.stderr
-    assert contents(out) == before
-    whole = json.loads((out / "manifest.json").read_text())
-    endless = {"a": {"name": "x", "modified": float("inf")}}
-    twice = {"a": {"name": "x", "modified": 0}, "b": {"name": "x", "modified": 0}}
-    for pictures_entry in ([], None, {"a": 1}, {"a": {"name": "x"}}, endless, twice):
-        (out / "manifest.json").write_text(json.dumps(whole | {"pictures": pictures_entry}))
-        assert "expected manifest.json of an earlier run" in run(pictures, *MODEL, "--out", out).stderr
-    for text in ("[]", "[" * 100_000):
-        (out / "manifest.json").write_text(text)
-        assert "expected manifest.json of an earlier run" in run(pictures, *MODEL, "--out", out).stderr
 
 
 def test_what_no_manifest_lists_is_neither_taken_for_a_map_nor_overwritten(pictures, tmp_path):
@@ -636,11 +572,10 @@ def test_one_picture_on_which_the_network_fails_costs_no_other_its_map(tmp_path,
                 raise RuntimeError("not this one\nand a long story")
             return self.inner(x)
 
-    from dataclasses import replace
-
-    explained = Explainer(replace(loaded, model=Picky()), {"tsm": TSM}).explain(inputs)
+    pictures = [Held(f"p{index:03}", each) for index, each in enumerate(inputs)]
+    explained = Explainer(replace(loaded, model=Picky()), {"tsm": TSM}).explain(pictures, inputs)
     assert isinstance(explained[4], RuntimeError)
-    assert problem_with(Source("p004", "p004.png"), explained[4]) == "p004.png: not this one"
+    assert str(Failure("p004.png", explained[4])) == "p004.png: not this one"
     for index in (0, 1, 2, 3, 5):
         np.testing.assert_allclose(
             explained[index].maps["tsm"], expected_map(tmp_path / "pictures" / f"p{index:03}.png"), atol=1e-5
@@ -657,15 +592,6 @@ def test_a_store_whose_rows_are_not_in_the_manifests_order_is_refused(pictures, 
     result = run(pictures, *options)
     assert result.exit_code == 2
     assert "its pictures are not in the manifest's order" in " ".join(result.output.split())
-
-
-def test_an_overlay_is_the_map_over_what_the_network_saw(pictures, tmp_path):
-    assert run(pictures / "p000.png", *MODEL, "--out", tmp_path / "out").exit_code == 0
-    loaded = load_model("networks:tiny_loaded_model")
-    seen = loaded.picture(loaded.preprocess(open_picture(pictures / "p000.png")))
-    expected = show_cam_on_image(seen, expected_map(pictures / "p000.png"), use_rgb=True)
-    with Image.open(tmp_path / "out" / "p000_tsm.png") as overlay:
-        np.testing.assert_allclose(np.asarray(overlay), expected, atol=1)
 
 
 def test_a_preprocessing_that_fails_on_one_picture_is_named_and_the_others_done(pictures, tmp_path):
@@ -721,17 +647,18 @@ def test_a_gallery_shows_the_methods_and_pictures_of_all_runs(pictures, tmp_path
     assert methods["p004"] == {"mtsm", "fem"}
 
 
-def test_a_batch_is_sized_to_the_memory_of_a_gpu(monkeypatch):
-    explainer = Explainer(load_model("networks:tiny_loaded_model", device="cpu"), {"tsm": TSM})
-    assert batch_size_for(explainer) == 8
+def test_a_batch_is_sized_to_the_memory_of_a_gpu():
+    assert Explainer(load_model("networks:tiny_loaded_model", device="cpu"), {"tsm": TSM}).batch_size == 8
 
 
 @pytest.mark.cuda
 def test_a_gpu_takes_larger_batches_and_gives_the_same_maps(pictures, tmp_path):
     on_gpu = Explainer(load_model("networks:tiny_loaded_model", device="cuda"), {"tsm": TSM})
-    assert 1 <= batch_size_for(on_gpu) <= 256
+    assert 1 <= on_gpu.batch_size <= 256
     inputs = [on_gpu.loaded.preprocess(open_picture(pictures / "p000.png"))]
-    np.testing.assert_allclose(on_gpu.explain(inputs)[0].maps["tsm"], expected_map(pictures / "p000.png"), atol=1e-4)
+    np.testing.assert_allclose(
+        on_gpu.explain([Held("p000", inputs[0])], inputs)[0].maps["tsm"], expected_map(pictures / "p000.png"), atol=1e-4
+    )
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_every_picture_once_and_whole(tmp_path):
@@ -763,26 +690,51 @@ def test_a_run_that_is_killed_again_and_again_ends_with_every_picture_once_and_w
     assert all(killed[name] == whole[name] for name in whole)
 
 
+def test_what_is_no_manifest_is_one_clear_error(pictures, tmp_path):
+    out = tmp_path / "out"
+    assert run(pictures, *MODEL, "--out", out).exit_code == 0
+    whole = json.loads((out / "manifest.json").read_text())
+    endless = {"a": {"name": "x", "modified": float("inf")}}
+    twice = {"a": {"name": "x", "modified": 0}, "b": {"name": "x", "modified": 0}}
+    entries = [[], None, {"a": 1}, {"a": {"name": "x"}}, endless, twice]
+    for text in [json.dumps(whole | {"pictures": each}) for each in entries] + ["[]", "[" * 100_000]:
+        (out / "manifest.json").write_text(text)
+        result = run(pictures, *MODEL, "--out", out)
+        assert result.exit_code == 2
+        assert "expected manifest.json of an earlier run" in result.stderr
+
+
+def test_a_run_that_an_older_version_began_goes_on(pictures, tmp_path):
+    out = tmp_path / "out"
+    arguments = (pictures, *MODEL, "--format", "npy", "--out", out)
+    assert run(*arguments).exit_code == 0
+    content = json.loads((out / "manifest.json").read_text())
+    for key in ("engine", "preprocessing", "methods", "look"):
+        del content[key]
+    for entry in content["pictures"].values():
+        del entry["view"]
+    (out / "manifest.json").write_text(json.dumps(content))
+    (out / "p000_tsm.npy").unlink()
+    assert "11 pictures: 1 explained, 10 there already, 0 failed" in run(*arguments).output
+    assert not [path for path in out.iterdir() if path.name.startswith("networks")]
+
+
 class SizeFiles(MethodFiles):
     """A format of one's own: how large each map is."""
 
     suffix = ".txt"
 
-    def save(self, path, picture, saliency):
+    def save(self, path, explanation, saliency):
         path.write_text(f"{saliency.shape}")
 
 
 def test_a_new_format_is_one_class_that_is_gone_on_with_removed_and_kept_apart(pictures, tmp_path, monkeypatch):
     monkeypatch.setitem(outputs.FORMATS, "size", SizeFiles)
-    out, loaded = tmp_path / "out", load_model("networks:tiny_loaded_model")
+    monkeypatch.setattr("tucker_cam.explanations.folder.KINDS", [*outputs.KINDS, SizeFiles])
+    out = tmp_path / "out"
 
     def explain():
-        options = {"methods": ["tsm"], "formats": ["size"], "gallery": False, "aug_smooth": False, "limit": None}
-        lines = []
-        explain_pictures(
-            [str(pictures)], load=lambda: loaded, out=out, batch_size=4, workers=0, say=lines.append, **options
-        )
-        return lines[-1]
+        return run(pictures, *MODEL, "--format", "size", "--out", out).output
 
     assert "11 explained, 0 there already" in explain()
     assert (out / "p000_tsm.txt").read_text() == "(24, 24)"
@@ -792,8 +744,3 @@ def test_a_new_format_is_one_class_that_is_gone_on_with_removed_and_kept_apart(p
     Image.new("RGB", (50, 50)).save(pictures / "p000.png")
     assert "1 explained, 10 there already" in explain()
     assert (out / "p000_tsm.txt").read_text() == "(24, 24)"
-    assert outputs._apart_from_ours("p000_tsm.txt/x") == "p000_tsm.txt_/x"
-
-
-def test_every_format_can_be_asked_for():
-    assert {each.value for each in Format} == outputs.FORMATS.keys()

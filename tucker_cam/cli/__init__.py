@@ -22,6 +22,7 @@ from tucker_cam.explanations.outputs import FORMATS
 from tucker_cam.extras import install
 from tucker_cam.interrupts import INTERRUPTED, importing
 from tucker_cam.methods import METHODS, check_name, method_named
+from tucker_cam.models.families import FAMILIES
 from tucker_cam.text import printable
 
 # What a command needs is imported in it: PyTorch and the host take seconds, which help and a mistyped name need not.
@@ -42,8 +43,7 @@ ModelName = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="demo, timm:NAME, torchvision:NAME, hf:REPOSITORY_OR_FOLDER, hub:OWNER/REPOSITORY:ENTRY, hub:FOLDER:ENTRY "
-        "or your own MODULE:CALLABLE.",
+        help=f"{', '.join(family.usage for family in FAMILIES.values())} or your own MODULE:CALLABLE.",
     ),
 ]
 _LAYER_HELP = (

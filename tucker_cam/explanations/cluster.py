@@ -120,7 +120,7 @@ def _run(
         ray.init(log_to_driver=False, logging_level=logging.WARNING)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     actors = workers or max(int(ray.cluster_resources().get("CPU", 1)) - 1, 1)
-    explained = ray.data.from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS)).map_batches(
+    explained = ray.data.from_items(list(items), override_num_blocks=min(len(items), _MOST_BLOCKS)).map_batches(
         _Actor,
         fn_constructor_args=(work,),
         batch_size=1,
@@ -155,7 +155,7 @@ class _Actor:
         inputs = [read_input(source, self.explainer.loaded) for source in sources]
         explained = self.explainer.explain(sources, inputs)
         for source, found, missing in zip(sources, explained, item["missing"], strict=True):
-            about = {"picture": source.key, "name": source.name}
+            about: dict[str, object] = {"picture": source.key, "name": source.name}
             if not isinstance(found, Exception):
                 maps = {method: found.maps[method] for method in missing}
                 yield from (
@@ -170,7 +170,7 @@ class _Names(FilenameProvider):
         return f"{_PREFIX}{super().get_filename_for_task(write_uuid, task_index)}"
 
 
-def _item(batch: Sequence[Source], methods: Collection[str], done: set[tuple[str, str]]) -> dict[str, list[Any]]:
+def _item(batch: Sequence[Any], methods: Collection[str], done: set[tuple[str, str]]) -> dict[str, list[Any]]:
     return {
         "names": [source.name for source in batch],
         "paths": [source.location for source in batch],

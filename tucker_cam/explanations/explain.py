@@ -143,7 +143,6 @@ def _load(model: str | nn.Module | Network, **options: Any) -> LoadedModel:
     # Random weights are the same when a run is gone on with, and in every process.
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        options = {k: v for k, v in options.items() if k not in ("size", "crop", "mean", "std")}
         return load_model(model, **options)
 
 
@@ -162,9 +161,9 @@ class Explanations:
 
     def __len__(self) -> int:
         """Return how many pictures there are, those that fail included; TypeError where that is not known."""
-        if self._pictures.count is None:
+        if self._pictures.number is None:
             raise BadTypeError("the number of pictures is not known before they were gone through")
-        return self._pictures.count
+        return self._pictures.number
 
     def __iter__(self) -> Iterator[Explanation]:
         self.failures = list(self._pictures.failures)
@@ -205,13 +204,13 @@ class Explanations:
         self.failures = self._pictures.failures + writer.failures
 
     def __repr__(self) -> str:
-        count = "pictures" if self._pictures.count is None else counted(self._pictures.count)
+        count = "pictures" if self._pictures.number is None else counted(self._pictures.number)
         return f"<Explanations of {count} by {', '.join(self._explainer.methods)}; {self.loaded.description}>"
 
     def _repr_html_(self) -> str:
         """Show the first explanations in a notebook."""
         shown = "".join(explanation._repr_html_() for explanation in islice(self, _MOST_SHOWN))
         failed = "".join(f"<p>{escape(printable(str(failure)))}</p>" for failure in self.failures)
-        count = self._pictures.count
+        count = self._pictures.number
         more = f"<p>the first {_MOST_SHOWN} of {count}</p>" if count is not None and count > _MOST_SHOWN else ""
         return shown + failed + more

@@ -153,7 +153,7 @@ class Explanation:
         laid = Image.fromarray(np.ascontiguousarray(saliency)).transform(
             inside, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
         )
-        there = np.asarray(self.picture.crop(box), dtype=np.float32) / 255
+        there = np.float32(1 / 255) * np.asarray(self.picture.crop(box))
         whole = ImageEnhance.Brightness(self.picture).enhance(_DIMMED)
         whole.paste(look.draw(there, np.asarray(laid)), box)
         return whole

@@ -105,7 +105,7 @@ class FolderWriter:
             manifest = Manifest(folder_of_run(self.out, run), run)
             self._claim(manifest)
             count = there = 0
-            with progress("explaining", pictures.count, shown=shown) as advance:
+            with progress("explaining", pictures.number, shown=shown) as advance:
                 for part in _parts(pictures):
                     there += self._write_part(part, manifest, advance)
                     count += len(part)
@@ -230,8 +230,8 @@ class FolderWriter:
 def remove_files(manifest: Manifest, key: str) -> None:
     """Remove what earlier runs wrote of a picture, which has changed since."""
     for kind in KINDS:
-        for path in kind.left(manifest, key):
-            path.unlink(missing_ok=True)
+        for path in filter(Path.is_file, kind.left(manifest, key)):
+            path.unlink()
     manifest.views.pop(key, None)
 
 
@@ -239,7 +239,7 @@ def _parts(pictures: Collection) -> Iterator[list[Picture]]:
     waiting: list[Picture] = []
     for part in pictures.parts():
         waiting += part
-        if pictures.count is None and len(waiting) < _PART:
+        if pictures.number is None and len(waiting) < _PART:
             continue
         yield waiting
         waiting = []

@@ -131,7 +131,7 @@ def identity(loaded: LoadedModel, engine: Engine, *, aug_smooth: bool) -> dict[s
         "weights": loaded.digest(),
         "layers": loaded.layer_names,
         "aug_smooth": aug_smooth,
-        "preprocessing": getattr(loaded, "preprocessing", None),
+        "preprocessing": loaded.preprocessing,
     }
 
 

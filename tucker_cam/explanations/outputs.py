@@ -6,19 +6,19 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from glob import escape
+from math import nan
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from tucker_cam.errors import BadValueError
 from tucker_cam.methods import METHODS
 from tucker_cam.text import printable
 from tucker_cam.writing import complete_or_absent
 
-# The command line lists the formats, and must not load PyTorch and the host for it.
+# What is heavy is imported where it is used: the command line lists the formats.
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from tucker_cam.explanations.explanation import Explanation, Look
@@ -115,8 +115,10 @@ class ArrayFiles(MethodFiles):
     suffix = ".npy"
 
     def save(self, path: Path, explanation: Explanation, saliency: NDArray[np.float32]) -> None:
+        import numpy
+
         with path.open("wb") as file:
-            np.save(file, saliency)
+            numpy.save(file, saliency)
 
 
 class ZarrStore(Output):
@@ -176,7 +178,7 @@ class ZarrStore(Output):
                 if array is None:
                     shape = (len(self.index), *saliency.shape)
                     array = self.group.create_array(
-                        method, shape=shape, chunks=(1, *saliency.shape), dtype="float32", fill_value=np.nan
+                        method, shape=shape, chunks=(1, *saliency.shape), dtype="float32", fill_value=nan
                     )
             if array.shape[1:] != saliency.shape:
                 raise BadValueError(
@@ -239,5 +241,5 @@ def _part(path: Path) -> dict[str, Any]:
 
 FORMATS: dict[str, type[Output]] = {"overlay": Overlays, "npy": ArrayFiles, "zarr": ZarrStore}
 """By the name that a user asks for."""
-KINDS = (*FORMATS.values(), GalleryParts)
+KINDS: tuple[type[Output], ...] = (*FORMATS.values(), GalleryParts)
 SUFFIXES = tuple(kind.suffix for kind in KINDS)

@@ -60,12 +60,12 @@ class Collection(NamedTuple):
 
     Attributes:
         parts: yields them, in lists; again when it is called again.
-        count: how many there are; None where that is not known.
+        number: how many there are; None where that is not known.
         failures: what cannot be used.
     """
 
     parts: Callable[[], Iterator[Sequence[Picture]]]
-    count: int | None
+    number: int | None
     failures: list[Failure]
 
 
@@ -105,7 +105,7 @@ def _listed(pictures: Sequence[Picture], failures: list[Failure], limit: int | N
 def _of_list(pictures: Sequence[object], out: Path | None) -> tuple[list[Picture], list[Failure]]:
     if pictures and all(isinstance(each, (str, Path)) for each in pictures):
         sources, failures = find_sources([str(each) for each in pictures], out=out)
-        return list(sources), failures
+        return [*sources], failures
     found: list[Picture] = []
     failures = []
     for index, each in enumerate(pictures):
@@ -114,7 +114,7 @@ def _of_list(pictures: Sequence[object], out: Path | None) -> tuple[list[Picture
                 sources, problems = find_sources([str(each)], out=out)
             except (BadValueError, ImportError) as error:
                 sources, problems = [], [Failure(str(each), error)]
-            found, failures = found + sources, failures + problems
+            found, failures = [*found, *sources], failures + problems
         elif isinstance(each, Image.Image):
             found.append(Held(f"picture-{index}", ImageOps.exif_transpose(each).convert("RGB")))
         elif isinstance(each, np.ndarray):
