@@ -249,7 +249,7 @@ def test_a_mask_of_another_size_or_none_at_all_is_one_clear_error(tmp_path):
 
 
 def test_folders_without_pictures_are_one_clear_error(tmp_path):
-    with pytest.raises(OSError, match="none: expected a folder of pictures"):
+    with pytest.raises(OSError, match="found nothing of that name"):
         find_samples(tmp_path / "none")
     with pytest.raises(ValueError, match="at any depth, found none"):
         find_samples(tmp_path)

@@ -59,7 +59,7 @@ def test_explain_and_evaluate_find_the_same_files(pictures):
     (pictures / "gone").symlink_to("nowhere")
     paths = [source.path for source in found_in(pictures)]
     assert paths == [str(sample.picture) for sample in find_samples(pictures).samples]
-    assert len(paths) == 10
+    assert len(paths) == 11
 
 
 def test_results_of_earlier_runs_are_left_out(pictures):
@@ -122,8 +122,10 @@ def test_a_folder_that_may_not_be_entered_and_a_link_that_leads_nowhere_say_so_w
 
     monkeypatch.setattr(os, "scandir", guarded)
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("deeper"))
-    (pictures / "gone.png").symlink_to("nowhere.png")
+    (pictures / "gone").symlink_to("nowhere")
+    (pictures / "README.md").symlink_to("nowhere.md")
     by_name = {source.name: source for source in found_in(pictures)}
+    assert by_name.keys() == {"a", "b", "deeper", "gone"}
     for name, what in (("deeper", "a folder that may not be entered"), ("gone", "a link that leads nowhere")):
         with pytest.raises(OSError, match=f"{name}.*: expected a file to read, found {what}"):
             by_name[name].read()
@@ -132,13 +134,13 @@ def test_a_folder_that_may_not_be_entered_and_a_link_that_leads_nowhere_say_so_w
 
 def test_pictures_are_read_from_any_file_system_and_from_archives(pictures, tmp_path):
     for name in ("a/x.png", "a/b/y.png", "a/.z.png", "a/notes.txt"):
-        fsspec.filesystem("memory").pipe_file(f"/explain/{name}", (pictures / "a.png").read_bytes())
+        fsspec.filesystem("memory").pipe_file(f"/sources/{name}", (pictures / "a.png").read_bytes())
     archive = shutil.make_archive(str(tmp_path / "all"), "zip", pictures)
     for argument, names in {
-        "memory://explain/a": ["b/y", "x"],
-        "memory://explain/a/*.png": [".z", "x"],
-        "memory://explain/?/x.png": ["a/x"],
-        "memory://explain/[a]/x.png": ["a/x"],
+        "memory://sources/a": ["b/y", "x"],
+        "memory://sources/a/*.png": [".z", "x"],
+        "memory://sources/?/x.png": ["a/x"],
+        "memory://sources/[a]/x.png": ["a/x"],
         f"zip://*.png::{archive}": [".x", "a"],
         f"zip://deeper/a.png::{archive}": ["a"],
     }.items():
@@ -146,7 +148,7 @@ def test_pictures_are_read_from_any_file_system_and_from_archives(pictures, tmp_
         assert [source.name for source in found] == names
         assert all(source.read().tobytes() == open_picture(pictures / "a.png").tobytes() for source in found)
     (tmp_path / "cut.zip").write_bytes(b"no archive")
-    for url in ("ftp://127.0.0.1:9/x.jpg", f"zip://x.png::{tmp_path}/cut.zip", "memory://explain/nothing.png"):
+    for url in ("ftp://127.0.0.1:9/x.jpg", f"zip://x.png::{tmp_path}/cut.zip", "memory://sources/nothing.png"):
         (source,) = found_in(url)
         with pytest.raises(OSError, match="could not be opened"):
             source.read()

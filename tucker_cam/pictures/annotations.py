@@ -34,7 +34,6 @@ _FOLDERS: dict[Annotations, tuple[str, ...]] = {
     "boxes": ("annotations", "Annotations"),
     "masks": ("masks", "Masks", "SegmentationClass"),
 }
-_ANNOTATION_FOLDERS = {name for names in _FOLDERS.values() for name in names}
 # VOC's masks of single objects.
 _NOT_NEEDED = "SegmentationObject"
 _WHERE = (
@@ -94,14 +93,15 @@ def find_samples(
             below 1.
     """
     if not folder.is_dir():
-        raise BadFileError(f"{folder}: expected a folder of pictures, found none")
+        what = "a file" if folder.exists() else "nothing of that name"
+        raise BadFileError(f"{folder}: expected a folder of pictures, found {what}")
     files: dict[Annotations, list[Path]] = {"boxes": [], "masks": [], "none": []}
     for path in sorted(without_results(files_below(folder, PICTURES | {".xml"}), folder)):
         above = path.relative_to(folder).parts[:-1]
         if path.suffix.lower() == ".xml":
             files["boxes"].append(path)
         elif _NOT_NEEDED not in above:
-            files["none" if _ANNOTATION_FOLDERS.isdisjoint(above) else "masks"].append(path)
+            files["none" if set(above).isdisjoint(_FOLDERS["boxes"] + _FOLDERS["masks"]) else "masks"].append(path)
     pictures = files.pop("none")
     if not pictures:
         raise BadValueError(f"{folder}: expected pictures ({' '.join(sorted(PICTURES))}) at any depth, found none")

@@ -140,7 +140,9 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
     for parent, folders, names in os.walk(folder, onerror=closed.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         shown = [Path(parent, name) for name in names if not name.startswith(".")]
-        found += [path for path in shown if path.suffix.lower() in suffixes]
+        # A link that leads nowhere, and whose name does not say to what, may have been to a folder of pictures.
+        lost = [path for path in shown if not (path.suffix or os.path.exists(path))]
+        found += [path for path in shown if path.suffix.lower() in suffixes] + lost
     return found + [Path(error.filename) for error in closed]
 
 
