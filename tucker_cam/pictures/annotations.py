@@ -7,6 +7,7 @@ follow its resizing and cropping to the pixel.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -33,7 +34,6 @@ _FOLDERS: dict[Annotations, tuple[str, ...]] = {
     "boxes": ("annotations", "Annotations"),
     "masks": ("masks", "Masks", "SegmentationClass"),
 }
-_ANNOTATION_FOLDERS = {name for names in _FOLDERS.values() for name in names}
 # VOC's masks of single objects.
 _NOT_NEEDED = "SegmentationObject"
 _WHERE = (
@@ -48,13 +48,7 @@ _VOID = 255
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture of a folder.
-
-    Attributes:
-        name: its path below the folder, with slashes.
-        picture: its file.
-        annotation: the file with its boxes or its mask; None if there is none.
-    """
+    """A picture of a folder: its path below it, with slashes, its file, and the file of its boxes or mask, if any."""
 
     name: str
     picture: Path
@@ -62,13 +56,7 @@ class Sample:
 
 
 class Samples(NamedTuple):
-    """What a folder holds.
-
-    Attributes:
-        samples: the pictures, in the order of their names.
-        annotations: what theirs are.
-        remarks: a line on annotations of no picture, and one on each folder of pictures that look like masks.
-    """
+    """A folder's pictures in the order of their names, what their annotations are, and a line on what looks wrong."""
 
     samples: list[Sample]
     annotations: Annotations
@@ -76,13 +64,7 @@ class Samples(NamedTuple):
 
 
 class NetworkView(NamedTuple):
-    """What the network sees of a sample.
-
-    Attributes:
-        network_input: channels x height x width.
-        mask: bool, height x width, true on an object; all false where the picture has no annotation.
-        remarks: what a user should know about this sample, a line each.
-    """
+    """What the network sees of a sample, where its objects are (bool, height x width), and a line on what is odd."""
 
     network_input: Tensor
     mask: Tensor
@@ -119,7 +101,7 @@ def find_samples(
         if path.suffix.lower() == ".xml":
             files["boxes"].append(path)
         elif _NOT_NEEDED not in above:
-            files["none" if _ANNOTATION_FOLDERS.isdisjoint(above) else "masks"].append(path)
+            files["none" if set(above).isdisjoint(_FOLDERS["boxes"] + _FOLDERS["masks"]) else "masks"].append(path)
     pictures = files.pop("none")
     if not pictures:
         raise BadValueError(f"{folder}: expected pictures ({' '.join(sorted(PICTURES))}) at any depth, found none")
@@ -129,8 +111,8 @@ def find_samples(
         found[each] = {picture: _annotation(picture, folder, each, by_name) for picture in pictures}
     used = {annotation for by_picture in found.values() for annotation in by_picture.values()}
     remarks = _overlooked(pictures, [path for paths in files.values() for path in paths if path not in used])
-    fitting = (each for each, by_picture in found.items() if any(by_picture.values()))
-    kind = annotations or next(fitting, "none")
+    fitting: list[Annotations] = [kind for kind in files if any(found[kind].values())]
+    kind = annotations or [*fitting, "none"][0]
     samples = [Sample(path.relative_to(folder).as_posix(), path, found[kind].get(path)) for path in pictures]
     if annotations in files:
         samples = [sample for sample in samples if sample.annotation is not None]
@@ -174,10 +156,7 @@ def network_view(sample: Sample, annotations: Annotations, network: Network) -> 
 
 
 def _annotation(picture: Path, folder: Path, kind: Annotations, by_name: Mapping[Path, Path]) -> Path | None:
-    """Return what has this picture's name: beside it, or in an annotation folder above that mirrors its folders.
-
-    One of these may be missing there, as VOC's ``JPEGImages`` is.
-    """
+    """Find it beside its picture, or in a folder above that mirrors the picture's, one left out, as ``JPEGImages``."""
     below = picture.relative_to(folder).with_suffix("").parts
     places = [picture.with_suffix("")] if kind == "boxes" else []
     for depth in reversed(range(len(below))):
@@ -188,9 +167,9 @@ def _annotation(picture: Path, folder: Path, kind: Annotations, by_name: Mapping
 
 
 def _overlooked(pictures: Sequence[Path], unused: Sequence[Path]) -> list[str]:
-    """Return a line on annotations of no picture, and one on each folder of pictures that look like masks.
+    """Return a line on annotations of no picture, and one on each folder that looks like masks.
 
-    These are grey or of colour numbers, and another folder has pictures of all their names in colour.
+    Its pictures are grey or of colour numbers, and another folder has pictures of all their names in colour.
     """
     remarks = []
     if unused:
@@ -207,13 +186,10 @@ def _overlooked(pictures: Sequence[Path], unused: Sequence[Path]) -> list[str]:
 
 
 def _mode(picture: Path) -> str | None:
-    """Return how a picture holds its colours, as Pillow names it; None where it cannot be read."""
-    try:
-        with open_image(picture) as opened:
-            return opened.mode
-    except Exception:
-        # Pillow's decoders raise nearly anything.
-        return None
+    # Pillow's decoders raise nearly anything.
+    with suppress(Exception), open_image(picture) as opened:
+        return opened.mode
+    return None
 
 
 def _draw_boxes(file: Path, sizes: _Sizes) -> tuple[NDArray[np.bool_], list[str]]:
@@ -258,12 +234,10 @@ def _read_mask(file: Path, sizes: _Sizes) -> tuple[NDArray[np.bool_], list[str]]
         drawn &= values != _VOID
     elif mode.endswith("A"):
         drawn = drawn[..., :-1] & drawn[..., -1:]
-    return drawn.any(-1), []
+    return np.asarray(drawn.any(-1)), []
 
 
 def _check_size(file: Path, found: tuple[int, int], sizes: _Sizes) -> None:
     if found not in sizes:
-        expected = "{} x {}".format(*sizes[0])
-        raise BadValueError(
-            f"{file}: expected an annotation of a picture of {expected}, found one of {found[0]} x {found[1]}"
-        )
+        expected, other = (f"{width} x {height}" for width, height in (sizes[0], found))
+        raise BadValueError(f"{file}: expected an annotation of a picture of {expected}, found one of {other}")

@@ -87,7 +87,11 @@ def decode_frames(file: BinaryIO, name: str, count: int) -> list[Image.Image]:
             last = getattr(picture, "n_frames", 1) - 1 if count > 1 else 0
             for index in np.linspace(0, last, count).round().astype(int):
                 picture.seek(int(index))
-                frames.append(_upright_rgb(picture))
+                upright = ImageOps.exif_transpose(picture)
+                if upright.mode.startswith("I"):
+                    # Pillow would cut 16-bit greys off at 255 instead of scaling them.
+                    upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
+                frames.append(upright.convert("RGB"))
             return frames
     except BadFileError:
         raise
@@ -115,11 +119,3 @@ def _known_formats() -> list[str]:
     """Return those that this version of Pillow has: asked for another, it fails on every picture."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
-
-
-def _upright_rgb(picture: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(picture)
-    if upright.mode.startswith("I"):
-        # Pillow would cut 16-bit greys off at 255 instead of scaling them.
-        upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
-    return upright.convert("RGB")

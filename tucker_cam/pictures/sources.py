@@ -8,6 +8,7 @@ import os
 import random
 import re
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -16,8 +17,8 @@ from typing import NamedTuple, TypeVar
 from PIL import Image
 
 from tucker_cam.errors import BadValueError, Failure, MissingPackageError, TuckerCamError
-from tucker_cam.extras import install
 from tucker_cam.pictures.files import decode_frames, is_url, open_file
+from tucker_cam.pictures.tables import encoded_picture, row_names
 from tucker_cam.text import one_line
 
 Item = TypeVar("Item")
@@ -34,12 +35,7 @@ _LONGEST_PART, _LONGEST_NAME = 180, 1000
 
 
 class Stamp(NamedTuple):
-    """What tells whether a file has changed.
-
-    Attributes:
-        modified: when it was last written, in nanoseconds; 0 where that is not known.
-        size: in bytes; 0 where that is not known, and None where an older manifest does not say.
-    """
+    """When a file was last written, in nanoseconds, and its bytes: 0 where unknown, None in an older manifest."""
 
     modified: int
     size: int | None
@@ -90,13 +86,7 @@ class Source:
         Raises:
             OSError: it cannot be read; the message is one line for a user.
         """
-        if self.row is None:
-            file = open_file(self.path)
-        else:
-            from tucker_cam.pictures.tables import encoded_picture
-
-            file = io.BytesIO(encoded_picture(self.path, *self.row))
-        with file:
+        with open_file(self.path) if self.row is None else io.BytesIO(encoded_picture(self.path, *self.row)) as file:
             pictures = decode_frames(file, str(self), frames or 1)
         return pictures[0] if frames is None else pictures
 
@@ -150,7 +140,9 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
     for parent, folders, names in os.walk(folder, onerror=closed.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         shown = [Path(parent, name) for name in names if not name.startswith(".")]
-        found += [path for path in shown if path.suffix.lower() in suffixes]
+        # A link that leads nowhere, and whose name does not say to what, may have been to a folder of pictures.
+        lost = [path for path in shown if not (path.suffix or os.path.exists(path))]
+        found += [path for path in shown if path.suffix.lower() in suffixes] + lost
     return found + [Path(error.filename) for error in closed]
 
 
@@ -220,8 +212,7 @@ def _files_at_url(argument: str) -> list[tuple[str, str]]:
         if _MAGIC.search(path):
             found, root = filesystem.glob(path), _MAGIC.split(path)[0].rpartition("/")[0]
         elif filesystem.isdir(path):
-            found, root = filesystem.find(path), path
-            found = [file for file in found if _is_wanted(file.removeprefix(root))]
+            found, root = [file for file in filesystem.find(path) if _is_wanted(file.removeprefix(path))], path
         else:
             return itself
     except ImportError as error:
@@ -240,19 +231,17 @@ def _is_wanted(relative: str) -> bool:
 
 
 def _rows(path: str, stem: str) -> list[Source]:
-    try:
-        from tucker_cam.pictures.tables import row_names
-    except ImportError as error:
-        raise MissingPackageError(f"{path}: a table needs the package pyarrow: {install('ray')}") from error
-    names = row_names(path)
-    if not names:
+    rows = [
+        Source(safe_name(name or f"{stem}-{group}-{row}"), path, (group, row))
+        for (group, row), name in row_names(path).items()
+    ]
+    if not rows:
         raise BadValueError(f"{path}: expected pictures or Parquet files with rows, found none")
-    default = {place: f"{stem}-{place[0]}-{place[1]}" for place in names}
-    return [Source(safe_name(name or default[place]), path, place) for place, name in names.items()]
+    return rows
 
 
 def _holds_results(folder: Path) -> bool:
-    try:
-        return '"tucker-cam"' in (folder / MANIFEST).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
+    file = folder / MANIFEST
+    with suppress(OSError):
+        return file.is_file() and '"tucker-cam"' in file.read_text(encoding="utf-8", errors="replace")
+    return False
