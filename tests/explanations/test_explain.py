@@ -17,7 +17,6 @@ from torchvision import transforms
 from tucker_cam import MTSM, TSM, channel_modes, explain
 from tucker_cam.methods import METHODS
 from tucker_cam.models import Network, load_model
-from tucker_cam.pictures.view import view_of
 
 TINY = "networks:tiny_loaded_model"
 
@@ -200,22 +199,6 @@ def test_what_was_cropped_away_is_dimmed_and_the_network_view_is_the_crop():
     assert np.abs(pixels[:, 61:].astype(int) - (80, 40, 20)).max() <= 1
     assert (pixels[:, 21:59].reshape(-1, 3).max(0) > 80).any()
     assert explanation.overlay(view="network").size == (24, 24)
-
-
-@pytest.mark.parametrize(
-    ("steps", "expected"),
-    [
-        ([transforms.CenterCrop((50, 100))], (30, 35, 100, 50)),
-        ([transforms.Resize((64, 64))], (0, 0, 160, 120)),
-        ([transforms.Pad(20), transforms.Resize((80, 80))], (-20, -20, 200, 160)),
-        ([transforms.Grayscale(1)], (0, 0, 160, 120)),
-        ([transforms.RandomRotation((30, 30))], None),
-        ([transforms.RandomHorizontalFlip(1)], None),
-    ],
-)
-def test_what_a_network_sees_is_read_off_its_preprocessing(steps, expected):
-    view = view_of(transforms.Compose([*steps, transforms.ToTensor()]), (160, 120))
-    assert view == (None if expected is None else pytest.approx(expected, abs=1))
 
 
 def test_a_notebook_shows_the_picture_beside_its_overlays_without_fetching_anything():

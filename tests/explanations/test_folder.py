@@ -31,7 +31,6 @@ from tucker_cam.explanations.folder import remove_files
 from tucker_cam.explanations.manifest import Manifest
 from tucker_cam.explanations.outputs import MethodFiles
 from tucker_cam.models import load_model
-from tucker_cam.pictures.annotations import find_samples
 from tucker_cam.pictures.files import open_picture
 from tucker_cam.pictures.held import Held
 from tucker_cam.pictures.sources import Source, find_sources
@@ -111,19 +110,6 @@ def test_a_map_depends_neither_on_the_workers_nor_on_where_a_run_was_interrupted
     assert contents(tmp_path / "whole") == whole
 
 
-def test_files_globs_and_folders_name_each_picture_once(pictures, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    found = sources_in(["pictures/p00[12].png", "pictures/p001.png", "pictures", "pictures/**/p000.png"])
-    assert [source.name for source in found[:3]] == ["p001", "p002", "deeper/p000"]
-    assert len(found) == len({source.path for source in found}) == 11
-    assert len(sources_in(["pictures", str(pictures)])) == 11
-    with pytest.raises(ValueError, match=r"nowhere\*: expected pictures or Parquet files, found none"):
-        sources_in(["nowhere*"])
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty: expected pictures"):
-        sources_in(["empty"])
-
-
 def test_a_run_does_not_explain_what_an_earlier_one_wrote(pictures, monkeypatch):
     monkeypatch.chdir(pictures)
     for _ in range(2):
@@ -139,28 +125,6 @@ def test_a_run_does_not_explain_what_an_earlier_one_wrote(pictures, monkeypatch)
 
 def test_control_characters_and_bytes_that_are_no_utf8_are_shown_as_escapes():
     assert printable("a\x1b[2J\udcff\u00fc\n") == "a\\x1b[2J\\udcff\u00fc\n"
-
-
-def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
-    make_pictures(tmp_path, 1)
-    odd = (tmp_path / "p000.png").rename(tmp_path / "a[1]*.png")
-    assert [source.path for source in sources_in([str(odd)])] == [str(odd)]
-
-
-def test_pictures_are_read_from_any_file_system(pictures):
-    import fsspec
-
-    memory = fsspec.filesystem("memory")
-    for name in ("a/x.png", "a/b/y.png", "a/notes.txt"):
-        memory.pipe_file(f"/explain/{name}", (pictures / "p000.png").read_bytes())
-    found = sources_in(["memory://explain/a"])
-    assert [source.name for source in found] == ["b/y", "x"]
-    assert sources_in(["memory://explain/a/*.png"])[0].name == "x"
-    for pattern in ("?/x.png", "[a]/x.png"):
-        assert sources_in([f"memory://explain/{pattern}"])[0].name == "a/x"
-    assert found[0].read().size == (40, 30)
-    with pytest.raises(OSError, match="nothing"):
-        sources_in(["memory://explain/nothing.png"])[0].read()
 
 
 def test_pictures_are_read_from_archives_and_what_cannot_be_reached_costs_no_other(pictures, tmp_path):
@@ -186,24 +150,6 @@ def test_pictures_are_read_from_archives_and_what_cannot_be_reached_costs_no_oth
         assert f"{url}: could not be opened (" in shown
 
 
-def test_a_folder_that_may_not_be_entered_is_named_and_the_others_are_done(pictures, tmp_path, monkeypatch):
-    scandir = os.scandir
-
-    def guarded(path="."):
-        if str(path).endswith("deeper"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", guarded)
-    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("deeper"))
-    result = run(pictures, *MODEL, "--out", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "deeper: expected a file to read, found a folder that may not be entered" in result.stderr.replace("\n", " ")
-    assert "10 pictures: 9 explained, 0 there already, 1 failed" in result.output
-    samples = find_samples(pictures).samples
-    assert [sample.name for sample in samples if "." not in sample.name] == ["deeper"]
-
-
 def test_parquet_files_are_read_row_by_row(pictures, tmp_path):
     encoded = [(pictures / f"p{index:03}.png").read_bytes() for index in range(5)]
     names = ["a", "../../b", "/c", "a", "d"]
@@ -222,16 +168,6 @@ def test_parquet_files_are_read_row_by_row(pictures, tmp_path):
     np.testing.assert_allclose(np.load(out / "a-2_tsm.npy"), expected_map(pictures / "p003.png"), atol=1e-5)
 
 
-def test_hugging_faces_image_column_is_read_and_other_tables_are_refused(pictures, tmp_path):
-    struct = [{"bytes": (pictures / "p000.png").read_bytes(), "path": "x.png"}, {"bytes": None, "path": "y.png"}]
-    pq.write_table(pa.table({"image": struct}), tmp_path / "hf.parquet")
-    first, second = sources_in([str(tmp_path / "hf.parquet")])
-    assert first.name == "hf-0-0"
-    assert first.read().size == (40, 30)
-    with pytest.raises(OSError, match="expected an encoded picture, found NoneType"):
-        second.read()
-
-
 def test_a_name_that_is_no_text_or_no_file_can_have_costs_no_picture_its_map(pictures, tmp_path):
     encoded = [(pictures / f"p{index:03}.png").read_bytes() for index in range(3)]
     names = pa.Array.from_buffers(pa.string(), 3, pa.array([b"good", b"b\xff/d", b"n/" * 3000], pa.binary()).buffers())
@@ -246,26 +182,6 @@ def test_a_name_that_is_no_text_or_no_file_can_have_costs_no_picture_its_map(pic
     assert found[1].startswith("n-n-n-n")
     assert found[2] == "t-0-1_tsm.npy"
     assert run(tmp_path / "t.parquet", *MODEL, "--format", "npy", "--out", tmp_path / "out").exit_code == 0
-
-
-def test_rows_whose_name_cannot_be_read_have_one_by_their_place(pictures, tmp_path):
-    encoded = [(pictures / f"p{index:03}.png").read_bytes() for index in range(6)]
-    file = tmp_path / "t.parquet"
-    table = pa.table({"image": encoded, "name": [*"ab", None, *"def"]})
-    pq.write_table(table, file, row_group_size=2, compression="none", use_dictionary=False)
-    chunk = pq.ParquetFile(file).metadata.row_group(2).column(1)
-    content = bytearray(file.read_bytes())
-    content[chunk.data_page_offset : chunk.data_page_offset + chunk.total_compressed_size] = (
-        b"\xff" * chunk.total_compressed_size
-    )
-    file.write_bytes(content)
-    assert [source.name for source in sources_in([str(file)])] == ["a", "b", "t-1-0", "d", "t-2-0", "t-2-1"]
-    dates = pa.array([2**31 - 1], pa.int32()).cast(pa.date32())
-    pq.write_table(pa.table({"image": encoded[:1], "name": dates}), tmp_path / "dates.parquet")
-    assert [source.name for source in sources_in([str(tmp_path / "dates.parquet")])] == ["dates-0-0"]
-    pq.write_table(table[:0], file)
-    with pytest.raises(ValueError, match=r"t.parquet: expected pictures or Parquet files with rows, found none"):
-        sources_in([str(file)])
 
 
 def test_a_table_that_is_none_costs_no_picture_of_its_folder_its_map(pictures, tmp_path):
@@ -316,32 +232,6 @@ def test_an_output_that_cannot_be_written_is_found_before_the_model_is_loaded(pi
     result = run(pictures, "--model", "no:model", "--out", tmp_path / "file" / "out")
     assert result.exit_code == 2
     assert "Not a directory" in result.stderr
-
-
-def test_a_table_whose_column_is_named_in_no_utf8_costs_a_line(pictures, tmp_path):
-    file = tmp_path / "t.parquet"
-    pq.write_table(pa.table({"image": [b"x"], "zzzz": [1]}), file, store_schema=False)
-    file.write_bytes(file.read_bytes().replace(b"zzzz", b"zz\xffz"))
-    result = run(file, pictures, *MODEL, "--out", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "t.parquet: expected a Parquet file" in result.stderr
-    assert "11 pictures: 11 explained, 0 there already, 0 failed" in result.output
-    assert run(file, "--model", "no:model", "--out", tmp_path / "alone").exit_code == 2
-
-
-def test_a_broken_link_is_named(pictures, tmp_path):
-    (pictures / "link.png").symlink_to("nowhere.png")
-    (pictures / "more").symlink_to("/nowhere/pictures")
-    (pictures / "README.md").symlink_to("nowhere.md")
-    result = run(pictures, *MODEL, "--out", tmp_path / "out")
-    assert "more: expected a file to read, found a link that leads nowhere" in result.stderr.replace("\n", " ")
-    assert "README" not in result.output
-    for argument in (pictures, f"{pictures}/*.png"):
-        result = run(argument, *MODEL, "--out", tmp_path / "out")
-        assert result.exit_code == 1
-        assert "link.png: expected a file to read, found a link that leads nowhere" in result.stderr.replace("\n", " ")
-    samples = find_samples(pictures).samples
-    assert "link.png" in [sample.name for sample in samples]
 
 
 def test_names_of_a_table_do_not_stand_in_the_way_of_our_files(pictures, tmp_path):
