@@ -57,7 +57,7 @@ def maps_in(folder):
 def test_a_cluster_without_actors_is_refused(tmp_path):
     result = run(make_pictures(tmp_path / "p", 1), *MODEL, "--engine", "ray", "--workers", 0, "--out", tmp_path / "out")
     assert result.exit_code == 2
-    assert "expected at least one actor to explain the pictures, got --workers 0" in " ".join(result.output.split())
+    assert "expected at least one actor to explain the pictures, got workers=0" in " ".join(result.output.split())
 
 
 def test_tables_of_somebody_else_are_left_alone(tmp_path):
@@ -90,6 +90,7 @@ def test_a_manifest_that_cannot_be_written_whole_is_not_written(tmp_path, monkey
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("_cluster")
 def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is_gone_on_with(tmp_path):
     pictures = make_pictures(tmp_path / "pictures", 14)
@@ -101,10 +102,6 @@ def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is
     single = run(*inputs, "--format", "npy", "--out", tmp_path / "single")
     assert "24 pictures: 22 explained, 0 there already, 2 failed" in single.output
     out = tmp_path / "cluster"
-    out.mkdir()
-    # Of a run of another layer, which came to no map.
-    other_layer = {"engine": "ray", "model": "x", "weights": "", "layers": ["1"], "aug_smooth": False}
-    (out / "manifest.json").write_text(json.dumps(other_layer))
     clustered = run(*inputs, "--engine", "ray", "--workers", 2, "--out", out)
     assert "24 pictures: 22 explained, 0 there already, 2 failed" in clustered.output, clustered.output
     assert clustered.exit_code == 1
@@ -143,11 +140,16 @@ def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is
     assert len(remade) == 46
     assert all(np.array_equal(remade[key], saliency) for key, saliency in maps.items())
 
-    other = run(*inputs, "--layer", "1", "--engine", "ray", "--out", out)
-    assert other.exit_code == 2
-    assert "holds the maps of another run (layers: ['3'], now ['1'])" in other.stderr
+    before = {path: path.read_bytes() for path in out.glob("*") if path.is_file()}
+    beside = out / "networks-tiny_loaded_model_1_ray"
+    for already in (0, 1):
+        other = run(pictures / "new", *MODEL, "--layer", "1", "--engine", "ray", "--out", out)
+        assert f"1 picture: {1 - already} explained, {already} there already, 0 failed; in {beside}" in other.output
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(maps_in(beside)[0]) == 1
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("_cluster")
 def test_the_readmes_command_runs(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("ray.data._internal.util"), "handlers", [caplog.handler])

@@ -551,6 +551,7 @@ def test_a_gpu_takes_larger_batches_and_gives_the_same_maps(pictures, tmp_path):
     )
 
 
+@pytest.mark.nightly
 def test_a_run_that_is_killed_again_and_again_ends_with_every_picture_once_and_whole(tmp_path):
     make_pictures(tmp_path / "pictures", 120)
     arguments = ["explain", "pictures", *MODEL, "--format", "npy", "--format", "zarr", "--format", "overlay", "--out"]

@@ -99,8 +99,9 @@ def _prepare(
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
 ) -> None:
     _DEBUG.set(debug)
-    logging.getLogger("tucker_cam").handlers = [_Say(level=logging.INFO)]
-    logging.getLogger("tucker_cam").setLevel(logging.INFO)
+    logger = logging.getLogger("tucker_cam")
+    logger.handlers, logger.propagate = [_Say()], False
+    logger.setLevel(logging.INFO)
     # The hub's retries without a network would bury the one line that says what to do.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # One line, without a path in a package and a line of its source.

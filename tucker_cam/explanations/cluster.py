@@ -107,7 +107,7 @@ def explain_on_ray(
     failed = [picture for picture in pictures if not all((picture.key, name) in after for name in work.methods)]
     logger.info(
         f"{counted(len(pictures))}: {len(pictures) - already - len(failed)} explained, {already} there already, "
-        f"{len(failed)} failed; in {folder if local else filesystem.unstrip_protocol(folder)}"
+        f"{len(failed)} failed; in {out}{folder.removeprefix(root)}"
     )
     unknown = "it is in no table; the same command tries again"
     return loaded, [Failure(str(each), BadValueError(new.errors.get(each.key, unknown))) for each in failed]
