@@ -4,7 +4,7 @@
     python -m benchmarks.folders --quick    # seconds; few pictures, to see that the script works
 
 2,000 small pictures, maps only, one thread and one process that reads. They are cut into rounds; in each, a plain loop
-of a DataLoader and the network's forward pass, and `tucker-cam explain`'s own function, take the same pictures one
+of a DataLoader and the network's forward pass, and `explain`, take the same pictures one
 after the other, in turn first. Then the command runs on all of them, is killed again and again, and ends.
 """
 
@@ -30,7 +30,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.reporting import environment, memory_mib, table
-from tucker_cam.explanations.folder import CPU_BATCH, explain_pictures
+from tucker_cam import explain
+from tucker_cam.explanations.explainer import CPU_BATCH
 from tucker_cam.models import LoadedModel, load_model
 from tucker_cam.pictures.files import open_picture
 
@@ -67,21 +68,9 @@ def plain_loop(paths: list[Path], loaded: LoadedModel) -> None:
             loaded.model(images)
 
 
-def explain(paths: list[Path], loaded: LoadedModel, out: Path) -> None:
-    problems = explain_pictures(
-        [str(path) for path in paths],
-        load=lambda: loaded,
-        methods=["tsm"],
-        formats=["npy"],
-        gallery=False,
-        out=out,
-        aug_smooth=False,
-        limit=None,
-        batch_size=CPU_BATCH,
-        workers=1,
-        say=lambda line: None,
-    )
-    assert not problems
+def explain_folder(paths: list[Path], loaded: LoadedModel, out: Path) -> None:
+    options = {"formats": ["npy"], "batch_size": CPU_BATCH, "workers": 1, "progress": False}
+    assert not explain([str(path) for path in paths], loaded, out=out, **options).failures
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -123,12 +112,14 @@ def main(
         folder.mkdir()
         paths = make_pictures(folder, count)
         plain_loop(paths[:CPU_BATCH], loaded)
-        explain(paths[:CPU_BATCH], loaded, Path(temporary) / "warm")
+        explain_folder(paths[:CPU_BATCH], loaded, Path(temporary) / "warm")
         for index in range(rounds):
             these = paths[index * count // rounds : (index + 1) * count // rounds]
             works = {
                 "plain": lambda these=these: plain_loop(these, loaded),
-                "explain": lambda these=these, index=index: explain(these, loaded, Path(temporary) / f"out{index}"),
+                "explain": lambda these=these, index=index: explain_folder(
+                    these, loaded, Path(temporary) / f"out{index}"
+                ),
             }
             for name in sorted(works, reverse=bool(index % 2)):
                 times[name].append(seconds(works[name]) / len(these))
