@@ -30,8 +30,6 @@ _MAP_LEVELS = 64
 # Odd, so that zero has an entry of its own.
 _COMPONENT_LEVELS = 63
 _TOP_SHARE = 0.1
-_TEMPLATE = "gallery.html"
-_ENTRIES = "<!-- entries -->"
 _FOR_SCRIPT = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&"})
 
 
@@ -42,40 +40,22 @@ def gallery_entry(
     components: NDArray[np.float32],
     values: NDArray[np.float32],
 ) -> dict[str, Any]:
-    r"""Shrink a picture, its maps and its components to what the page shows of them.
+    r"""Shrink a picture, its maps and its components to what the page shows of them: text, numbers and data URIs.
 
-    Values that are not finite count as 0.
-
-    Args:
-        name: the picture's name, any text.
-        picture: what the network saw, height x width x 3 in [0, 1].
-        maps: by the method's name, height x width in [0, 1].
-        components: MTSM's single components $a_i^\top F_{(1)}$, count x layer height x layer width, signed; each is
-            coloured on its own scale, blue below and red above zero. The count may be 0.
-        values: the singular values $s_i$, all of them, descending; at least one for each component.
-
-    Returns:
-        Text, numbers, lists and dictionaries only, the same again after a way through JSON. ``name``; ``aspect``,
-        width over height; ``picture``, ``methods`` and ``components`` with data URIs. Of each method
-        ``mean_saliency``, the map's mean, and ``energy_in_top``, the share of its sum that its highest 10 % of pixels
-        hold, 0 for an empty map; of each component ``share``, $s_i / \sum_j s_j$; and once ``first_share``,
-        $s_1 / \sum_j s_j$. All in [0, 1].
-
-    Example:
-        >>> picture, saliency = np.zeros((8, 12, 3), np.float32), np.ones((8, 12), np.float32)
-        >>> entry = gallery_entry("x.png", picture, {"tsm": saliency}, np.ones((1, 2, 3), np.float32), np.array([3, 1]))
-        >>> entry["aspect"], entry["first_share"], entry["methods"]["tsm"]["mean_saliency"]
-        (1.5, 0.75, 1.0)
+    The components are $a_i^\top F_{(1)}$, each coloured on its own scale, blue below and red above zero; there may be
+    none. The values are all $s_i$, descending, and a ``share`` is $s_i / \sum_j s_j$. ``energy_in_top`` is the share of
+    a map's sum that its highest 10 % of pixels hold. What is not finite counts as 0.
     """
     height, width = picture.shape[:2]
-    shares = _shares(values)
+    finite = _finite(values)
+    shares = (finite / (finite.sum() or 1)).tolist()
     return {
         "name": printable(name),
         "aspect": width / height,
         "picture": _photograph(picture),
-        "methods": {method: _method(_finite(saliency)) for method, saliency in maps.items()},
+        "methods": {method: _method(saliency) for method, saliency in maps.items()},
         "components": [
-            {"image": _diverging_map(_finite(component)), "share": share}
+            {"image": _diverging_map(component), "share": share}
             for component, share in zip(components, shares, strict=False)
         ],
         "first_share": shares[0],
@@ -83,19 +63,14 @@ def gallery_entry(
 
 
 def write_gallery(path: Path, title: str, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Write the page; the entries are read one by one, and only one is held in memory.
-
-    Args:
-        path: the HTML file.
-        title: above the page, any text.
-        entries: as of `gallery_entry`, in any number, 0 included.
+    """Write the page; of the entries, as of `gallery_entry`, only one is held in memory.
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: an entry holds a number that is not finite; `gallery_entry` makes none.
+        ValueError: an entry holds a number that is not finite.
     """
-    template = files("tucker_cam.explanations").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    before, after = template.split(_ENTRIES)
+    template = files("tucker_cam.explanations").joinpath("gallery.html").read_text(encoding="utf-8")
+    before, after = template.split("<!-- entries -->")
     before = before.replace("{{policy}}", _policy(template)).replace("{{title}}", escape(printable(title)))
     with complete_or_absent(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.write(before)
@@ -105,27 +80,16 @@ def write_gallery(path: Path, title: str, entries: Iterable[Mapping[str, Any]]) 
         file.write(after)
 
 
-def _method(saliency: NDArray[np.float64]) -> dict[str, Any]:
-    saliency = saliency.clip(0, 1)
-    return {
-        "map": _sequential_map(saliency),
-        "mean_saliency": float(saliency.mean()),
-        "energy_in_top": _energy_in_top(saliency),
-    }
-
-
-def _energy_in_top(saliency: NDArray[np.float64]) -> float:
+def _method(array: NDArray[np.float32]) -> dict[str, Any]:
+    saliency = _finite(array).clip(0, 1)
     held = np.concatenate([[0.0], np.sort(saliency, axis=None)[::-1].cumsum()])
     # Interpolated, since a tenth of the pixels is seldom a whole number of them.
     top = np.interp(_TOP_SHARE * saliency.size, np.arange(len(held)), held)
-    return float(top / held[-1]) if held[-1] > 0 else 0.0
-
-
-def _shares(values: NDArray[np.float32]) -> list[float]:
-    finite = _finite(values)
-    total = finite.sum()
-    shares: list[float] = (finite / total if total > 0 else finite).tolist()
-    return shares
+    return {
+        "map": _sequential_map(saliency),
+        "mean_saliency": float(saliency.mean()),
+        "energy_in_top": float(top / (held[-1] or 1)),
+    }
 
 
 def _finite(array: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -147,9 +111,9 @@ def _sequential_map(saliency: NDArray[np.float64]) -> str:
     return _palette_png(np.asarray(image) * (_MAP_LEVELS - 1), blue_green_red[:, ::-1])
 
 
-def _diverging_map(component: NDArray[np.float64]) -> str:
-    peak = np.abs(component).max()
-    scaled = component / peak if peak > 0 else component
+def _diverging_map(array: NDArray[np.float32]) -> str:
+    component = _finite(array)
+    scaled = component / (np.abs(component).max() or 1)
     colours = 255 * matplotlib.colormaps["RdBu_r"](np.linspace(0, 1, _COMPONENT_LEVELS))[:, :3]
     return _palette_png((scaled + 1) / 2 * (_COMPONENT_LEVELS - 1), colours)
 
