@@ -42,13 +42,6 @@ def entry(name="x", seed=0, methods=("tsm", "mtsm"), shape=(48, 64), **given):
     return gallery_entry(name, **parts | given)
 
 
-def of_map(saliency):
-    return entry(maps={"tsm": saliency})["methods"]["tsm"]
-
-
-# Entries
-
-
 @pytest.mark.parametrize(
     ("shape", "thumbnail", "small"),
     [((224, 224), (224, 224), (56, 56)), ((448, 224), (112, 224), (28, 56)), ((30, 40), (40, 30), (40, 30))],
@@ -57,9 +50,7 @@ def test_pictures_and_maps_are_shrunk_to_their_longest_side_and_can_be_kept_as_j
     made = entry(shape=shape)
     assert made["aspect"] == shape[1] / shape[0]
     assert decoded(made["picture"], "jpeg").size == thumbnail
-    for each in made["methods"].values():
-        assert decoded(each["map"], "png").mode == "P"
-        assert decoded(each["map"], "png").size == small
+    assert [decoded(each["map"], "png").size for each in made["methods"].values()] == [small] * 2
     assert [decoded(each["image"], "png").size for each in made["components"]] == [(7, 7)] * 3
     assert json.loads(json.dumps(made, allow_nan=False)) == made
 
@@ -81,7 +72,7 @@ def test_the_picture_has_its_colours_and_maps_those_of_the_overlays():
 def test_a_map_is_shrunk_by_averaging():
     saliency = np.zeros((112, 112), np.float32)
     saliency[60, 30] = 1
-    seen = colours(of_map(saliency)["map"])
+    seen = colours(entry(maps={"tsm": saliency})["methods"]["tsm"]["map"])
     assert np.argwhere((seen != BLUE).any(-1)).tolist() == [[30, 15]]
     # A quarter of the way from blue to red.
     np.testing.assert_allclose(seen[30, 15], [0, 128, 255], atol=10)
@@ -119,7 +110,7 @@ PEAKS[1, 2], PEAKS[3, 3], PEAKS[0, 0] = 1, 0.75, 0.5
     ],
 )
 def test_statistics_are_the_mean_and_the_energy_of_the_highest_tenth_as_in_the_evaluation(saliency, mean, top):
-    made, batch = of_map(saliency), torch.from_numpy(saliency)[None]
+    made, batch = entry(maps={"tsm": saliency})["methods"]["tsm"], torch.from_numpy(saliency)[None]
     assert made["mean_saliency"] == pytest.approx(mean) == mean_saliency(batch).item()
     assert made["energy_in_top"] == pytest.approx(top)
     assert mean == 0 or energy_in_top(batch).item() == pytest.approx(top)
@@ -133,17 +124,6 @@ def test_values_that_are_not_finite_count_as_zero():
     assert np.argwhere((colours(made["methods"]["tsm"]["map"]) != BLUE).any(-1)).tolist() == [[3, 3]]
     assert np.argwhere((colours(made["components"][0]["image"]) < 240).any(-1)).tolist() == [[3, 3]]
     assert made["components"][0]["share"] == 0
-
-
-def test_a_thousand_pictures_take_some_twenty_megabytes():
-    wave = np.sin(np.pi * np.linspace(0, 1, 224, dtype=np.float32))
-    bump = np.outer(wave, wave)
-    noise = np.random.default_rng(0).random((28, 28, 3), np.float32).repeat(8, 0).repeat(8, 1)
-    made = entry(picture=noise, maps={"tsm": bump, "mtsm": bump}, components=np.ones((6, 7, 7)), values=np.ones(49))
-    assert len(json.dumps(made)) < 30_000
-
-
-# The file
 
 
 def test_entries_are_written_as_they_come_and_a_page_is_complete_or_absent(tmp_path):
@@ -171,9 +151,6 @@ def test_the_policy_allows_nothing_but_the_page_itself(tmp_path):
     assert rules == {"default-src": "'none'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'"}
 
 
-# The page in a browser
-
-
 @pytest.fixture(scope="module")
 def browser():
     executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -184,11 +161,8 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with (
-        sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=executable, args=options) as opened,
-    ):
-        yield opened
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=executable, args=options)
 
 
 @pytest.fixture
@@ -248,10 +222,7 @@ def test_thumbnails_show_picture_and_overlay_of_the_method_and_opacity_that_are_
     assert [overlay(page, place) for place in range(3)] == MAPS["tsm"]
     pictures = page.locator(".thumbnail .picture")
     assert [each.get_attribute("src") for each in pictures.all()] == [made["picture"] for made in THREE]
-    assert page.locator("#count").text_content() == "3 pictures"
-    box = pictures.first.bounding_box()
-    assert page.locator(".thumbnail .overlay").first.bounding_box() == box
-    assert box["width"] / box["height"] == pytest.approx(64 / 48, rel=0.02)
+    assert page.locator(".thumbnail .overlay").first.bounding_box() == pictures.first.bounding_box()
     page.get_by_role("radio", name="mtsm").click()
     assert [overlay(page, place) for place in range(3)] == MAPS["mtsm"]
     for key, method in (("1", "tsm"), ("2", "mtsm"), ("3", "mtsm")):
@@ -390,9 +361,7 @@ def test_names_and_titles_are_text_whatever_they_hold(show):
     title = "</title><script>window.hacked = 1</script> & \udcfe {{policy}} {{title}} <!-- entries -->"
     evil = [
         '<script>window.hacked = 1</script>"\'&amp;</script>\n<img src=x onerror="window.hacked=1">.png',
-        "&amp;&lt;b&gt;.png",
-        "\udcff\u2028.png",
-        "<!--<script>",
+        "&lt;b&gt; \udcff\u2028 <!--<script>",
     ]
     page = show([entry(name) for name in evil], title)
     assert set(names(page)) == {name.replace("\udcff", "\\udcff") for name in evil}
@@ -436,7 +405,6 @@ def test_a_thousand_pictures_hold_images_only_near_the_screen(show):
     page = show({**made[i % 5], "name": f"{i}.png", "first_share": (i * 379 % COUNT) / COUNT} for i in range(COUNT))
     attached = "document.querySelectorAll('.thumbnail .overlay[src]').length"
     overlay(page)
-    assert page.locator("#count").text_content() == f"{COUNT} pictures"
     assert page.evaluate(attached) < 150
     # Whatever the slider, the switch and the order do to the page's elements is counted.
     page.evaluate(
