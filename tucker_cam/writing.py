@@ -13,11 +13,7 @@ from tucker_cam.errors import BadFileError, BadValueError
 
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which takes its real name only when the block ends without an error.
-
-    Raises:
-        OSError: the path is there, and is no file; or it cannot be written.
-    """
+    """Give a path to write to, which takes its real name only when the block ends without an error."""
     path = path.resolve()
     if path.exists() and not path.is_file():
         raise BadFileError(f"{path}: expected a file to write, found a folder or a device")
@@ -36,11 +32,7 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def only_run(out: Path) -> Iterator[None]:
-    """Refuse to start while another run writes to `out`; a run that was killed holds nothing.
-
-    Raises:
-        ValueError: another run does.
-    """
+    """Refuse to start while another run writes to `out`; a run that was killed holds nothing."""
     lock = out.with_name(f".{out.name}.lock")
     try:
         with FileLock(lock, timeout=0):
@@ -49,4 +41,4 @@ def only_run(out: Path) -> Iterator[None]:
             finally:
                 lock.unlink(missing_ok=True)
     except Timeout as error:
-        raise BadValueError(f"{out}: another run is writing to it: wait for its end, or give another --out") from error
+        raise BadValueError(f"{out}: another run is writing to it: wait for its end, or write elsewhere") from error

@@ -15,12 +15,7 @@ _UNBOUNDED = 10_000
 
 
 def print_layers(name: str, load: Callable[[], LoadedModel]) -> None:
-    """Print the layers with a spatial map in the order in which they run, the chosen ones marked.
-
-    Raises:
-        NoLayerError: none can be chosen, and none can be named.
-        ValueError, ModuleNotFoundError, TypeError, OSError: see `load_model`.
-    """
+    """Print the layers with a spatial map in the order in which they run, the chosen ones marked."""
     console = PlainConsole()
     if not console.is_terminal:
         console.width = _UNBOUNDED

@@ -1,0 +1,226 @@
+"""What a user types in a terminal, and what it answers."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image
+from rich.table import Table
+from typer.testing import CliRunner
+
+from tucker_cam import TSM, __version__
+from tucker_cam.__main__ import main
+from tucker_cam.cli import app
+from tucker_cam.cli.lines import say
+from tucker_cam.console import PlainConsole
+from tucker_cam.models import load_model
+from tucker_cam.pictures.files import open_picture
+
+TINY = ("-m", "networks:tiny_loaded_model")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run_code(code):
+    """Return the exit code and what stands on standard error of a new process."""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return ended.returncode, ended.stderr
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    path = tmp_path / "coffee.png"
+    Image.fromarray(skimage.data.coffee()).save(path)
+    return path
+
+
+def test_the_demo_writes_its_panel_and_prints_its_table(tmp_path):
+    out = tmp_path / "new" / "folder[/x]"  # not markup
+    result = run("demo", "--out", out)
+    assert result.exit_code == 0, result.output
+    for word in ("EigenCAM", "TSM", "Multivec-EigenCAM", "MTSM", "decomposition [ms]", "one thread", "demo.png"):
+        assert word in result.output
+    panel = np.asarray(open_picture(out / "demo.png"))
+    assert panel.shape[1] > 1000
+    assert panel.std() > 30
+    assert [path.name for path in out.iterdir()] == ["demo.png"]
+
+
+def test_a_folder_that_the_demo_cannot_write_to_is_found_before_the_work(tmp_path, monkeypatch):
+    def work(*_):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr("tucker_cam.cli.demo.load_model", work)
+    (tmp_path / "file").touch()
+    (tmp_path / "taken" / "demo.png").mkdir(parents=True)
+    for out in (tmp_path / "file" / "below", tmp_path / "taken"):
+        result = run("demo", "--out", out)
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_names_in_tables_and_lines_are_neither_markup_nor_commands_to_the_terminal(capsys):
+    name = "run[red].pth [/x] :cat: \x1b[31m \u202e"
+    table = Table(title=name)
+    table.add_column(name)
+    table.add_row(name)
+    PlainConsole(width=60).print(table)
+    PlainConsole(width=60).print(name)
+    say(name)
+    shown = name.replace("\x1b", r"\x1b").replace("\u202e", r"\x202e")
+    assert capsys.readouterr().out.count(shown) == 5
+
+
+def test_an_overlay_and_a_map_are_written_for_each_picture_and_method(photograph, tmp_path):
+    out = tmp_path / "out"
+    options = ("--method", "tsm", "--method", "mtsm-energy", "--format", "overlay", "--format", "npy")
+    result = run("explain", photograph, *options, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "layer: bn2" in result.output
+    assert {path.name for path in out.iterdir()} == {"manifest.json"} | {
+        f"coffee_{method}.{ending}" for method in ("tsm", "mtsm-energy") for ending in ("png", "npy")
+    }
+    demo = load_model("demo")
+    with TSM(demo.model, [demo.model.bn2]) as cam:
+        expected = cam(demo.preprocess(open_picture(photograph))[None])[0]
+    np.testing.assert_array_equal(np.load(out / "coffee_tsm.npy"), expected)
+    with Image.open(out / "coffee_tsm.png") as overlay:
+        assert overlay.size == (600, 400)
+
+
+def test_layers_and_smoothing_can_be_asked_for(photograph, tmp_path):
+    maps = []
+    for index, choice in enumerate([(), ("--layer", "-6"), ("--layer", "bn2", "--layer", "-6"), ("--aug-smooth",)]):
+        assert run("explain", photograph, "--format", "npy", "--out", tmp_path / str(index), *choice).exit_code == 0
+        maps.append(np.load(tmp_path / str(index) / "coffee_tsm.npy"))
+    differences = [np.abs(one - other).max() for index, one in enumerate(maps) for other in maps[:index]]
+    assert min(differences) > 0.01
+
+
+def test_what_cannot_be_read_or_written_is_named_and_the_others_done(photograph, tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "half.png").write_bytes(photograph.read_bytes()[:20000])
+    (tmp_path / "other.png").write_bytes(photograph.read_bytes())
+    options, map_of_other = (*TINY, "--out", tmp_path / "out"), tmp_path / "out" / "other_tsm.png"
+    assert run("explain", tmp_path / "other.png", *options).exit_code == 0
+    map_of_other.unlink()
+    map_of_other.mkdir()
+    reasons = {"none": "no such file", "text": "another kind", "half": "broken", "other": "could not be written"}
+    pictures = [tmp_path / name for name in ("none.png", "text.jpg", "half.png", "other.png")]
+    result = run("explain", *pictures, photograph, *options)
+    assert result.exit_code == 1
+    assert "4 pictures: 1 explained, 0 there already, 3 failed" in result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == len(pictures)
+    for picture in pictures:
+        (error,) = [line for line in errors if str(picture) in line]
+        assert reasons[picture.stem] in error
+    assert (tmp_path / "out" / "coffee_tsm.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "tms"], "no method 'tms'; near it: tsm"),
+        (["--method", "TSM"], "no method 'TSM'; near it: tsm"),
+        (["--method", "MTSM_energy"], "no method 'MTSM_energy'; near it: mtsm-energy"),
+        (["--model", "resnet50"], "did you mean timm:resnet50 or torchvision:resnet50?"),
+        (["--model", "timm:resnet1"], "near it: resnet18"),
+        (["--layer", "bn3"], "no layer 'bn3'; near it: bn2"),
+        (["--layer", "-400"], "index from -"),
+        (["--layer", "bn2", "--method", "eigencam", "--layer", "classifier"], "`classifier` has none"),
+        (["--device", "abacus"], "no device 'abacus' here"),
+        (["--device", "meta"], "a device that holds numbers"),
+        (["--engine", "ray", "--gallery"], "no gallery with Ray"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_exit_code_2(photograph, tmp_path, arguments, message):
+    result = run("explain", photograph, "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_an_interrupted_command_that_does_not_go_on_does_not_say_so(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tucker_cam.cli.demo.run_demo", interrupted)
+    result = run("demo")
+    assert (result.exit_code, result.stderr) == (130, "stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("package", "code", "said"),
+    [("typer", 1, "the command line needs the package typer"), ("skimage", 2, "error: this needs the package skimage")],
+)
+def test_without_the_extra_the_command_that_installs_it_is_named(package, code, said):
+    # A finder that hides a package, as if it were not installed.
+    hidden = f"import sys; sys.modules['{package}'] = None; sys.argv = ['tucker-cam', 'demo']"
+    install = "pip install '.[demo]' in a checkout of tucker_cam"
+    assert run_code(f"{hidden}; from tucker_cam.__main__ import main; main()") == (code, f"{said}: {install}\n")
+
+
+def test_the_work_is_done_to_its_end_when_nobody_reads_what_it_prints(monkeypatch, photograph, tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "argv", ["tucker-cam", "explain", str(photograph), *TINY, "-o", str(tmp_path / "out")])
+    with open(writer, "w") as pipe:
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, pipe)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 0
+    assert (tmp_path / "out" / "coffee_tsm.png").is_file()
+
+
+@pytest.mark.parametrize("library", ["typer", "numpy", "torch"])
+def test_an_interrupt_while_python_imports_is_one_word(library, tmp_path):
+    # A library that is interrupted while it is imported may raise anything: NumPy, a RecursionError.
+    code = f"""
+import os, signal, sys
+sys.argv = ["tucker-cam", "explain", {str(tmp_path)!r}, "--out", {str(tmp_path / "out")!r}]
+from tucker_cam.__main__ import main
+assert "torch" not in sys.modules
+class Interrupted:
+    def find_spec(name, *_):
+        if name == "{library}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupted)
+main()
+"""
+    assert run_code(code) == (130, "stopped\n")
+
+
+def test_the_version_is_printed():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"tucker-cam {__version__}\n")
+
+
+def test_an_error_shows_where_it_was_raised_only_if_that_is_asked_for(tmp_path):
+    arguments = ("explain", tmp_path / "none.png", "-o", tmp_path / "out")
+    assert "Traceback" not in run(*arguments).stderr
+    shown = run("--debug", *arguments)
+    assert shown.exit_code == 2
+    assert "Traceback" in shown.stderr
+    assert shown.stderr.splitlines()[-1].startswith("error: ")
+
+
+def test_short_options_and_a_sample_that_is_the_same_again(tmp_path):
+    pictures = [tmp_path / f"{index}.png" for index in range(9)]
+    for picture in pictures:
+        Image.new("RGB", (30, 30)).save(picture)
+    chosen = []
+    for limit, out in ((3, "a"), (3, "b"), (5, "c")):
+        result = run("explain", *pictures, *TINY, "-b", 2, "-j", 0, "--limit", limit, "-o", tmp_path / out)
+        assert result.exit_code == 0, result.output
+        chosen.append({path.name for path in (tmp_path / out).glob("*_tsm.png")})
+    assert chosen[0] == chosen[1] < chosen[2]
+    assert [len(each) for each in chosen] == [3, 3, 5]
+    assert run("explain", pictures[0], "--limit", 0, "-o", tmp_path / "d").exit_code == 2

@@ -1,0 +1,40 @@
+"""What is written is whole or absent, under the name that was given, by one run at a time."""
+
+import errno
+import os
+
+import pytest
+
+from tucker_cam.errors import BadValueError
+from tucker_cam.writing import complete_or_absent, only_run
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_interrupted_write_leaves_nothing_and_a_full_disk_says_where(tmp_path, error):
+    def interrupted():
+        with complete_or_absent(tmp_path / "x.png") as unfinished:
+            unfinished.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(type(error), match=r"x\.png" if isinstance(error, OSError) else None):
+        interrupted()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_stays_a_link_and_what_is_no_file_is_not_replaced(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "real.txt")
+    with complete_or_absent(tmp_path / "link.txt") as unfinished:
+        unfinished.write_text("new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="expected a file to write"), complete_or_absent(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_one_run_at_a_time_writes_to_a_folder_and_leaves_no_lock(tmp_path):
+    with only_run(tmp_path / "out"), pytest.raises(BadValueError, match="another run"), only_run(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
