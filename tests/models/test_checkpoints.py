@@ -4,7 +4,6 @@ import argparse
 import io
 import os
 import re
-import time
 
 import numpy as np
 import pytest
@@ -97,13 +96,9 @@ def dino(state, other):
 
 
 def barlow_twins(state, other):
+    """VICReg's is the same."""
     weights = prefixed("module.backbone.", state)
     weights |= projector("module.projector.0.weight", "module.projector.3.weight", "module.bn.running_mean")
-    return {"epoch": 1000, "model": weights, "optimizer": optimizer(state)}
-
-
-def vicreg(state, other):
-    weights = prefixed("module.backbone.", state) | projector("module.projector.0.weight")
     return {"epoch": 1000, "model": weights, "optimizer": optimizer(state)}
 
 
@@ -112,13 +107,9 @@ def backbone_alone(state, other):
     return state
 
 
-def simclr_sthalles(state, other):
-    weights = prefixed("backbone.", state | projector("fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias"))
+def simclr(state, other):
+    weights = prefixed("encoder.", state) | projector("projector.0.weight", "projector.2.weight")
     return {"epoch": 200, "arch": "resnet18", "state_dict": weights, "optimizer": optimizer(state)}
-
-
-def simclr_spijkervet(state, other):
-    return prefixed("encoder.", state) | projector("projector.0.weight", "projector.2.weight")
 
 
 def lightning(state, other):
@@ -134,23 +125,7 @@ def lightning(state, other):
     }
 
 
-def resnet_prefix(state, other):
-    return {"state_dict": prefixed("resnet.", state), "optimizer": optimizer(state)}
-
-
-LAYOUTS = [
-    moco_v2,
-    moco_v3,
-    swav,
-    dino,
-    barlow_twins,
-    vicreg,
-    backbone_alone,
-    simclr_sthalles,
-    simclr_spijkervet,
-    lightning,
-    resnet_prefix,
-]
+LAYOUTS = [moco_v2, moco_v3, swav, dino, barlow_twins, backbone_alone, simclr, lightning]
 
 
 def upstream(model):
@@ -244,6 +219,9 @@ def test_safetensors_are_read_and_a_whole_classifier_keeps_its_head(tmp_path):
     report = load_checkpoint(model, tmp_path / "w.safetensors", upstream(model))
     assert torch.equal(model(IMAGE), source(IMAGE))
     assert (report.left_out, report.missing) == ([], [])
+    # A head of other classes is left out.
+    report = load(model, source.state_dict() | {"fc.weight": torch.rand(9, 8), "fc.bias": torch.rand(9)}, tmp_path)
+    assert report.left_out == ["fc.weight", "fc.bias"]
 
 
 def test_a_vit_is_loaded_with_its_class_token_and_position_embedding(tmp_path):
@@ -254,14 +232,6 @@ def test_a_vit_is_loaded_with_its_class_token_and_position_embedding(tmp_path):
     report = load(model, dino(backbone_of(source, "head."), {}), tmp_path)
     assert torch.equal(model.forward_features(IMAGE), source.forward_features(IMAGE))
     assert report.place == "teacher/backbone."
-
-
-def test_a_heads_weights_of_another_shape_are_left_out(tmp_path):
-    source, model = seeded(resnet, 1), seeded(resnet, 3)
-    state = source.state_dict() | {"fc.weight": torch.rand(1000, 8), "fc.bias": torch.rand(1000)}
-    report = load(model, state, tmp_path)
-    assert report.left_out == ["fc.weight", "fc.bias"]
-    assert torch.equal(model.forward_features(IMAGE), source.forward_features(IMAGE))
 
 
 def test_less_than_the_whole_backbone_is_an_error_that_lists_the_keys_and_changes_nothing(tmp_path):
@@ -312,9 +282,8 @@ def truncated(state):
         ),
         (lambda path: path.write_bytes(b""), "a broken file"),
         (lambda path: path.write_bytes(truncated({"a": torch.rand(99)})), "a broken file"),
-        (lambda path: path.write_text("<p>no weights</p>"), "a broken file"),
     ],
-    ids=["missing", "web page", "pointer", "empty", "truncated", "text"],
+    ids=["missing", "web page", "pointer", "empty", "truncated"],
 )
 def test_a_file_that_is_no_checkpoint_is_one_clear_line(tmp_path, suffix, content, message):
     file = tmp_path / f"w{suffix}"
@@ -331,14 +300,6 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path, make):
         load_checkpoint(seeded(resnet, 3), tmp_path / "w.pth", frozenset())
 
 
-def test_twenty_thousand_prefixes_are_answered_at_once(tmp_path):
-    one = torch.zeros(4)
-    start = time.monotonic()
-    with pytest.raises(ValueError, match=r"found 0 of its \d+ entries"):
-        load(seeded(resnet, 3), {f"part{index}.weight": one for index in range(20_000)}, tmp_path)
-    assert time.monotonic() - start < 10
-
-
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_pickle_with_code_in_it_is_refused_and_runs_nothing(tmp_path, legacy):
     file = tmp_path / "w.pth"
@@ -349,23 +310,11 @@ def test_a_pickle_with_code_in_it_is_refused_and_runs_nothing(tmp_path, legacy):
     assert len(str(error.value).splitlines()) == 1
 
 
-def endless():
-    content = {}
-    content["state_dict"] = content
-    return content
-
-
-def nested():
-    return {"conv1.weight": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged)}
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (torch.zeros(3), "expected a state dict, found no tensors with names"),
         ({"epoch": 3, "state_dict": {}}, "expected a state dict, found no tensors with names"),
-        (endless(), "expected a state dict, found dictionaries that hold themselves"),
-        (nested(), "expected a state dict, found no tensors with names"),
         ({"features.0.weight": torch.zeros(4, 3, 3, 3)}, r"the whole backbone of ResNet, found 0 of its \d+ entries"),
     ],
 )
@@ -375,15 +324,24 @@ def test_weights_of_nothing_or_of_another_architecture_are_one_clear_line(tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
-@pytest.mark.parametrize("bad", [torch.complex64, "meta", "sparse"])
-def test_tensors_that_no_parameter_can_take_do_not_count(tmp_path, bad):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weight: weight.to("meta"),
+        lambda weight: weight.to_sparse(),
+        lambda weight: weight.to(torch.complex64),
+        lambda weight: weight.to(torch.int64),
+        lambda weight: weight[..., :1],
+    ],
+    ids=["meta", "sparse", "complex", "integers", "shape"],
+)
+def test_tensors_that_no_parameter_can_take_do_not_count(tmp_path, make):
     state = backbone_of(seeded(resnet, 1))
-    weight = state["conv1.weight"]
-    state["conv1.weight"] = (
-        weight.to("meta") if bad == "meta" else weight.to_sparse() if bad == "sparse" else weight.to(bad)
-    )
-    with pytest.raises(ValueError, match=r"another shape: conv1\.weight"):
-        load(seeded(resnet, 3), state, tmp_path)
+    # Also where a student and a teacher lack the same.
+    for content in (state, {"student": state, "teacher": state}):
+        state["conv1.weight"] = make(seeded(resnet, 1).conv1.weight.detach())
+        with pytest.raises(ValueError, match=r"another shape: conv1\.weight;"):
+            load(seeded(resnet, 3), content, tmp_path)
 
 
 def test_a_model_that_lost_its_head_classifies_no_longer_and_says_what_was_loaded(tmp_path):
@@ -462,12 +420,8 @@ def test_weights_of_lower_precision_are_converted(dtype, tmp_path):
     assert model.conv1.weight.dtype == torch.float32
 
 
-def test_integers_for_weights_and_numbers_that_are_none_are_refused(tmp_path):
+def test_numbers_that_are_none_are_refused(tmp_path):
     state = backbone_of(seeded(resnet, 1))
-    with pytest.raises(ValueError, match=r"another shape: conv1\.weight;"):
-        load(seeded(resnet, 3), state | {"conv1.weight": state["conv1.weight"].to(torch.int64)}, tmp_path)
-    with pytest.raises(ValueError, match=r"another shape: conv1\.weight;"):
-        load(seeded(resnet, 3), state | {"conv1.weight": state["conv1.weight"].to(torch.float8_e4m3fn)}, tmp_path)
     with pytest.raises(ValueError, match=r"expected finite weights, found NaN or Inf in bn1\.bias$"):
         load(seeded(resnet, 3), state | {"bn1.bias": state["bn1.bias"] / 0}, tmp_path)
 
