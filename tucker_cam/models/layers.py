@@ -291,15 +291,12 @@ def choose_layers(model: nn.Module, run: DryRun, layers: Sequence[str | int | nn
     # A name is an order: attention of random weights, to be replaced by a checkpoint's, follows nothing yet.
     by_name = {layer.name: layer for layer in (*run.layers, *run.doubtful)}
     parts = {name: module for name, module in model.named_modules() if name}
+    names = {module: name for name, module in reversed(parts.items())}
     chosen = []
     for layer in layers:
-        if isinstance(layer, nn.Module):
-            names = [name for name, module in parts.items() if module is layer]
-            if not names:
-                raise BadValueError(f"expected a layer that is part of the model, got a {type(layer).__name__}")
-            name = names[0]
-        else:
-            name = str(layer)
+        if isinstance(layer, nn.Module) and layer not in names:
+            raise BadValueError(f"expected a layer that is part of the model, got a {type(layer).__name__} that is not")
+        name = names[layer] if isinstance(layer, nn.Module) else str(layer)
         if name.startswith("-") and name[1:].isdecimal():
             if not 1 <= int(name[1:]) <= len(run.layers):
                 raise BadValueError(f"expected a layer's index from -{len(run.layers)} to -1, got {name}")

@@ -13,8 +13,8 @@ from tucker_cam.models.reshape import TokensToMaps
 _FOLLOWS = 0.3
 """Of some hundred networks with random weights, the last maps had 0.4 to 0.65, queries at most 0.16. Below it falls now
 and then a network whose random attention drowns the positions (torchvision's MaxViT): it gets no layer."""
-_BLANK, _VANISHED = 5e-7, 1e-18
-"""Of the largest value, and the value whose square is no float32 any more."""
+_VANISHED = 1e-18
+"""The square of what is smaller is no float32 any more."""
 
 
 def differing_pictures(example: Tensor) -> Tensor:
@@ -35,8 +35,7 @@ def follows(output: Any, transform: ReshapeTransform | None) -> bool:
     """Tell whether a layer's maps change where the three pictures do.
 
     Of each position it is asked to which of the two corners it answers more: in a map that goes up and to the right,
-    as in the picture, whereas queries answer in an order of their own. Maps that are the same everywhere, as random
-    weights can have it, are believed: there is nothing in them to show in a wrong place.
+    as in the picture, whereas queries answer in an order of their own.
 
     Args:
         output: the layer's, for the `differing_pictures`.
@@ -53,10 +52,7 @@ def follows(output: Any, transform: ReshapeTransform | None) -> bool:
 def _place(maps: Tensor) -> float:
     """Return the correlation of the maps' answers with up and with right, the smaller one."""
     maps = maps.float()
-    noise, changes = maps[0].flatten(1), maps[1:] - maps[:1]
-    largest, spread = noise.abs().max(), (noise - noise.mean(1, keepdim=True)).abs().max()
-    if largest < _VANISHED or spread <= _BLANK * largest:
-        return 1.0
+    changes = maps[1:] - maps[:1]
     first, second = (changes / changes.abs().max().clamp(min=_VANISHED)).square().sum(1)
     height, width = maps.shape[-2:]
     answers = ((first - second) / (first + second + 1e-6)).reshape(-1, height, width).mean(0)
