@@ -8,8 +8,6 @@ from timm.models import SwinTransformer, VisionTransformer
 from torch import nn
 from transformers import (
     AutoModel,
-    DabDetrConfig,
-    DeformableDetrConfig,
     DetrConfig,
     Dinov2Config,
     HieraConfig,
@@ -17,7 +15,6 @@ from transformers import (
     ResNetConfig,
     RTDetrConfig,
     RTDetrResNetConfig,
-    RTDetrV2Config,
     SwinConfig,
     YolosConfig,
 )
@@ -92,11 +89,6 @@ def test_tokens_of_a_picture_that_is_not_square_are_laid_out_in_its_proportions(
 def test_so_many_tokens_that_they_are_no_picture_are_one_clear_error():
     with pytest.raises(ValueError, match=r"a grid of patches 1 times as high as wide, got \(1, 12, 8\)"):
         TokensToMaps(1, 1.0)(torch.zeros(1, 12, 8))
-
-
-def test_channels_last_are_moved_first():
-    output = torch.rand(2, 3, 4, 5)
-    assert torch.equal(channels_last_to_maps(output)[1, 4], output[1, :, :, 4])
 
 
 def test_a_pyramids_levels_are_stacked_at_the_middle_size():
@@ -210,16 +202,11 @@ def masks():
     "config",
     [
         lambda: DetrConfig(backbone_config=last_map(), d_model=32, **DETR),
-        lambda: DabDetrConfig(backbone_config=last_map(), hidden_size=32, **DETR),
-        lambda: DeformableDetrConfig(
-            backbone_config=ResNetConfig(**STEM, out_features=LEVELS), num_feature_levels=3, d_model=32, **DETR
-        ),
         lambda: RTDetrConfig(backbone_config=real_time(), **REAL_TIME),
-        lambda: RTDetrV2Config(backbone_config=real_time(), **REAL_TIME),
         masks,
         lambda: YolosConfig(image_size=[128, 128], patch_size=16, num_detection_tokens=5, **VIT),
     ],
-    ids=["DETR", "DAB-DETR", "Deformable DETR", "RT-DETR", "RT-DETRv2", "Mask2Former", "YOLOS"],
+    ids=["DETR", "RT-DETR", "Mask2Former", "YOLOS"],
 )
 def test_a_detectors_queries_are_not_taken_for_positions(config):
     """16 queries are as many as the patches of 32 pixels; YOLOS has its queries after the patches."""

@@ -13,8 +13,8 @@ from tucker_cam.models.reshape import TokensToMaps
 _FOLLOWS = 0.3
 """Of some hundred networks with random weights, the last maps had 0.4 to 0.65, queries at most 0.16. Below it falls now
 and then a network whose random attention drowns the positions (torchvision's MaxViT): it gets no layer."""
-_VANISHED = 1e-18
-"""The square of what is smaller is no float32 any more."""
+_BLANK, _VANISHED = 5e-7, 1e-18
+"""Of the largest value, and the value whose square is no float32 any more."""
 
 
 def differing_pictures(example: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def differing_pictures(example: Tensor) -> Tensor:
     return torch.stack([noise, upper_right, lower_left])
 
 
-def follows(output: Any, transform: ReshapeTransform | None) -> bool:
+def follows(output: Any, transform: ReshapeTransform | None) -> bool | None:
     """Tell whether a layer's maps change where the three pictures do.
 
     Of each position it is asked to which of the two corners it answers more: in a map that goes up and to the right,
@@ -40,13 +40,22 @@ def follows(output: Any, transform: ReshapeTransform | None) -> bool:
     Args:
         output: the layer's, for the `differing_pictures`.
         transform: of the output.
+
+    Returns:
+        None for maps that are the same everywhere, as random weights can have it: nothing in them is in a wrong place.
     """
+    maps = output if transform is None else transform(output)
+    noise = maps[0].float().flatten(1)
+    largest, spread = noise.abs().max(), (noise - noise.mean(1, keepdim=True)).abs().max()
+    if largest < _VANISHED or spread <= _BLANK * largest:
+        return None
+    place = _place(maps)
     if not isinstance(transform, TokensToMaps):
-        return _place(output if transform is None else transform(output)) >= _FOLLOWS
+        return place >= _FOLLOWS
     # Tokens after the patches, as a detector has them, must not be taken for tokens before them.
     lay_out, patches = TokensToMaps(0, transform.aspect), output.shape[1] - transform.prefix
-    places = [_place(lay_out(output[:, start : start + patches])) for start in range(transform.prefix + 1)]
-    return places[-1] == max(places) and places[-1] >= _FOLLOWS
+    places = [_place(lay_out(output[:, start : start + patches])) for start in range(transform.prefix)]
+    return place >= max([_FOLLOWS, *places])
 
 
 def _place(maps: Tensor) -> float:
