@@ -94,6 +94,7 @@ def test_the_device_is_the_one_that_is_asked_for():
     for device, message in [
         ("abacus", "no device 'abacus' here"),
         ("hpu", "no device 'hpu' here"),
+        ("meta", "no device 'meta' here"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_model("networks:tiny_loaded_model", device=device)

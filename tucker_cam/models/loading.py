@@ -219,8 +219,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.empty(1, device=found).item()
     except Exception as error:
-        # Each backend that is not there says so with an error of its own kind.
+        # Each backend that is not there says so with an error of its own kind; "meta" holds no numbers.
         raise BadValueError(f"there is no device {str(device)!r} here ({one_line(error)}): use cpu") from error
     return found
