@@ -182,7 +182,7 @@ def test_pictures_of_the_same_name_do_not_overwrite_each_other(photograph, tmp_p
         (["--layer", "-400"], "index from -"),
         (["--layer", "bn2", "--method", "eigencam", "--layer", "classifier"], "`classifier` has none"),
         (["--device", "abacus"], "no device 'abacus' here"),
-        (["--device", "meta"], "a device that holds numbers"),
+        (["--device", "meta"], "no device 'meta' here"),
         (["--engine", "ray", "--gallery"], "no gallery with Ray"),
     ],
 )

@@ -11,8 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from repositories import make_repositories
-from test_checkpoints import dino, moco_v2, vicregl
+from repositories import dino, make_repositories, moco_v2, vicregl
 from torch import nn
 from typer.testing import CliRunner
 

@@ -138,8 +138,6 @@ def explain(
 
 
 def _load(model: str | nn.Module | Network, **options: Any) -> LoadedModel:
-    if isinstance(model, LoadedModel):
-        return model
     # Random weights are the same when a run is gone on with, and in every process.
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -134,12 +134,6 @@ def load_model(
         raise BadValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
     network = _with_preprocessing(spec, network, size, crop, mean, std)
     module = network.model.eval()
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    if absent := [name for name, tensor in tensors if tensor.is_meta]:
-        raise BadValueError(
-            f"{spec}: expected weights and buffers that hold numbers, found none in {', '.join(absent[:3])}: build the "
-            "model without torch.device('meta')"
-        )
     run = _dry_run(spec, network)
     chosen = choose_layers(module, run, layers) if layers else [target_of(module, run)]
     common_transform(chosen)
@@ -225,10 +219,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.empty(1, device=found).item()
     except Exception as error:
-        # Each backend that is not there says so with an error of its own kind.
+        # Each backend that is not there says so with an error of its own kind; "meta" holds no numbers.
         raise BadValueError(f"there is no device {str(device)!r} here ({one_line(error)}): use cpu") from error
-    if found.type == "meta":
-        raise BadValueError("expected a device that holds numbers, got 'meta': use cpu")
     return found
