@@ -8,15 +8,15 @@ from functools import partial
 import networks
 import numpy as np
 import pytest
-import references
 import torch
 import ttach
 from pytorch_grad_cam.utils.image import scale_cam_image
 from pytorch_grad_cam.utils.reshape_transforms import vit_reshape_transform
+from registry import CLASSES
 from timm.models import VisionTransformer
 from torch import nn
 
-from tucker_cam import MTSM, TSM, ChannelModes, MultivecEigenCAM
+from tucker_cam import TSM, ChannelModes, MultivecEigenCAM
 
 SECONDS = 300  # TensorLy's engine takes many on a large image
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -92,7 +92,7 @@ def choose_images(draw, axes, channels, generator):
 
 
 def choose_options(draw, transform):
-    method = draw.choice([TSM, MTSM, MultivecEigenCAM])
+    method = draw.choice([*CLASSES])
     options = {}
     if method is not MultivecEigenCAM:
         options["rank"] = draw.choice(GOOD_RANKS if draw.random() < 0.95 else BAD_RANKS)
@@ -166,14 +166,8 @@ def compare(found, cam, method, options):
         return "map"
     if options.get("rank") is not None:
         return "map"
-    maps = []
-    for image in features.double().cpu().numpy():
-        if method is TSM:
-            maps.append(references.tsm(image))
-        elif method is MTSM:
-            maps.append(references.mtsm(image, combine="energy"))
-        else:
-            maps.append(references.multivec_eigencam(image, combine="energy"))
+    oracle = partial(CLASSES[method], combine="energy") if "combine" in options else CLASSES[method]
+    maps = [oracle(image) for image in features.double().cpu().numpy()]
     peaks = [saliency.max() or 1.0 for saliency in maps]
     size = found.shape[:0:-1] if found.ndim == 4 else found.shape[2:0:-1]
     expected = scale_cam_image(np.stack([m / p for m, p in zip(maps, peaks, strict=True)]), size)

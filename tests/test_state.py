@@ -5,7 +5,6 @@ import os
 import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,22 +15,13 @@ import numpy as np
 import pytest
 import tensorly as tl
 import torch
+from registry import every_method
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from tucker_cam import MTSM, TSM, MultivecEigenCAM, channel_modes
+from tucker_cam import MTSM, TSM, channel_modes
 from tucker_cam.decomposition import modes
 from tucker_cam.decomposition.projection import combined_map, leading_map
-
-METHODS = {
-    "TSM": TSM,
-    "MTSM": MTSM,
-    "MTSM-energy": partial(MTSM, combine="energy"),
-    "MultivecEigenCAM": MultivecEigenCAM,
-    "TSM-truncated": partial(TSM, rank=2),
-    "TSM-tensorly": partial(TSM, rank=2, engine="tensorly"),
-}
-every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
 def images(batch=2, size=32):
@@ -124,7 +114,7 @@ def test_after_a_call_that_fails_in_the_mathematics_all_is_as_before(method, mon
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, "eigh", interrupted)
         patch.setattr("tucker_cam.decomposition.modes.tucker", interrupted)
-        patch.setattr("tucker_cam.decomposition.projection.gram", interrupted)
+        patch.setattr("tucker_cam.decomposition.projection.gram_matrix", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cam(batch)
     assert state(model) == before
@@ -261,25 +251,6 @@ def test_a_pickled_object_gives_the_same_map(method):
     restored = pickle.loads(pickle.dumps(cam))  # noqa: S301
     assert restored.model is not model
     assert np.array_equal(restored(batch), cam(batch))
-
-
-@every_method
-def test_a_copy_and_its_original_do_not_take_each_others_hooks(method):
-    model, batch = networks.small_cnn(), images()
-    cam = method(model, [model[2]])
-    expected = cam(batch)
-    copied = copy(cam)
-    assert np.array_equal(copied(batch), expected)
-    del copied
-    gc.collect()
-    assert np.array_equal(cam(batch), expected)
-    copied = copy(cam)
-    del cam
-    gc.collect()
-    assert np.array_equal(copied(batch), expected)
-    del copied
-    gc.collect()
-    assert not model[2]._forward_hooks
 
 
 def test_the_tensorly_engine_changes_the_backend_of_its_own_thread_only(monkeypatch):

@@ -1,5 +1,3 @@
-from fractions import Fraction
-
 import numpy as np
 import pytest
 from tensorly.tucker_tensor import validate_tucker_rank
@@ -24,10 +22,6 @@ from tucker_cam.decomposition.rank import feasible_rank
         (tuple(np.array([4, 2, 2])), (20, 3, 4), (4, 2, 2)),
         (np.float32(1e9), (20, 3, 4), None),
         (1e9, (20, 3, 4), None),
-        (1e308, (20, 3, 4), None),
-        (10**400, (20, 3, 4), None),
-        (Fraction(10**400), (20, 3, 4), None),
-        ((10**400, 2, 2), (20, 3, 4), (4, 2, 2)),
     ],
 )
 def test_a_rank_is_clipped_to_what_is_feasible(rank, shape, expected):
