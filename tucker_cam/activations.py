@@ -39,7 +39,7 @@ class Source(NamedTuple):
         return f"feature maps from {self.name}"
 
 
-class _Running(local):
+class _Running(local):  # of which the compiler, unlike of thread numbers, can make sense
     """What this thread's forward pass has recorded so far; None while there is none."""
 
     recorded: dict[nn.Module, Tensor] | None = None

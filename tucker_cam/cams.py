@@ -74,16 +74,10 @@ class LabelFreeCAM(BaseCAM, ABC):
         raise NotImplementedError
 
     def modes(self, input_tensor: Tensor) -> list[ChannelModes]:
-        """Return the channel modes of each target layer: the spectrum and the single components behind the map.
+        """Return each target layer's channel modes, of the method's own rank and centring: what is behind the map.
 
         Args:
-            input_tensor: images, as for a call.
-
-        Returns:
-            One `ChannelModes` for each target layer, with the method's own rank and centring.
-
-        Raises:
-            TypeError, ValueError: as for a call.
+            input_tensor: images, as for a call, which raises the same errors.
         """
         self._check_images(input_tensor)
         with torch.no_grad():
@@ -100,8 +94,7 @@ class LabelFreeCAM(BaseCAM, ABC):
         self._check_images(input_tensor)
         with torch.no_grad():
             # An empty list, since the host reads the model's output to choose targets where it is given None.
-            targets = [] if targets is None else targets
-            maps: NDArray[np.float32] = super().forward(input_tensor, targets, eigen_smooth)
+            maps: NDArray[np.float32] = super().forward(input_tensor, targets or [], eigen_smooth)
         return maps
 
     def forward_augmentation_smoothing(
@@ -133,13 +126,7 @@ class LabelFreeCAM(BaseCAM, ABC):
         # Autocast, if the caller has it on, is for the network: here it would round the products to half precision.
         with torch.autocast(features.device.type, enabled=False):
             maps = self.saliency(features)
-        # scale_cam_image rounds to float32 before it subtracts the minimum, and divides by the range plus 1e-7: that
-        # would show the rounding errors of a map of low contrast, and flatten the maps of weak features.
-        maps = _without_flat(maps.cpu().double().clamp_min(0))
-        axes = tuple(range(1, maps.dim()))
-        lows = maps.amin(axes, keepdim=True)
-        ranges = maps.amax(axes, keepdim=True) - lows
-        scaled: NDArray[np.float32] = ((maps - lows) / torch.where(ranges > 0, ranges, 1)).float().numpy()
+        scaled: NDArray[np.float32] = _scaled(maps.cpu().double().clamp_min(0)).float().numpy()
         return scaled
 
     def _recorded(self, activations: Tensor | NDArray[np.floating[Any]], layer: nn.Module) -> Tensor:
@@ -155,7 +142,7 @@ class LabelFreeCAM(BaseCAM, ABC):
         if len(cam_per_target_layer) > 1:
             # Maps of different layers may have a flat mean, of which the host would scale the rounding errors.
             stacked = torch.from_numpy(np.concatenate(cam_per_target_layer, axis=1))
-            cam_per_target_layer = [_without_flat(stacked.mean(1, keepdim=True)).numpy()]
+            cam_per_target_layer = [_scaled(stacked.mean(1, keepdim=True)).numpy()]
         maps: NDArray[np.float32] = super().aggregate_multi_layers(cam_per_target_layer)
         return maps
 
@@ -170,8 +157,19 @@ class LabelFreeCAM(BaseCAM, ABC):
         return maps
 
     def _check_images(self, images: object) -> None:
-        if self._size_is_the_images:
-            _check_images(images)
+        if not self._size_is_the_images:
+            return
+        if not isinstance(images, Tensor):
+            raise BadTypeError(
+                f"expected images as a torch.Tensor, batch x channels x height x width, got {type(images).__name__}: "
+                "put each picture through the model's preprocessing, and the tensors through torch.stack"
+            )
+        check_kind(images, "images")
+        if images.dim() not in (4, 5) or 0 in images.shape:
+            raise BadValueError(
+                "expected images as batch x channels x height x width (or batch x channels x depth x height x width), "
+                f"none of them empty, got {tuple(images.shape)}: a single picture needs images[None]"
+            )
 
     def _check_feature_maps(self, images: Tensor) -> None:
         if self._size_is_the_images:
@@ -301,11 +299,15 @@ class MultivecEigenCAM(LabelFreeCAM, BaseCAM):
         return combined_map(features, combine=self.combine, center=True)
 
 
-def _without_flat(maps: Tensor) -> Tensor:
-    """Return the maps, and zeros for one whose contrast is rounding errors."""
+def _scaled(maps: Tensor) -> Tensor:
+    """Scale each map to [0, 1]; one whose contrast is rounding errors becomes zeros.
+
+    The host's scale_cam_image rounds to float32 before it subtracts the minimum, and divides by the range plus 1e-7:
+    that would show the rounding errors of a map of low contrast, and flatten the maps of weak features.
+    """
     axes = tuple(range(1, maps.dim()))
-    peaks, lows = maps.amax(axes, keepdim=True), maps.amin(axes, keepdim=True)
-    return torch.where(peaks - lows > _MAP_TOLERANCE * peaks, maps, 0)
+    lows, peaks = maps.amin(axes, keepdim=True), maps.amax(axes, keepdim=True)
+    return torch.where(peaks - lows > _MAP_TOLERANCE * peaks, (maps - lows) / (peaks - lows), 0)
 
 
 def _listed(target_layers: Iterable[nn.Module]) -> list[nn.Module]:
@@ -316,11 +318,10 @@ def _listed(target_layers: Iterable[nn.Module]) -> list[nn.Module]:
             "brackets, [layer]"
         )
     layers = list(target_layers)
-    if not layers:
-        raise BadValueError("expected at least one target layer, got an empty list")
-    for layer in layers:
-        if not isinstance(layer, nn.Module):
-            raise BadTypeError(f"expected target_layers to hold torch.nn.Module objects, got {layer!r}")
+    if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
+        raise (BadTypeError if layers else BadValueError)(
+            f"expected target_layers to hold at least one torch.nn.Module, and nothing else, got {layers!r}"
+        )
     if len(layers) > 1 and not isinstance(target_layers, (list, tuple)):
         warnings.warn(
             f"target_layers is a {type(target_layers).__name__} of {len(layers)} layers, whose maps are averaged: "
@@ -333,28 +334,11 @@ def _listed(target_layers: Iterable[nn.Module]) -> list[nn.Module]:
 def _check_construction(model: nn.Module, reshape_transform: object, tta_transforms: object) -> None:
     if isinstance(model, type) or not all(callable(getattr(model, name, None)) for name in ("eval", "parameters")):
         raise BadTypeError(
-            "expected model as a torch.nn.Module, or something that can be called and has its methods eval and "
-            f"parameters, got {model!r}"
+            f"expected model as a torch.nn.Module, or a callable with eval and parameters, got {model!r}"
         )
     if next(iter(model.parameters()), None) is None:
-        raise BadValueError(
-            f"expected a model with parameters, which say what device it is on, got {type(model).__name__}"
-        )
+        raise BadValueError(f"expected a model with parameters, which say where it is, got {type(model).__name__}")
     if reshape_transform is not None and not callable(reshape_transform):
         raise BadTypeError(f"expected reshape_transform as a callable or None, got {type(reshape_transform).__name__}")
     if tta_transforms is not None and not isinstance(tta_transforms, Compose):
         raise BadTypeError(f"expected tta_transforms as a ttach.Compose or None, got {type(tta_transforms).__name__}")
-
-
-def _check_images(images: object) -> None:
-    if not isinstance(images, Tensor):
-        raise BadTypeError(
-            f"expected images as a torch.Tensor, batch x channels x height x width, got {type(images).__name__}: put "
-            "each picture through the model's preprocessing, and the tensors through torch.stack"
-        )
-    check_kind(images, "images")
-    if images.dim() not in (4, 5) or 0 in images.shape:
-        raise BadValueError(
-            "expected images as batch x channels x height x width (or batch x channels x depth x height x width), "
-            f"none of them empty, got {tuple(images.shape)}: a single picture needs images[None]"
-        )
