@@ -4,6 +4,7 @@ import contextlib
 import random
 import signal
 from functools import partial
+from inspect import signature
 
 import networks
 import numpy as np
@@ -16,7 +17,7 @@ from registry import CLASSES
 from timm.models import VisionTransformer
 from torch import nn
 
-from tucker_cam import TSM, ChannelModes, MultivecEigenCAM
+from tucker_cam import ChannelModes
 
 SECONDS = 300  # TensorLy's engine takes many on a large image
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -93,11 +94,11 @@ def choose_images(draw, axes, channels, generator):
 
 def choose_options(draw, transform):
     method = draw.choice([*CLASSES])
-    options = {}
-    if method is not MultivecEigenCAM:
+    accepted, options = signature(method).parameters, {}
+    if "rank" in accepted:
         options["rank"] = draw.choice(GOOD_RANKS if draw.random() < 0.95 else BAD_RANKS)
         options["engine"] = draw.choice(["torch"] * 16 + ["tensorly"] * 3 + ["jax"])
-    if method is not TSM:
+    if "combine" in accepted:
         options["combine"] = draw.choice(["signed", "energy"] * 16 + ["sum", None])
     if draw.random() < 0.1:
         options["tta_transforms"] = ttach.Compose([ttach.Multiply([1, 2])])
