@@ -233,8 +233,7 @@ def test_both_engines_give_the_same_map(method, rank):
 @pytest.mark.parametrize(("rank", "expected"), [((3, 2, 2), (3, 2, 2)), (None, (16, 8, 8))])
 @pytest.mark.parametrize("method", [TSM, MTSM])
 def test_the_tensorly_engine_is_tensorly(method, rank, expected, monkeypatch):
-    decomposed = []
-    tucker = modes.tucker
+    decomposed, tucker = [], modes.tucker
     monkeypatch.setattr(modes, "tucker", lambda x, rank: (decomposed.append(rank), tucker(x, rank))[1])
     model = networks.small_cnn()
     method(model, [model[2]], rank=rank, engine="tensorly")(images())

@@ -72,13 +72,6 @@ def test_each_region_of_a_picture_has_a_map_where_a_subclass_says_the_size(metho
 
 
 @every_class_and_the_hosts
-def test_each_region_of_a_picture_has_a_map_where_the_size_is_patched_on_the_hosts_class(method, monkeypatch):
-    monkeypatch.setattr(BaseCAM, "get_target_width_height", lambda self, images: (10, 8))
-    model, images = Regions(), torch.rand(1, 3, 16, 20)
-    assert method(model, [model.layer])(images, targets=[]).shape == (4, 8, 10)
-
-
-@every_class_and_the_hosts
 def test_a_signal_of_one_axis_has_a_map_where_the_size_is_the_users(method):
     model, signals = nn.Sequential(nn.Conv1d(2, 6, 5), nn.AdaptiveAvgPool1d(1), nn.Flatten()), torch.rand(3, 2, 40)
     cam = method(model, [model[0]])

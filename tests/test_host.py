@@ -160,33 +160,20 @@ def test_a_swin_transformer_with_the_hosts_reshape_transform(method):
     assert_is_the_map(cam(batch), method, model, cam.target_layers, batch, swinT_reshape_transform)
 
 
+@pytest.mark.parametrize("network", ["segmentation", "detection"])
 @every_class
-def test_a_segmentation_model_that_returns_a_dict(method):
-    model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None)
-    batch = torch.rand(1, 3, 64, 64)
-    cam = method(model, [model.backbone.layer4])
-    assert_is_the_map(cam(batch), method, model, cam.target_layers, batch)
-    assert set(cam.outputs) == {"out"}
-
-
-@every_class
-def test_a_detector_that_returns_a_list(method):
-    model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+def test_a_segmentation_model_or_detector_that_returns_no_tensor(method, network):
+    options = {"weights": None, "weights_backbone": None}
+    if network == "segmentation":
+        model, reshape_transform = torchvision.models.segmentation.deeplabv3_resnet50(**options), None
+        layers = [model.backbone.layer4]
+    else:
+        model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(**options)
+        layers, reshape_transform = [model.backbone], fasterrcnn_reshape_transform
     batch = torch.rand(1, 3, 96, 128)
-    cam = method(model, [model.backbone], reshape_transform=fasterrcnn_reshape_transform)
-    assert_is_the_map(cam(batch), method, model, cam.target_layers, batch, fasterrcnn_reshape_transform)
-    assert set(cam.outputs[0]) == {"boxes", "labels", "scores"}
-
-
-@every_class
-def test_a_subclass_with_its_own_get_cam_image(backbones, method):
-    class Inverted(method):
-        def get_cam_image(self, *arguments):
-            return 1 - super().get_cam_image(*arguments)
-
-    model, target_layers = backbones["resnet18"]
-    batch = torch.rand(1, 3, 64, 64)
-    assert_allclose(Inverted(model, target_layers[:1])(batch), 1 - method(model, target_layers[:1])(batch), atol=1e-5)
+    cam = method(model, layers, reshape_transform)
+    assert_is_the_map(cam(batch), method, model, layers, batch, reshape_transform)
+    assert isinstance(cam.outputs, dict | list)
 
 
 @every_class
@@ -200,16 +187,6 @@ def test_a_call_takes_what_eigencam_takes(method):
             input_tensor=batch, targets=[ClassifierOutputTarget(1)] * 2, aug_smooth=False, eigen_smooth=True
         )
         assert_allclose(one, other)
-
-
-@every_class
-def test_several_layers_are_averaged(method):
-    model, batch = networks.small_cnn(), images()
-    both = method(model, [model[0], model[2]])
-    actual = both(batch)
-    maps = [both.get_cam_image(batch, None, None, f, None) for f in both.activations_and_grads.activations]
-    mean = np.mean([scale_cam_image(saliency, (32, 32)) for saliency in maps], axis=0)
-    assert_allclose(actual, scale_cam_image(mean), atol=1e-5)
 
 
 @pytest.mark.parametrize("transforms", [None, ttach.Compose([ttach.VerticalFlip()])], ids=["the host's", "given"])
@@ -231,16 +208,6 @@ def mirrored(x):
 
 
 @every_class
-def test_get_cam_image_takes_six_positional_arguments_and_numpy(method):
-    model = networks.small_cnn()
-    activations = torch.randn(2, 6, 3, 4)
-    cam = method(model, [model[2]])
-    from_numpy = cam.get_cam_image(images(), model[2], None, activations.numpy(), None, False)
-    assert from_numpy.shape == (2, 3, 4)
-    assert_allclose(from_numpy, cam.get_cam_image(images(), model[2], None, activations, None, True))
-
-
-@every_class
 def test_hooks_are_gone_after_the_block_and_after_the_object(method):
     model = networks.small_cnn()
     model[2].register_forward_hook(lambda *_: None)
@@ -255,12 +222,11 @@ def test_hooks_are_gone_after_the_block_and_after_the_object(method):
     assert hook_count(model) == 1
 
 
-@pytest.mark.parametrize("error", [IndexError, ValueError, KeyboardInterrupt])
 @every_class
-def test_an_error_in_the_block_comes_out_of_it(method, error):
+def test_an_error_in_the_block_comes_out_of_it(method):
     model = networks.small_cnn()
-    with pytest.raises(error, match="mine"), method(model, [model[2]]):
-        raise error("mine")
+    with pytest.raises(IndexError, match="mine"), method(model, [model[2]]):
+        raise IndexError("mine")
     assert hook_count(model) == 0
 
 

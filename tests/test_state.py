@@ -2,7 +2,6 @@
 
 import gc
 import os
-import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -135,11 +134,10 @@ def test_images_and_recorded_features_are_never_written_to(method):
         assert torch.equal(features, clone)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("scale", [0, 1, 1e4])
+@pytest.mark.parametrize("scale", [0, 1, 1e20])
 @pytest.mark.parametrize("shape", [(20, 3, 4), (5, 4, 6)])
-def test_the_mathematics_never_writes_to_its_features(shape, scale, dtype):
-    whole = (scale * torch.randn(2, *shape, 2)).to(dtype)
+def test_the_mathematics_never_writes_to_its_features(shape, scale):
+    whole = scale * torch.randn(2, *shape, 2)
     features, before = whole[..., 0], whole.clone()
     for rank, center in product((None, 2), (False, True)):
         channel_modes(features, rank=rank, center=center)
@@ -242,15 +240,6 @@ def test_workers_that_load_pictures_can_explain_them(start):
     expected = np.concatenate([cam(batch[i : i + 1]) for i in range(4)])
     loader = DataLoader(Explained(cam, batch), batch_size=2, num_workers=1, multiprocessing_context=start)
     assert np.array_equal(np.concatenate(list(loader)), expected)
-
-
-@every_method
-def test_a_pickled_object_gives_the_same_map(method):
-    model, batch = networks.small_cnn(), images()
-    cam = method(model, [model[2]])
-    restored = pickle.loads(pickle.dumps(cam))  # noqa: S301
-    assert restored.model is not model
-    assert np.array_equal(restored(batch), cam(batch))
 
 
 def test_the_tensorly_engine_changes_the_backend_of_its_own_thread_only(monkeypatch):

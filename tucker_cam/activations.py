@@ -193,12 +193,10 @@ def _record(
 
 
 def feature_maps(features: object, source: Source) -> Tensor:
-    """Return what came from a source as feature maps of their own memory: detached, at least float32.
+    """Return what came from a source as feature maps of their own memory: detached, finite, at least float32.
 
-    Non-finite numbers count as zero, with a warning that names the images.
-
-    Raises:
-        TypeError, ValueError: see `check_features`.
+    Other numbers count as zero, with a warning that names the images; what is no feature maps raises as
+    `check_features` does.
     """
     features = check_features(features, source)
     features = features.detach().to(torch.promote_types(features.dtype, torch.float32), copy=True)

@@ -32,15 +32,13 @@ _SIZE_OF_THE_IMAGES = BaseCAM.get_target_width_height
 class LabelFreeCAM(BaseCAM, ABC):
     """A saliency method that reads feature maps only: no label, no gradient, no model output.
 
-    Subclasses say how feature maps become one map in `saliency`. The object keeps nothing but the features and
-    the output of its last call: it may be used again on images of another size or number, and beside others on the
-    same model.
+    Subclasses say how feature maps become one map in `saliency`. The object keeps nothing but the features and the
+    output of its last call: it may be used again on other images, and beside others on the same model.
 
     A call returns float32 NumPy, batch x height x width (or batch x depth x height x width for volumes), in [0, 1].
-    `targets` are accepted and play no part, and neither does `eigen_smooth`: the map is a principal projection
-    already. `aug_smooth` works as the host's. The model's output is kept in `outputs`, never read, and may be
-    anything. A call raises TypeError or ValueError for images and feature maps that have no map; what the model itself
-    raises comes through as it is.
+    `targets` and `eigen_smooth` are accepted and play no part; `aug_smooth` works as the host's. The model's output is
+    kept in `outputs`, never read, and may be anything. A call raises TypeError or ValueError for images and feature
+    maps that have no map; what the model itself raises comes through as it is.
 
     The maps are brought to the images' size, so there must be one set of feature maps for each image. Where
     `get_target_width_height` is replaced, by a subclass or on the object, the images may be whatever the model takes,

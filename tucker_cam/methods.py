@@ -83,11 +83,7 @@ def method_named(name: str) -> Method:
 
 
 def check_name(kind: str, name: str, known: Collection[Name]) -> Name:
-    """Return the known name that was meant.
-
-    Raises:
-        ValueError: it is not; the message holds the nearest names.
-    """
+    """Return the known name that was meant; where there is none, the ValueError holds the nearest."""
     for each in known:
         if each == name:
             return each

@@ -43,11 +43,6 @@ def test_a_leading_vector_that_a_regular_start_would_miss_is_found():
     assert_is_the_leading_map(leading_map(unfolding.float()), unfolding.float())
 
 
-def test_a_matrix_of_rank_one_is_solved_although_its_krylov_subspace_is_a_line():
-    unfolding = spectrum([3.0], 200, 160)
-    assert_is_the_leading_map(leading_map(unfolding.float()), unfolding.float())
-
-
 def test_a_batch_of_easy_and_hard_images_is_its_images_one_at_a_time():
     easy, hard = spectrum([1, 0.1, 0.1], 200, 160, 1), spectrum([1, 1 - 1e-5, 0.1], 200, 160, 1)
     batch = torch.cat([easy, hard, torch.zeros_like(easy)]).float()

@@ -90,32 +90,28 @@ def eigenpairs(
 
 
 def leading_eigenvector(
-    matrix: Float[Tensor, "batch n n"], noise: float = 0.0
+    matrix: Float[Tensor, "batch n n"], *, exact: bool
 ) -> tuple[Float[Tensor, "batch n"], Float[Tensor, " batch"]]:
-    """Return each leading eigenvector, times the root of its eigenvalue, and how far noise may have turned it.
+    """Return each leading eigenvector, times the root of its eigenvalue, and the gap to the second eigenvalue.
 
-    That is relative to its length, in the 2-norm: the noise in the matrix over the gap between the first two
-    eigenvalues, both relative to the first (Davis and Kahan, 1970). Infinite where the vector was not found.
+    The gap is relative to the first eigenvalue; unless `exact`, it is 0 where the vector was not found in a few steps.
     """
     if matrix.shape[-1] < _LARGE:
-        return _complete(matrix, noise)
-    vectors, error, converged = _krylov(matrix, noise)
-    if not converged.all():
-        if noise:
-            return vectors, error.masked_fill(~converged, torch.inf)
-        vectors[~converged], error[~converged] = _complete(matrix[~converged], noise)
-    return vectors, error
+        return _complete(matrix)
+    vectors, gaps, converged = _krylov(matrix)
+    if exact and not converged.all():
+        vectors[~converged], gaps[~converged] = _complete(matrix[~converged])
+        return vectors, gaps
+    return vectors, gaps.masked_fill(~converged, 0)
 
 
-def _complete(
-    matrix: Float[Tensor, "batch n n"], noise: float
-) -> tuple[Float[Tensor, "batch n"], Float[Tensor, " batch"]]:
+def _complete(matrix: Float[Tensor, "batch n n"]) -> tuple[Float[Tensor, "batch n"], Float[Tensor, " batch"]]:
     values, vectors = eigenpairs(matrix)
-    return values[:, :1].sqrt() * vectors[..., 0], _relative_error(values, noise)
+    return values[:, :1].sqrt() * vectors[..., 0], _relative_gap(values)
 
 
 def _krylov(
-    matrix: Float[Tensor, "batch n n"], noise: float
+    matrix: Float[Tensor, "batch n n"],
 ) -> tuple[Float[Tensor, "batch n"], Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
     """Find it by Rayleigh-Ritz on a Krylov subspace (Lanczos with full reorthogonalisation), and say where it was."""
     # A fixed random start: whatever is regular, ones for example, can be orthogonal to a regular eigenvector.
@@ -134,17 +130,16 @@ def _krylov(
         values, mixing = eigenpairs(basis @ images.mT)
         vector, image = ((mixing[:, None, :, 0] @ rows).squeeze(1) for rows in (basis, images))
         residual = (image - values[:, :1] * vector).norm(dim=-1)
-        converged = residual <= _RESIDUAL_TOLERANCE * _gap(values)
+        gaps = _relative_gap(values)
+        converged = residual <= _RESIDUAL_TOLERANCE * gaps * values[:, 0]
         if converged.all() or basis.shape[1] > _KRYLOV_STEPS:
-            return values[:, :1].sqrt() * vector, _relative_error(values, noise), converged
+            return values[:, :1].sqrt() * vector, gaps, converged
 
 
-def _relative_error(values: Float[Tensor, "batch n"], noise: float) -> Float[Tensor, " batch"]:
-    return noise * values[:, 0] / _gap(values).clamp_min(torch.finfo(values.dtype).tiny)
-
-
-def _gap(values: Float[Tensor, "batch n"]) -> Float[Tensor, " batch"]:
-    return values[:, 0] - values[:, 1] if values.shape[1] > 1 else values[:, 0]
+def _relative_gap(values: Float[Tensor, "batch n"]) -> Float[Tensor, " batch"]:
+    first = values[:, 0]
+    gap = first - values[:, 1] if values.shape[1] > 1 else first
+    return gap / first.clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def _products_may_be_rounded() -> bool:

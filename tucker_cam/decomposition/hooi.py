@@ -131,7 +131,7 @@ def _update_from_features(
 def _leading_left_vectors(
     matrix: Float[Tensor, "batch rows columns"], rank: int
 ) -> tuple[Float[Tensor, "batch rank"], Float[Tensor, "batch rows rank"]]:
-    """Return the first squared singular values and left vectors, by way of the smaller Gram matrix."""
+    """Return the first squared singular values and left singular vectors, by way of the smaller Gram matrix."""
     squares, vectors = eigenpairs(as_tall(matrix).mT @ as_tall(matrix))
     vectors = vectors[..., :rank]
     return squares[:, :rank], torch.linalg.qr(matrix @ vectors).Q if is_tall(matrix) else vectors

@@ -74,8 +74,7 @@ def channel_modes(
 
     Raises:
         TypeError: `features` is no floating point tensor, or `rank` is of another kind.
-        ValueError: no spatial axis, an empty axis, non-finite numbers, a rank that fits no tensor of this shape, or
-            an unknown engine.
+        ValueError: no spatial axis, an empty axis, non-finite numbers, a rank or an engine that there is not.
 
     Example:
         >>> features = torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]])
@@ -135,11 +134,9 @@ def fixed_signs(
 
 
 def check_features(features: object, name: object) -> Tensor:
-    """Return these, if they are floating point numbers, batch x channels x spatial; `name` is for the message.
+    """Return floating point numbers, batch x channels x spatial; raise TypeError or ValueError for all else.
 
-    Raises:
-        TypeError: no dense tensor of floating point numbers.
-        ValueError: no spatial axis, or an empty axis.
+    `name` says in the message what they are.
     """
     if not isinstance(features, Tensor):
         raise BadTypeError(

@@ -48,15 +48,9 @@ def leading_map(
 ) -> Float[Tensor, " batch *spatial"]:
     r"""Project each image on its first channel direction: the Tucker Saliency Map.
 
-    $|a_1^\top F_{(1)}|$, with $a_1$ the first column of the mode-1 factor (arXiv 2410.23072).
-
-    Args:
-        features: feature maps F, finite, not centred.
-        rank: see `channel_modes`.
-        engine: see `channel_modes`.
-
-    Returns:
-        Not negative, not normalised. An image's features above 1e12 or below 1e-12 are scaled to 1 first.
+    $|a_1^\top F_{(1)}|$, with $a_1$ the first column of the mode-1 factor (arXiv 2410.23072). The features are finite
+    and not centred, the options those of `channel_modes`. The map is neither negative nor normalised; an image's
+    features above 1e12 or below 1e-12 are scaled to 1 first.
 
     Example:
         >>> leading_map(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]]))
@@ -77,12 +71,14 @@ def _leading(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tens
         unfolding = unfolding.double()
     tall = as_tall(unfolding)
     matrix = (tall.mT @ tall).double()
-    noise = 0.0 if unfolding.dtype == torch.float64 else _SINGLE_NOISE
-    vectors, error = leading_eigenvector(matrix, noise)
+    exact = unfolding.dtype == torch.float64
+    vectors, gaps = leading_eigenvector(matrix, exact=exact)
     maps = vectors.abs() if is_tall(unfolding) else _along(unfolding, vectors)
-    if noise:
-        # An image is done again where its map may be off by more than the promise.
-        off = error * _reach(unfolding, matrix, maps) > _MAP_TOLERANCE * (maps.amax(1) - maps.amin(1))
+    if not exact:
+        # Noise turns an eigenvector by the noise over the gap (Davis and Kahan, 1970). An image is done again where
+        # that may put its map off by more than the promise.
+        contrast = maps.amax(1) - maps.amin(1)
+        off = _SINGLE_NOISE * _reach(unfolding, matrix, maps) > _MAP_TOLERANCE * contrast * gaps
         if off.any():
             maps[off] = _leading(unfolding[off].double())
     return maps
@@ -127,15 +123,7 @@ def combined_map(
     ``signed``: $|\sum_i s_i\, a_i^\top F_{(1)}|$ (arXiv 2410.23072), with TensorLy's sign for each $a_i$.
     ``energy``: $\sqrt{\sum_i (s_i\, a_i^\top F_{(1)})^2}$, this project's own, for which no sign matters.
 
-    Args:
-        features: feature maps F, finite.
-        combine: how the projections are put together.
-        rank: see `channel_modes`.
-        center: subtract each channel's spatial mean first.
-        engine: see `channel_modes`.
-
-    Returns:
-        Not negative, not normalised. An image's features above 1e12 or below 1e-12 are scaled to 1 first.
+    `center` subtracts each channel's spatial mean first. See `leading_map` for all else.
 
     Example:
         >>> combined_map(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]]))

@@ -36,12 +36,7 @@ def feasible_rank(rank: Rank, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     The rank of a mode is at most the length of its axis, and at most the product of the other ranks; larger ones are
     clipped to that.
 
-    Args:
-        rank: see `channel_modes`.
-        shape: channels x spatial, of one image.
-
-    Raises:
-        TypeError, ValueError: see `channel_modes`.
+    The shape is channels x spatial, of one image; see `channel_modes` for the rank and the errors.
 
     Example:
         >>> feasible_rank((100, 4, 9), (1280, 7, 7))
