@@ -32,6 +32,12 @@ def test_a_method_that_there_is_not_is_one_clear_error(name, message, tmp_path):
         method_named(name)
 
 
+def test_a_package_that_a_module_of_ones_own_needs_is_named(tmp_path):
+    (tmp_path / "needy.py").write_text("import not_installed")
+    with pytest.raises(ModuleNotFoundError, match="not_installed"):
+        method_named("needy:Mine")
+
+
 def test_a_class_of_ones_own_is_a_method_under_its_own_name(tmp_path):
     source = (
         "from tucker_cam.cams import LabelFreeCAM\n\n\nclass Mean(LabelFreeCAM):\n    def saliency(self, features):\n"

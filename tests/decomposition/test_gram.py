@@ -80,11 +80,10 @@ def test_only_the_images_with_extreme_features_are_scaled():
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("highest", torch.float32), ("high", torch.float64)])
-@pytest.mark.parametrize("age", ["present", "before torch 2.9"])
-def test_where_products_may_be_rounded_the_unfolding_is_float64(age, precision, dtype, monkeypatch):
-    if age != "present":
-        for backend in (torch.backends.cuda, torch.backends.mkldnn):
-            monkeypatch.setattr(backend, "matmul", object(), raising=False)
+@pytest.mark.parametrize("before_torch_2_9", [False, True])
+def test_where_products_may_be_rounded_the_unfolding_is_float64(before_torch_2_9, precision, dtype, monkeypatch):
+    for backend in (torch.backends.cuda, torch.backends.mkldnn) if before_torch_2_9 else ():
+        monkeypatch.setattr(backend, "matmul", object(), raising=False)
     torch.set_float32_matmul_precision(precision)
     try:
         assert unfold(torch.rand(1, 2, 3, 4)).dtype == dtype

@@ -75,15 +75,6 @@ def test_vectors_are_orthonormal_also_where_the_features_lack_rank(rank):
     assert_close(vectors.mT @ vectors, torch.eye(vectors.shape[2], dtype=vectors.dtype).expand(2, -1, -1))
 
 
-@pytest.mark.parametrize("rank", [None, (4, 2, 2)])
-def test_a_batch_is_its_images_one_at_a_time(rank):
-    batch = features(4, *TALL)
-    together = channel_modes(batch, rank=rank)
-    for i in range(4):
-        for whole, alone in zip(together, channel_modes(batch[i : i + 1], rank=rank), strict=True):
-            assert_close(whole[i], alone[0])
-
-
 def test_the_sign_rule_looks_at_the_largest_entry_and_at_the_first_of_two():
     columns = [
         [0.5, -0.7, 0.6],
@@ -104,14 +95,6 @@ def test_values_and_maps_grow_with_the_features_however_large_or_small(scale, ra
     assert_close(actual.vectors, expected.vectors)
     for ordinary, extreme in zip(expected[1:], actual[1:], strict=True):
         assert_close(extreme / scale, ordinary)
-
-
-def test_half_precision_features_are_decomposed_in_single_precision_or_better():
-    batch = features(2, *TALL)
-    for half in (torch.float16, torch.bfloat16):
-        modes = channel_modes(batch.to(half))
-        assert modes.values.dtype == torch.float32
-        assert_close(modes.values, channel_modes(batch.to(half).double()).values.float())
 
 
 @pytest.mark.parametrize("rank", [None, (3, 2, 2)])
