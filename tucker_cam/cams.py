@@ -92,7 +92,8 @@ class LabelFreeCAM(BaseCAM, ABC):
         self._check_images(input_tensor)
         with torch.no_grad():
             # An empty list, since the host reads the model's output to choose targets where it is given None.
-            maps: NDArray[np.float32] = super().forward(input_tensor, targets or [], eigen_smooth)
+            targets = [] if targets is None else targets
+            maps: NDArray[np.float32] = super().forward(input_tensor, targets, eigen_smooth)
         return maps
 
     def forward_augmentation_smoothing(
