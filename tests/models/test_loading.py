@@ -176,11 +176,11 @@ def test_weights_replace_the_models_own(tmp_path):
     ("name", "error", "message"),
     [
         ("nowhere:model", ValueError, "no module 'nowhere' here"),
-        ("networks:missing", ValueError, "networks has no function 'missing'"),
+        ("networks:missing", ValueError, "networks has no function or class 'missing'"),
         ("networks:no_model", TypeError, "torch.nn.Module or a tucker_cam.models.Network from .*, got str"),
         ("networks:raises", ValueError, r"networks:raises could not be built \(RuntimeError: .*\)"),
         ("networks:exits", ValueError, r"networks:exits could not be built \(SystemExit\)"),
-        ("broken:f", ValueError, r"broken:f could not be built \(SyntaxError"),
+        ("broken:f", ValueError, r"broken could not be imported \(SyntaxError"),
         ("networks:text_model", ValueError, r"takes one picture, and it failed on one of 3x224x224 \(RuntimeError: "),
         ("hub:facebookresearch/vicreg:unreachable", OSError, r"not be had \(no route to host\): pretrained=False"),
         ("hub:facebookresearch/vicreg:resnet51", ValueError, "could not be built .*resnet51"),
