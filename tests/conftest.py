@@ -14,6 +14,8 @@ import torch
 from jaxtyping import install_import_hook
 from threadpoolctl import threadpool_limits
 
+import tucker_cam  # else it would import all that it names for type checkers
+
 # jaxtyping is imported by the package for type checkers only, so that users need not have it.
 typing.TYPE_CHECKING = True
 try:

@@ -11,7 +11,8 @@ from torchcam.methods import GradCAM
 from torchcam.metrics import ClassificationMetric, DeletionInsertionMetric
 
 from tucker_cam.evaluation import metrics
-from tucker_cam.evaluation.scores import class_probability, embedding_similarity, probability_and_similarity
+from tucker_cam.evaluation.comparison import one_pass_of, score_of
+from tucker_cam.models import Network, load_model
 
 # One object in the middle, and a map that marks it, with a little beside it.
 MASK = torch.tensor([[[0, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]]).bool()
@@ -139,10 +140,6 @@ def test_statistics_agree_with_a_case_computed_by_hand():
     # A tenth: 1.0 and six tenths of 0.8.
     torch.testing.assert_close(metrics.energy_in_top(MAP), torch.tensor([1.48 / 3.1]))
     torch.testing.assert_close(metrics.energy_in_top(torch.full_like(MAP, 0.5)), torch.tensor([0.1]))
-
-
-def test_inverting_the_map_changes_its_statistics():
-    torch.testing.assert_close(metrics.mean_saliency(1 - MAP), 1 - metrics.mean_saliency(MAP))
     assert metrics.energy_in_top(1 - MAP) < 0.2
 
 
@@ -225,8 +222,9 @@ def by_torchcam(make_metric, images):
     size = images.shape[-2:]
     maps = torch.nn.functional.interpolate(seen[0].detach()[:, None], size, mode="bilinear", align_corners=False)
     with torch.no_grad():
-        classes = model(images).argmax(1)
-    return metric.summary(), maps[:, 0], class_probability(model, classes)
+        classes = model(images).argmax(1, keepdim=True)
+    score = torch.no_grad()(lambda these: model(these).softmax(1).gather(1, classes)[:, 0])
+    return metric.summary(), maps[:, 0], score
 
 
 def test_drop_and_increase_agree_with_torchcam():
@@ -318,35 +316,22 @@ def test_road_scores_several_scores_at_once_and_no_constant_map():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_the_joint_score_is_the_two_scores_side_by_side():
+@pytest.mark.parametrize("layer", ["0", "3"])
+def test_the_score_is_the_probability_beside_the_embeddings_similarity(layer):
     model = small_cnn().eval()
+    loaded = load_model(Network(model, classifies=True), layers=[layer])
     images, others = torch.randn(2, 3, 3, 24, 24)
-    joint = probability_and_similarity(model, images, model[3])(others)
+    with one_pass_of(loaded, images) as one_pass:
+        score = score_of(loaded, one_pass)
+        found, whole = score(others), score(images)
     with torch.no_grad():
         classes = model(images).argmax(1)
-        probability = model(others).softmax(1)[range(3), classes]
         embeddings = [model[:4](each).mean((2, 3)) for each in (images, others)]
-    torch.testing.assert_close(joint[:, 0], probability)
-    torch.testing.assert_close(joint[:, 1], torch.cosine_similarity(*embeddings))
-    torch.testing.assert_close(joint[:, 0], class_probability(model, classes)(others))
-    torch.testing.assert_close(joint[:, 1], embedding_similarity(model, images, model[3])(others))
-
-
-def test_without_a_layer_the_output_is_the_embedding():
-    model = small_cnn().eval()
-    images, others = torch.randn(2, 3, 3, 24, 24)
-    with torch.no_grad():
-        expected = torch.cosine_similarity(model(images), model(others))
-    torch.testing.assert_close(embedding_similarity(model, images)(others), expected)
-    torch.testing.assert_close(embedding_similarity(model, images)(images), torch.ones(3))
-
-
-def test_scores_leave_no_hook_behind():
-    model = small_cnn().eval()
-    images = torch.randn(1, 3, 24, 24)
-    embedding_similarity(model, images, model[3])(images)
-    probability_and_similarity(model, images, model[3])(images)
-    assert not model[3]._forward_hooks
+        for these, scored in ((others, found), (images, whole)):
+            torch.testing.assert_close(scored[:, 0], model(these).softmax(1)[range(3), classes])
+    torch.testing.assert_close(found[:, 1], torch.cosine_similarity(*embeddings))
+    torch.testing.assert_close(whole[:, 1], torch.ones(3))
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -378,24 +363,18 @@ def test_scores_leave_no_hook_behind():
             ValueError,
             "at least 1 step",
         ),
-        (
-            lambda: class_probability(torch.nn.Conv2d(3, 2, 1), torch.tensor([0]))(torch.rand(1, 3, 4, 4)),
-            TypeError,
-            "use embedding_similarity",
-        ),
-        (
-            lambda: class_probability(torch.nn.Linear(4, 1), torch.tensor([0]))(torch.rand(1, 4)),
-            TypeError,
-            "two classes at least",
-        ),
-        (
-            lambda: embedding_similarity(torch.nn.Linear(4, 2), torch.rand(1, 3, 4)),
-            TypeError,
-            "name the layer",
-        ),
     ],
 )
 def test_bad_input_is_one_clear_error(call, error, words):
     with pytest.raises(error) as caught:
         call()
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("output", [lambda logits: logits[:, :1], lambda logits: (logits, None)])
+def test_a_network_that_shall_classify_and_returns_no_logits_is_one_clear_error(output):
+    model = small_cnn()
+    model.register_forward_hook(lambda module, inputs, logits: output(logits))
+    loaded = load_model(Network(model, classifies=True))
+    with one_pass_of(loaded, torch.rand(1, 3, 24, 24)) as one_pass, pytest.raises(TypeError, match="classifies=False"):
+        score_of(loaded, one_pass)
