@@ -235,6 +235,11 @@ class Evaluation:
         return Example(seen, saliency.cpu().numpy(), view.mask.numpy(), caption(picture, value))
 
     @property
+    def run(self) -> Mapping[str, str]:
+        """What is the same in every row: the data, model, weights, layer and kind of annotations."""
+        return self._results.run
+
+    @property
     def scored(self) -> int:
         """How many pictures have rows."""
         return len({row.picture for row in self._results.rows.values()})
