@@ -55,42 +55,22 @@ def test_the_iou_at_otsus_threshold_is_over_the_union():
 
 
 @pytest.mark.parametrize("metric", LOCALISATION)
-def test_localisation_falls_when_the_map_is_inverted(metric):
+def test_localisation_falls_when_the_map_is_inverted_and_is_of_each_map_by_itself(metric):
     assert metric(1 - MAP, MASK) < metric(MAP, MASK) - 0.2
-
-
-@pytest.mark.parametrize("metric", LOCALISATION)
-def test_localisation_scores_each_map_of_a_batch_by_itself(metric):
-    maps = torch.rand(5, 6, 7)
-    masks = torch.rand(5, 6, 7) > 0.6
+    maps, masks = torch.rand(5, 6, 7), torch.rand(5, 6, 7) > 0.6
+    masks[4] = False
     alone = torch.cat([metric(m[None], k[None]) for m, k in zip(maps, masks, strict=True)])
-    torch.testing.assert_close(metric(maps, masks), alone)
+    torch.testing.assert_close(metric(maps, masks), alone, equal_nan=True)
+    assert alone.isnan().tolist() == [False] * 4 + [True]
 
 
-@pytest.mark.parametrize("metric", LOCALISATION)
-def test_a_picture_without_an_object_has_no_localisation(metric):
-    masks = torch.cat([MASK, torch.zeros_like(MASK)])
-    result = metric(MAP.expand(2, 4, 4), masks)
-    assert result[0] > 0
-    assert result[1].isnan()
-
-
-def test_an_empty_map_finds_nothing():
+def test_an_empty_map_finds_nothing_and_a_uniform_one_the_objects_area():
     empty = torch.zeros_like(MAP)
     assert metrics.energy_in_mask(empty, MASK) == 0
     assert metrics.otsu_iou(empty, MASK) == 0
     assert metrics.energy_in_top(empty) == 0
-
-
-def test_a_uniform_map_scores_the_objects_area():
-    uniform = torch.full_like(MAP, 0.5)
-    for metric in (
-        metrics.energy_in_mask,
-        metrics.pointing_game,
-        metrics.best_threshold_iou,
-        metrics.best_cut_iou,
-    ):
-        torch.testing.assert_close(metric(uniform, MASK), torch.tensor([0.25]))
+    for metric in LOCALISATION[:4]:
+        torch.testing.assert_close(metric(torch.full_like(MAP, 0.5), MASK), torch.tensor([0.25]))
 
 
 def test_the_best_threshold_is_one_of_those_allowed():
@@ -107,14 +87,6 @@ def test_the_best_cut_is_the_best_over_every_threshold_there_is():
     for saliency, mask, best in zip(maps, masks, metrics.best_cut_iou(maps, masks), strict=True):
         every = [((saliency >= t) & mask).sum() / ((saliency >= t) | mask).sum() for t in saliency.unique()]
         torch.testing.assert_close(best, max(every))
-
-
-def test_the_best_cut_depends_on_the_order_of_the_pixels_only():
-    maps, masks = torch.rand(4, 9, 8), torch.rand(4, 9, 8) > 0.5
-    torch.testing.assert_close(metrics.best_cut_iou(maps, masks), metrics.best_cut_iou(maps**5, masks))
-    torch.testing.assert_close(
-        metrics.best_cut_iou(maps, masks), metrics.best_cut_iou(metrics.area_matched(maps), masks)
-    )
 
 
 def test_energy_and_pointing_agree_with_quantus():
@@ -167,11 +139,6 @@ def test_confidence_change_agrees_with_a_case_computed_by_hand():
     torch.testing.assert_close(change.drop, torch.tensor([50.0, 50.0, 0.0]))
     torch.testing.assert_close(change.increase, torch.tensor([0.0, 0.0, 100.0]))
     torch.testing.assert_close(change.gain, torch.tensor([0.0, 0.0, 50.0]))
-
-
-def test_a_score_that_stays_neither_drops_nor_increases():
-    change = metrics.confidence_change(torch.rand(2, 1, 3, 3), torch.ones(2, 3, 3), lambda x: x.mean((1, 2, 3)))
-    assert all((each == 0).all() for each in change)
 
 
 def test_confidence_change_falls_when_the_map_is_inverted():
@@ -260,17 +227,12 @@ def test_insertion_and_deletion_agree_with_a_case_computed_by_hand():
     torch.testing.assert_close(deletion, torch.tensor([(1 / 2 + 0 + 0 + 0 + 0 / 2) / 4]))
 
 
-def test_insertion_and_deletion_worsen_when_the_map_is_inverted():
+def test_insertion_and_deletion_worsen_when_the_map_is_inverted_and_equal_pixels_fade_in_together():
     images, score = bright_where(MASK)
     nothing = torch.zeros_like(images)
     assert metrics.insertion_auc(images, 1 - MAP, score, baseline=nothing) < 0.2
     assert metrics.deletion_auc(images, 1 - MAP, score, baseline=nothing) > 0.8
-
-
-def test_pixels_of_equal_value_fade_in_together():
-    images, score = bright_where(MASK)
-    uniform = torch.full_like(MAP, 0.3)
-    halves = metrics.insertion_auc(images, uniform, score, baseline=torch.zeros_like(images), steps=5)
+    halves = metrics.insertion_auc(images, torch.full_like(MAP, 0.3), score, baseline=nothing, steps=5)
     torch.testing.assert_close(halves, torch.tensor([0.5]))
 
 
@@ -348,20 +310,6 @@ def test_the_score_is_the_probability_beside_the_embeddings_similarity(layer):
             lambda: metrics.confidence_change(torch.rand(1, 3, 5, 4), MAP, lambda x: x),
             ValueError,
             "(1, 4, 4), got (1, 3, 5, 4)",
-        ),
-        (
-            lambda: metrics.insertion_auc(
-                torch.rand(1, 3, 4, 4), MAP, lambda x: x.mean((1, 2, 3)), baseline=torch.zeros(1, 3, 2, 2)
-            ),
-            ValueError,
-            "baseline",
-        ),
-        (
-            lambda: metrics.insertion_auc(
-                torch.rand(1, 3, 4, 4), MAP, lambda x: x.mean((1, 2, 3)), baseline=torch.zeros(1, 3, 4, 4), steps=0
-            ),
-            ValueError,
-            "at least 1 step",
         ),
     ],
 )

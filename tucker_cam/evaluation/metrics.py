@@ -197,32 +197,27 @@ def confidence_change(images: Tensor, maps: Tensor, score: Score, *, whole: Tens
     return ConfidenceChange(100 * drop, 100 * (masked > whole).to(whole.dtype), 100 * gain)
 
 
-def insertion_auc(images: Tensor, maps: Tensor, score: Score, *, baseline: Tensor, steps: int = 8) -> Tensor:
-    """Return the area under the score while the image appears in its `baseline`, the highest pixels of the map first.
+def insertion_auc(
+    images: Tensor, maps: Tensor, score: Score, *, baseline: Tensor | None = None, steps: int = 8
+) -> Tensor:
+    """Return the area under the score while the image appears in its baseline, the highest pixels of the map first.
 
-    RISE (Petsiuk et al. 2018, arXiv 1806.07421), whose baseline here is `blurred`. In the score's range, higher is
-    better. A map's size plays no part, only the order of its pixels; pixels of equal value fade in together.
-
-    Args:
-        images: see `confidence_change`.
-        maps: see `confidence_change`.
-        score: any.
-        baseline: shaped as `images`: what stands where nothing is inserted yet, `blurred` or `mean_colour`.
-        steps: in which the pixels come, in equal parts, at least 1.
-
-    Returns:
-        Trapezoidal area over the share of pixels inserted, batch or batch x scores.
+    RISE (Petsiuk et al. 2018, arXiv 1806.07421), whose baseline here is the image `blurred` unless one is given; the
+    pixels come in `steps` equal parts, and the area is trapezoidal. In the score's range, higher is better. A map's
+    size plays no part, only the order of its pixels; pixels of equal value fade in together.
     """
-    return _auc(baseline, images, _checked(maps, images=images), score, steps)
+    return _auc(blurred(images) if baseline is None else baseline, images, maps, score, steps)
 
 
-def deletion_auc(images: Tensor, maps: Tensor, score: Score, *, baseline: Tensor, steps: int = 8) -> Tensor:
-    """Return the area under the score while the image gives way to its `baseline`, the highest pixels first.
+def deletion_auc(
+    images: Tensor, maps: Tensor, score: Score, *, baseline: Tensor | None = None, steps: int = 8
+) -> Tensor:
+    """Return the area under the score while the image gives way to its baseline, the highest pixels first.
 
-    RISE (Petsiuk et al. 2018, arXiv 1806.07421), whose baseline here is a plain colour, as `mean_colour`. In the
-    score's range, lower is better. Arguments and ties as in `insertion_auc`.
+    RISE, whose baseline here is the image's `mean_colour`. In the score's range, lower is better. All else as in
+    `insertion_auc`.
     """
-    return _auc(images, baseline, _checked(maps, images=images), score, steps)
+    return _auc(images, mean_colour(images) if baseline is None else baseline, maps, score, steps)
 
 
 def blurred(images: Tensor) -> Tensor:
@@ -238,21 +233,13 @@ def mean_colour(images: Tensor) -> Tensor:
     return images.mean((-2, -1), keepdim=True).expand_as(images)
 
 
-def road(
-    images: Tensor, maps: Tensor, score: Score, *, percentiles: Sequence[int] = (20, 40, 60, 80), seed: int = 0
-) -> Tensor:
+def road(images: Tensor, maps: Tensor, score: Score, *, percentiles: Sequence[int] = (20, 40, 60, 80)) -> Tensor:
     """Return ROAD's difference, least relevant pixels first minus most relevant first, halved.
 
-    Removed pixels are painted over from their neighbours (Rong et al. 2022, arXiv 2202.00449), which hides the shape
-    of what was removed. The host's `ROADCombined`. In [-1, 1] for a score in [0, 1], higher is better. A constant map
-    has no order to remove by: NaN.
-
-    Args:
-        images: see `confidence_change`.
-        maps: see `confidence_change`.
-        score: any.
-        percentiles: of the pixels removed, averaged over.
-        seed: of the imputation's small noise, which is drawn for the batch; the global random state is left as it was.
+    Removed pixels, of each of the `percentiles`, are painted over from their neighbours (Rong et al. 2022, arXiv
+    2202.00449), which hides the shape of what was removed. The host's `ROADCombined`, whose small noise is drawn for
+    the batch and is always the same; the global random state is left as it was. In [-1, 1] for a score in [0, 1],
+    higher is better. A constant map has no order to remove by: NaN.
     """
     maps = _checked(maps, images=images)
     constant = maps.flatten(1).amax(1) == maps.flatten(1).amin(1)
@@ -262,7 +249,7 @@ def road(
     )
     targets: list[Callable[[Tensor], Tensor]] = [lambda scores: scores] * len(images)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         difference = ROADCombined(list(percentiles))(images, ordered.cpu().numpy(), targets, score)
     result = torch.as_tensor(np.asarray(difference), device=maps.device)
     result[constant] = torch.nan
@@ -273,12 +260,7 @@ def road(
 
 
 def _auc(start: Tensor, end: Tensor, maps: Tensor, score: Score, steps: int) -> Tensor:
-    if start.shape != end.shape or steps < 1:
-        raise BadValueError(
-            "expected a baseline shaped as the images and at least 1 step, got "
-            f"{tuple(start.shape)} and {tuple(end.shape)}, {steps}"
-        )
-    first, last = _ranks(maps)
+    first, last = _ranks(_checked(maps, images=start))
     shares = np.linspace(0, 1, steps + 1)
     scores = [score(torch.lerp(start, end, _shown(first, last, share).to(start)[:, None])) for share in shares]
     return torch.trapezoid(torch.stack(scores), dx=1 / steps, dim=0)
@@ -308,25 +290,20 @@ def _undefined_without_object(scores: Tensor, masks: Tensor) -> Tensor:
 def _checked(maps: Tensor, masks: Tensor | None = None, *, images: Tensor | None = None) -> Tensor:
     """Return the maps in float32, or say what is wrong with the arguments."""
     if not isinstance(maps, Tensor) or not maps.is_floating_point():
-        raise BadTypeError(
-            f"expected maps as a floating-point torch.Tensor, got {_kind(maps)}: use torch.as_tensor(maps)"
-        )
+        raise BadTypeError(f"expected maps of floating point, got {_kind(maps)}: use torch.as_tensor(maps)")
     if maps.dim() != 3 or 0 in maps.shape:
         raise BadValueError(f"expected maps as batch x height x width, got {tuple(maps.shape)}")
     low, high = maps.min().item(), maps.max().item()
     # Resizing rounds.
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         raise BadValueError(f"expected finite maps in [0, 1], got values from {low:.4g} to {high:.4g}")
-    if masks is not None:
-        if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
-            raise BadTypeError(f"expected masks as a torch.Tensor of bool, got {_kind(masks)}: use masks > 0")
-        if masks.shape != maps.shape:
-            raise BadValueError(f"expected masks of the maps' shape, {tuple(maps.shape)}, got {tuple(masks.shape)}")
+    if masks is not None and (not isinstance(masks, Tensor) or masks.dtype != torch.bool):
+        raise BadTypeError(f"expected masks of bool, got {_kind(masks)}: use masks > 0")
+    if masks is not None and masks.shape != maps.shape:
+        raise BadValueError(f"expected masks of the maps' shape, {tuple(maps.shape)}, got {tuple(masks.shape)}")
     if images is not None and (images.dim() != 4 or (len(images), *images.shape[-2:]) != maps.shape):
-        raise BadValueError(
-            f"expected images as batch x channels x height x width with the maps' batch, height and width, "
-            f"{tuple(maps.shape)}, got {tuple(images.shape)}"
-        )
+        expected = f"batch x channels x height x width for maps {tuple(maps.shape)}"
+        raise BadValueError(f"expected images as {expected}, got {tuple(images.shape)}")
     return maps.detach().float()
 
 
@@ -407,20 +384,12 @@ class Measure:
         return f"{self.title or self.name}\n{self.better or 'neither'} is better"
 
 
-def _located(metric: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Judged], Tensor]:
+def _on_object(metric: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Judged], Tensor]:
     return lambda judged: metric(judged.maps, judged.masks)
 
 
-def _insertion(judged: Judged) -> Tensor:
-    return insertion_auc(judged.images, judged.maps, judged.score, baseline=blurred(judged.images))
-
-
-def _deletion(judged: Judged) -> Tensor:
-    return deletion_auc(judged.images, judged.maps, judged.score, baseline=mean_colour(judged.images))
-
-
-def _road(judged: Judged) -> Tensor:
-    return road(judged.images, judged.maps, judged.score)
+def _on_scores(metric: Callable[[Tensor, Tensor, Score], Tensor]) -> Callable[[Judged], Tensor]:
+    return lambda judged: metric(judged.images, judged.maps, judged.score)
 
 
 GROUPS = ("localisation", "drop", "curves", "road")
@@ -438,12 +407,13 @@ _DROPS: tuple[tuple[str, str, Literal["higher", "lower"], Callable[[Judged], Ten
     ("gain_area_matched", "gain, %, area-matched", "higher", lambda judged: judged.change_area_matched.gain),
 )
 
+_INSERTION, _DELETION, _ROAD = _on_scores(insertion_auc), _on_scores(deletion_auc), _on_scores(road)
 MEASURES = (
-    Measure("energy_in_mask", _located(energy_in_mask), "energy in the object", "higher", "localisation"),
-    Measure("pointing_game", _located(pointing_game), "pointing game", "higher", "localisation"),
-    Measure("best_threshold_iou", _located(best_threshold_iou), "IoU, best threshold", "higher", "localisation"),
-    Measure("best_cut_iou", _located(best_cut_iou), "IoU, best cut (area-matched)", "higher", "localisation"),
-    Measure("otsu_iou", _located(otsu_iou), "IoU, Otsu's threshold", "higher", "localisation"),
+    Measure("energy_in_mask", _on_object(energy_in_mask), "energy in the object", "higher", "localisation"),
+    Measure("pointing_game", _on_object(pointing_game), "pointing game", "higher", "localisation"),
+    Measure("best_threshold_iou", _on_object(best_threshold_iou), "IoU, best threshold", "higher", "localisation"),
+    Measure("best_cut_iou", _on_object(best_cut_iou), "IoU, best cut (area-matched)", "higher", "localisation"),
+    Measure("otsu_iou", _on_object(otsu_iou), "IoU, Otsu's threshold", "higher", "localisation"),
     *(
         Measure(f"{score}_{name}", function, f"{words}: {title}", better, "drop", score)
         for score, words in (("probability", "probability"), ("similarity", "embedding"))
@@ -451,12 +421,12 @@ MEASURES = (
         # An image's similarity with itself is 1 already: it can neither increase nor gain.
         if score == "probability" or name.startswith("drop")
     ),
-    Measure("probability_insertion", _insertion, "probability: insertion", "higher", "curves", "probability"),
-    Measure("probability_deletion", _deletion, "probability: deletion", "lower", "curves", "probability"),
-    Measure("similarity_insertion", _insertion, "embedding: insertion", "higher", "curves", "similarity"),
-    Measure("similarity_deletion", _deletion, "embedding: deletion", "lower", "curves", "similarity"),
-    Measure("probability_road", _road, "probability: ROAD", "higher", "road", "probability"),
-    Measure("similarity_road", _road, "embedding: ROAD", "higher", "road", "similarity"),
+    Measure("probability_insertion", _INSERTION, "probability: insertion", "higher", "curves", "probability"),
+    Measure("probability_deletion", _DELETION, "probability: deletion", "lower", "curves", "probability"),
+    Measure("similarity_insertion", _INSERTION, "embedding: insertion", "higher", "curves", "similarity"),
+    Measure("similarity_deletion", _DELETION, "embedding: deletion", "lower", "curves", "similarity"),
+    Measure("probability_road", _ROAD, "probability: ROAD", "higher", "road", "probability"),
+    Measure("similarity_road", _ROAD, "embedding: ROAD", "higher", "road", "similarity"),
     Measure("mean_saliency", lambda judged: mean_saliency(judged.maps), "mean of the map", group="statistics"),
     Measure("energy_in_top", lambda judged: energy_in_top(judged.maps), "energy in its top 10 %", group="statistics"),
 )
