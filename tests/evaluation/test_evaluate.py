@@ -47,21 +47,22 @@ def quick(data, tmp_path):
     return ("evaluate", data, "--method", "tsm", "--metric", "localisation", "--out", tmp_path / "r.csv")
 
 
-def test_every_picture_and_method_is_a_row_and_every_method_in_the_tables(data, tmp_path):
+def test_every_picture_and_method_is_a_row_with_every_metric_and_every_method_in_the_tables(data, tmp_path):
     out = tmp_path / "new" / "results.csv"
-    result = run("evaluate", data, "--out", out)
+    groups = [word for group in metrics.GROUPS for word in ("--metric", group)]
+    result = run("evaluate", data, "--out", out, *groups)
     assert result.exit_code == 0, result.output
     rows = read(out)
-    reference = {"gradcam"} | ({"seg-eigencam"} & {row["method"] for row in rows})
+    methods = {*METHODS, *CONTROLS, "gradcam"} | ({"seg-eigencam"} & {row["method"] for row in rows})
     assert Counter((row["picture"], row["method"]) for row in rows) == {
-        (f"images/{index}.png", method): 1 for index in range(5) for method in {*METHODS, *reference, *CONTROLS}
+        (f"images/{index}.png", method): 1 for index in range(5) for method in methods
     }
-    for method in {*METHODS, *reference, *CONTROLS}:
-        assert f"│ {method} " in result.output
+    assert [*rows[0]] == ["picture", "method", "data", "model", "weights", "layer", "annotations", *NAMES]
+    for row in rows:
+        assert all(row[name] for name in NAMES if row["method"] != "uniform" or "road" not in name)
+        assert (row["model"], row["layer"], row["annotations"]) == (MODEL, "3", "boxes")
+    assert all(f"│ {method} " in result.output for method in methods)
     assert "5 pictures scored, 0 skipped" in result.output
-    assert {row["model"] for row in rows} == {"networks:tiny_loaded_model"}
-    assert {row["layer"] for row in rows} == {"3"}
-    assert {row["annotations"] for row in rows} == {"boxes"}
 
 
 def test_the_rows_hold_what_the_metrics_say(data):
@@ -85,33 +86,22 @@ def test_the_rows_hold_what_the_metrics_say(data):
         def similarity(these, images=images):
             return torch.cosine_similarity(*(model[:4](each).mean((2, 3)).detach() for each in (these, images)))
 
-        matched = metrics.area_matched(maps)
-        grey = metrics.mean_colour(images)
-        expected = {
-            "energy_in_mask": metrics.energy_in_mask(maps, masks),
-            "pointing_game": metrics.pointing_game(maps, masks),
-            "best_threshold_iou": metrics.best_threshold_iou(maps, masks),
-            "best_cut_iou": metrics.best_cut_iou(maps, masks),
-            "otsu_iou": metrics.otsu_iou(maps, masks),
-            "mean_saliency": metrics.mean_saliency(maps),
-            "energy_in_top": metrics.energy_in_top(maps),
-            "probability_drop": metrics.confidence_change(images, maps, probability).drop,
-            "probability_increase": metrics.confidence_change(images, maps, probability).increase,
-            "probability_gain": metrics.confidence_change(images, maps, probability).gain,
-            "probability_drop_area_matched": metrics.confidence_change(images, matched, probability).drop,
-            "probability_increase_area_matched": metrics.confidence_change(images, matched, probability).increase,
-            "probability_gain_area_matched": metrics.confidence_change(images, matched, probability).gain,
-            "similarity_drop": metrics.confidence_change(images, maps, similarity).drop,
-            "similarity_drop_area_matched": metrics.confidence_change(images, matched, similarity).drop,
-            "probability_insertion": metrics.insertion_auc(images, maps, probability, baseline=metrics.blurred(images)),
-            "similarity_deletion": metrics.deletion_auc(images, maps, similarity, baseline=grey),
-            "probability_deletion": metrics.deletion_auc(images, maps, probability, baseline=grey),
-            "similarity_insertion": metrics.insertion_auc(images, maps, similarity, baseline=metrics.blurred(images)),
-        }
+        localisation = ("energy_in_mask", "pointing_game", "best_threshold_iou", "best_cut_iou", "otsu_iou")
+        expected = {name: getattr(metrics, name)(maps, masks) for name in localisation}
+        expected |= {name: getattr(metrics, name)(maps) for name in ("mean_saliency", "energy_in_top")}
+        blurred, grey = metrics.blurred(images), metrics.mean_colour(images)
+        for name, score in (("probability", probability), ("similarity", similarity)):
+            for suffix, shown in (("", maps), ("_area_matched", metrics.area_matched(maps))):
+                change = metrics.confidence_change(images, shown, score)
+                expected |= {f"{name}_{kind}{suffix}": each for kind, each in change._asdict().items()}
+            expected[f"{name}_insertion"] = metrics.insertion_auc(images, maps, score, baseline=blurred)
+            expected[f"{name}_deletion"] = metrics.deletion_auc(images, maps, score, baseline=grey)
         values = found[sample.name, "tsm"]
-        assert expected.keys() == values.keys()
-        for name, value in expected.items():
-            assert values[name] == pytest.approx(value.item(), rel=1e-3, abs=1e-5)
+        # An embedding's similarity is 1 for the whole image: nothing to gain.
+        gains = {f"similarity_{kind}{suffix}" for kind in ("gain", "increase") for suffix in ("", "_area_matched")}
+        assert expected.keys() - values.keys() == gains
+        for name, value in values.items():
+            assert value == pytest.approx(expected[name].item(), rel=1e-3, abs=1e-5)
 
 
 def test_batches_are_scored_as_the_pictures_of_a_folder_are(data):
@@ -138,19 +128,24 @@ def test_a_data_sets_labels_are_no_masks_and_its_pictures_are_counted(capsys):
     assert repr(found).startswith("<Evaluation of 3 pictures by eigencam, tsm, ")
 
 
-def test_a_measure_of_ones_own_is_in_rows_summary_file_table_and_report(data, tmp_path, monkeypatch, drawn):
+def test_a_measure_of_ones_own_is_in_rows_summary_file_and_report(data, tmp_path, drawn):
     largest = Measure("largest", lambda judged: judged.maps.amax((1, 2)), "largest value")
     found = evaluate(data, MODEL, {"mine": METHODS["tsm"]}, metrics=("localisation", largest))
     found.to_csv(tmp_path / "r.csv")
     found.report(tmp_path / "r.png")
+    assert {row.method for row in found.rows} & {*METHODS, "mine"} == {"eigencam", "mine"}
     assert found.summary()["mine"]["largest"].value.mean == 1
     assert {row["largest"] for row in read(tmp_path / "r.csv") if row["method"] == "uniform"} == {"0.5"}
     assert "largest value\nneither is better" in [axes.get_title() for axes in drawn[0].axes]
-    monkeypatch.setattr(metrics, "MEASURES", (*MEASURES, largest))
     with pytest.raises(BadValueError, match="different names"):
         choose_measures(["localisation", largest, largest], ())
-    result = run("evaluate", data, "--metric", "localisation", "--method", "tsm", "--out", tmp_path / "new.csv")
-    assert "largest value" not in result.stdout
+
+
+def test_a_new_measure_is_one_record(quick, monkeypatch):
+    largest = Measure("largest", lambda judged: judged.maps.amax((1, 2)), "largest value", group="localisation")
+    monkeypatch.setattr(metrics, "MEASURES", (*MEASURES, largest))
+    assert "largest value" in " ".join(run(*quick).stdout.split())
+    assert {row["largest"] for row in read(quick[-1]) if row["method"] == "tsm"} == {"1"}
 
 
 @pytest.mark.parametrize("model", ["networks:tiny_backbone", "networks:tiny_tuple_model"])
@@ -159,17 +154,6 @@ def test_a_network_without_classes_is_scored_by_its_embedding(data, model):
     assert {row.method for row in rows} == {*METHODS, *CONTROLS}
     assert "similarity_drop" in rows[0].values
     assert not [name for name in rows[0].values if name.startswith("probability")]
-
-
-def test_all_metrics_and_chosen_methods_can_be_asked_for(data, tmp_path):
-    groups = [word for group in metrics.GROUPS for word in ("--metric", group)]
-    result = run("evaluate", data, "--limit", 2, "--method", "tsm", "--out", tmp_path / "r.csv", *groups)
-    assert result.exit_code == 0, result.output
-    rows = read(tmp_path / "r.csv")
-    assert {row["method"] for row in rows} & {*METHODS} == {"tsm", "eigencam"}
-    assert [name for name in rows[0] if name in NAMES] == NAMES
-    for row in rows:
-        assert all(row[name] for name in NAMES if row["method"] != "uniform" or "road" not in name)
 
 
 def test_a_run_cut_off_at_any_byte_ends_with_the_same_rows_and_the_same_means(data, tmp_path):
