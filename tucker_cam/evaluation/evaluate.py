@@ -184,8 +184,8 @@ class Evaluation:
     @property
     def rows(self) -> list[Row]:
         """A row for each picture and method: the label-free ones, those for reference, your own, and the controls."""
-        order = {name: place for place, name in enumerate(dict.fromkeys([*METHODS, *LABEL_DEPENDENT, *self._methods]))}
-        order |= {name: len(order) + place for place, name in enumerate(CONTROLS)}
+        names = dict.fromkeys([*METHODS, *LABEL_DEPENDENT, *self._methods, *CONTROLS])
+        order = {name: place for place, name in enumerate(names)}
         return sorted(self._results.rows.values(), key=lambda row: order.get(row.method, len(order)))
 
     def summary(self, *, seed: int = 0) -> dict[str, dict[str, Summary]]:

@@ -76,18 +76,9 @@ def write_report(
     examples: Mapping[str, Mapping[str, Example]],
     ranked_by: Measure,
 ) -> None:
-    """Draw the page and write it, in the format of the path's ending (PNG, PDF, SVG ...).
+    """Draw the page and write it, in the format of the path's ending; `ranked_by` is what the examples were chosen by.
 
-    Args:
-        path: the file.
-        title: above the page.
-        summaries: as of `summarise`.
-        measures: in order; those without values are left out.
-        examples: by method, then by place; perhaps none.
-        ranked_by: the measure by which the examples were chosen.
-
-    Raises:
-        OSError: the file cannot be written.
+    Measures without values are left out, and the sheet of examples where there are none.
     """
     shown = [each for each in measures if any(each.name in of_method for of_method in summaries.values())]
     bar_rows = -(-len(shown) // _COLUMNS)

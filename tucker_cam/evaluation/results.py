@@ -110,17 +110,14 @@ class Results:
                         f"{path}: expected results of the {name} {expected}, found some of {of_line[name]}: "
                         "give another file"
                     )
-            values = {name: self._number(path, of_line, name) for name in self.measures}
             picture, method = line[: len(_KEYS)]
+            try:
+                values = {name: float(of_line[name] or "nan") for name in self.measures}
+            except ValueError as error:
+                raise BadValueError(
+                    f"{path}: expected numbers for {method} of {picture!r}, found others ({error})"
+                ) from error
             self.rows[picture, method] = Row(picture, method, values)
-
-    def _number(self, path: Path, of_line: Mapping[str, str], name: str) -> float:
-        try:
-            return float(of_line[name] or "nan")
-        except ValueError:
-            raise BadValueError(
-                f"{path}: expected a number as {name} of {of_line['picture']!r}, found {of_line[name]!r}"
-            ) from None
 
     def _lines(self, rows: Iterable[Row]) -> list[list[str]]:
         return [[row.picture, row.method, *self.run.values(), *map(_written, row.values.values())] for row in rows]

@@ -41,17 +41,10 @@ class Summary(NamedTuple):
 
 
 def summarise(rows: Iterable[Row], measures: Sequence[Measure], *, seed: int = 0) -> dict[str, dict[str, Summary]]:
-    """Summarise the results of a run.
+    """Summarise rows by method, in their order, then by the measure's name.
 
-    Args:
-        rows: of the run.
-        measures: which of their values.
-        seed: of the resampling.
-
-    Returns:
-        By method, in the order of the rows, then by the measure's name. Intervals are percentile bootstraps over
-        pictures, 2,000 resamples; a difference is taken picture by picture. Measures of which a method has no value are
-        left out.
+    Intervals are percentile bootstraps over pictures, 2,000 resamples; a difference is taken picture by picture.
+    Measures of which a method has no value are left out.
     """
     values: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
