@@ -135,7 +135,7 @@ def explain_on_ray(
         f"{counted(len(sources))}: {len(sources) - already - len(failed)} explained, {already} there already, "
         f"{len(failed)} failed; in {out}"
     )
-    return unusable + [
+    return [f"{failure.error}" for failure in unusable] + [
         new.errors.get(source.key, f"{source}: it is in no table; the same command tries again") for source in failed
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from tucker_cam.methods import method_named
 from tucker_cam.models import LoadedModel, Network, load_model
 from tucker_cam.models.families import preprocessed
 from tucker_cam.pictures.sources import Source, find_sources
-from tucker_cam.pictures.view import View, view_of
+from tucker_cam.pictures.view import view_of
 from tucker_cam.text import counted, one_line
 
 Pictures = str | Path | Image.Image | NDArray[Any] | Tensor | Iterable[Any]
@@ -105,7 +104,6 @@ class Explanations:
         self.failures = list(failures)
         self._explainer, self._items, self._length = explainer, items, length
         self._unusable, self._batch_size = list(failures), batch_size
-        self._view = lru_cache(maxsize=64)(self._find_view)
 
     def __len__(self) -> int:
         """Return how many pictures there are, those that fail included; TypeError where that is not known."""
@@ -126,7 +124,9 @@ class Explanations:
                     picture, network_input = each
                     saw = self.loaded.picture(network_input)
                     seen = saw if saw.ndim == 3 else saw[0]
-                    view = None if picture is None else self._view(picture.size)
+                    view = None
+                    if picture is not None:
+                        view = view_of(self.loaded.preprocess, picture.size, self.loaded.frames)
                     whole = Image.fromarray(np.uint8(255 * seen)) if picture is None else picture
                     yield Explanation(item.name, whole, seen, view, result.maps, result.components, result.values)
 
@@ -151,13 +151,6 @@ class Explanations:
             return first, preprocessed(loaded.preprocess, frames, item.name)
         except (OSError, ValueError) as error:
             return error
-
-    def _find_view(self, size: tuple[int, int]) -> View | None:
-        try:
-            return view_of(self.loaded.preprocess, size, self.loaded.frames)
-        except Exception:
-            # A preprocessing of one's own may take nothing but the pictures that it is made for.
-            return None
 
     def __repr__(self) -> str:
         count = "pictures" if self._length is None else counted(self._length)
@@ -205,12 +198,12 @@ def _of_list(pictures: Sequence[object]) -> tuple[Callable[[], Iterator[_Item]],
     for index, each in enumerate(pictures):
         if isinstance(each, (str, Path)):
             try:
-                sources, problems = find_sources([str(each)])
+                sources, unusable = find_sources([str(each)])
             except ValueError as error:
                 failures.append(Failure(str(each), error))
                 continue
             items += [_Item(source.name, source) for source in sources]
-            failures += [Failure(str(each), BadValueError(problem)) for problem in problems]
+            failures += unusable
         elif isinstance(each, Image.Image):
             items.append(_Item(f"picture-{index}", ImageOps.exif_transpose(each).convert("RGB")))
         elif isinstance(each, np.ndarray):

@@ -117,7 +117,7 @@ def explain_pictures(
         f"{counted(len(sources))}: {len(sources) - there - len(problems)} explained, {there} there already, "
         f"{len(problems)} failed; in {out}" + (f"; gallery: {page.page}" if page is not None and not unfinished else "")
     )
-    return unusable + problems + unfinished
+    return [f"{failure.error}" for failure in unusable] + problems + unfinished
 
 
 def _finish(page: GalleryParts, names: Iterable[str], loaded: LoadedModel) -> list[str]:

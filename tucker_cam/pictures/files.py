@@ -1,12 +1,10 @@
-"""Files and URLs in, upright RGB pictures out."""
+"""Files and URLs in, upright RGB pictures out; what cannot be read is an OSError with one line for a user."""
 
 from __future__ import annotations
 
 import io
 import os
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -25,10 +23,11 @@ def open_picture(path: Path) -> Image.Image:
 
     Raises:
         OSError: the file is missing, no picture, broken, of 32-bit numbers, or too large to be meant (Pillow's limit
-            against decompression bombs); the message is one line for a user.
+            against decompression bombs).
     """
     with open_file(str(path)) as file:
-        return decode_picture(file, str(path))
+        (picture,) = decode_frames(file, str(path), 1)
+    return picture
 
 
 def is_url(path: str) -> bool:
@@ -70,69 +69,32 @@ def _open_url(url: str) -> BinaryIO:
     return opened
 
 
-def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """Return the files in a folder, at any depth, whose names end so in any case; hidden ones are left out.
-
-    A folder that may not be entered stands for what is in it, and a file that may not be looked at, or a link that
-    leads nowhere, is there: opening it says so.
-    """
-    closed: list[OSError] = []
-    found: list[Path] = []
-    for parent, folders, names in os.walk(folder, onerror=closed.append):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(parent, name) for name in names if not name.startswith(".")]
-        # What a link leads to that leads nowhere, and whose name does not say it, may have been a folder of pictures.
-        wanted = [path for path in paths if path.suffix.lower() in suffixes or (not path.suffix and path.is_symlink())]
-        found += [path for path in wanted if (path.suffix and may_be_file(path)) or not os.path.exists(path)]
-    return found + [Path(error.filename) for error in closed]
-
-
-def may_be_file(path: Path) -> bool:
-    """Tell whether a path that a folder lists is a file, or something that only opening it can tell."""
-    return os.path.isfile(path) or not os.path.exists(path)
-
-
-def decode_picture(file: BinaryIO, name: str) -> Image.Image:
-    """Decode a picture as RGB, turned as its EXIF data says; of an animated one its first frame.
-
-    Raises:
-        OSError: see `open_picture`.
-    """
-    with _opened(file, name) as picture:
-        return _upright_rgb(picture)
-
-
 def decode_frames(file: BinaryIO, name: str, count: int) -> list[Image.Image]:
-    """Decode an animated picture (GIF, WebP, PNG, TIFF) as so many RGB frames, evenly spread.
+    """Decode a picture as so many RGB frames, evenly spread, turned as its EXIF data says; one is the first.
 
-    One of fewer frames shows some of them more than once: a still picture is a clip in which nothing moves.
+    Of fewer frames (of a GIF, WebP, PNG or TIFF) some are shown more than once: a still picture is a clip in which
+    nothing moves.
 
     Raises:
         OSError: see `open_picture`.
     """
-    with _opened(file, name) as picture:
-        frames = []
-        for index in np.linspace(0, getattr(picture, "n_frames", 1) - 1, count).round().astype(int):
-            picture.seek(int(index))
-            frames.append(_upright_rgb(picture))
-        return frames
-
-
-class _RangeError(Exception):
-    """Nothing in the picture says which of its numbers are black and white."""
-
-
-@contextmanager
-def _opened(file: BinaryIO, name: str) -> Iterator[Image.Image]:
     try:
         with open_image(file) as picture:
             if picture.mode == "F" or (picture.mode, picture.format) == ("I", "TIFF"):
-                raise _RangeError
-            yield picture
-    except _RangeError as error:
-        raise BadFileError(
-            f"{name}: expected a picture of 8 or 16 bits a channel, found one of 32: convert it"
-        ) from error
+                # Nothing in the picture says which of its numbers are black and white.
+                raise BadFileError(f"{name}: expected a picture of 8 or 16 bits a channel, found one of 32: convert it")
+            frames = []
+            last = getattr(picture, "n_frames", 1) - 1 if count > 1 else 0
+            for index in np.linspace(0, last, count).round().astype(int):
+                picture.seek(int(index))
+                upright = ImageOps.exif_transpose(picture)
+                if upright.mode.startswith("I"):
+                    # Pillow would cut 16-bit greys off at 255 instead of scaling them.
+                    upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
+                frames.append(upright.convert("RGB"))
+            return frames
+    except BadFileError:
+        raise
     except UnidentifiedImageError as error:
         raise BadFileError(f"{name}: expected a picture (PNG, JPEG, WebP ...), found a file of another kind") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -157,11 +119,3 @@ def _known_formats() -> list[str]:
     """Return those that this version of Pillow has: asked for another, it fails on every picture."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
-
-
-def _upright_rgb(picture: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(picture)
-    if upright.mode.startswith("I"):
-        # Pillow would cut 16-bit greys off at 255 instead of scaling them.
-        upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
-    return upright.convert("RGB")

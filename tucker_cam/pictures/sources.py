@@ -7,40 +7,35 @@ import io
 import os
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
-from tucker_cam.errors import BadFileError, BadValueError
-from tucker_cam.pictures.files import decode_frames, decode_picture, files_below, is_url, may_be_file, open_file
+from tucker_cam.errors import BadValueError, Failure, MissingPackageError, TuckerCamError
+from tucker_cam.pictures.files import decode_frames, is_url, open_file
+from tucker_cam.pictures.tables import encoded_picture, row_names
 from tucker_cam.text import one_line
 
 Item = TypeVar("Item")
-_NO_TABLE = "expected a Parquet file, found something else or a broken one"
-_MAGIC = "*?["
-_PICTURES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
-_WANTED = _PICTURES | {".parquet"}
-_CACHED_ROW_GROUPS = 2
-# A method, a suffix and a mark for what is not finished come after it; file systems take 255 bytes, and 4,096 with all
-# folders.
-_LONGEST_NAME, _LONGEST_PATH = 180, 1000
+PICTURES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
+"""How the names of pictures end, in any case."""
 MANIFEST = "manifest.json"
 """What tells a folder of results; see `outputs`."""
+_TABLE = ".parquet"
+_MAGIC = re.compile(r"[*?[]")
+_EXPECTED = "expected pictures or Parquet files, found none"
+# A method, a suffix and a mark for what is not finished come after it; file systems take 255 bytes, and 4,096 with all
+# folders.
+_LONGEST_PART, _LONGEST_NAME = 180, 1000
 
 
 class Stamp(NamedTuple):
-    """What tells whether a file has changed.
-
-    Attributes:
-        modified: when it was last written, in nanoseconds; 0 where that is not known.
-        size: in bytes; 0 where that is not known, and None where an older manifest does not say.
-    """
+    """When a file was last written, in nanoseconds, and its bytes: 0 where unknown, None in an older manifest."""
 
     modified: int
     size: int | None
@@ -91,51 +86,71 @@ class Source:
         Raises:
             OSError: it cannot be read; the message is one line for a user.
         """
-        with self._open() as file:
-            return decode_picture(file, str(self)) if frames is None else decode_frames(file, str(self), frames)
-
-    def _open(self) -> BinaryIO:
-        if self.row is not None:
-            group, index = self.row
-            return io.BytesIO(_encoded_picture(_row_group(self.path, group)["image"][index].as_py(), str(self)))
-        return open_file(self.path)
+        with open_file(self.path) if self.row is None else io.BytesIO(encoded_picture(self.path, *self.row)) as file:
+            pictures = decode_frames(file, str(self), frames or 1)
+        return pictures[0] if frames is None else pictures
 
 
-def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[list[Source], list[str]]:
+def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[list[Source], list[Failure]]:
     """Find the pictures: each file that is named, and those in folders (at any depth), globs and Parquet files.
 
-    A Parquet file has a column ``image`` (encoded pictures, or Hugging Face's struct of bytes and path) and may have a
-    column ``name``. Hidden files in folders are left out, and so are folders that are links, and local folders of
-    results. A file of a folder that cannot be read, or is no table, stays in the list: reading it says so.
+    Hidden files in folders are left out, and so are folders that are links, and local folders of results. A file of a
+    folder that cannot be read stays in the list: reading it says so. For tables see `tables`.
 
     Args:
         arguments: as they were typed.
         out: a folder for results; what is found in it is an earlier run's, and left out.
 
     Returns:
-        The pictures, in the order of the arguments, and of the names in each, none twice; and one line for each
-        argument that cannot be used.
+        The pictures, in the order of the arguments, and of the names in each, none twice; and the arguments and tables
+        that cannot be used, each with an error whose message names it.
 
     Raises:
-        ValueError: none can be used: each names what is not there, a folder, glob or table without pictures, or `out`.
-        ImportError: none can be used, for want of a package.
+        ValueError: none can be used: each names what is not there, a folder, glob or table without pictures, or `out`,
+            or needs a package.
     """
     found: dict[str, Source] = {}
-    problems: list[str] = []
-    missing: list[ImportError] = []
+    failures: list[Failure] = []
     for argument in arguments:
         try:
-            found |= {source.key: source for source in _sources_of(argument, out, problems)}
-        except ImportError as error:
-            problems.append(f"{argument}: {one_line(error)}")
-            missing.append(error)
-        except ValueError as error:
-            problems.append(str(error))
-    if not found and missing:
-        raise missing[0]
+            files = _files_at_url(argument) if is_url(argument) else _files_at(argument, out)
+        except TuckerCamError as error:
+            failures.append(Failure(argument, error))
+            continue
+        for path, name in files:
+            stem = os.path.splitext(name)[0]
+            try:
+                sources = _rows(path, stem) if path.lower().endswith(_TABLE) else [Source(safe_name(stem), path)]
+            except TuckerCamError as error:
+                failures.append(Failure(path, error))
+            else:
+                found |= {source.key: source for source in sources}
     if not found:
-        raise BadValueError("; ".join(problems))
-    return list(found.values()), problems
+        raise BadValueError("; ".join(str(failure.error) for failure in failures))
+    return list(found.values()), failures
+
+
+def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Return the files in a folder, at any depth, whose names end so in any case; hidden ones are left out.
+
+    A folder that may not be entered stands for what is in it: opening it says so.
+    """
+    closed: list[OSError] = []
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder, onerror=closed.append):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        shown = [Path(parent, name) for name in names if not name.startswith(".")]
+        # A link that leads nowhere, and whose name does not say to what, may have been to a folder of pictures.
+        lost = [path for path in shown if not (path.suffix or os.path.exists(path))]
+        found += [path for path in shown if path.suffix.lower() in suffixes] + lost
+    return found + [Path(error.filename) for error in closed]
+
+
+def without_results(files: Sequence[Path], root: Path, out: Path | None = None) -> list[Path]:
+    """Leave out what lies in a folder of results, be it `root` or below."""
+    folders = {folder for file in files for folder in file.parents if folder.is_relative_to(root)}
+    results = {folder for folder in folders if _holds_results(folder) or (out and folder.resolve() == out.resolve())}
+    return [file for file in files if results.isdisjoint(file.parents)]
 
 
 def random_sample(items: Sequence[Item], limit: int | None, *, seed: int = 0) -> list[Item]:
@@ -152,164 +167,81 @@ def random_sample(items: Sequence[Item], limit: int | None, *, seed: int = 0) ->
     return [items[place] for place in sorted(places)]
 
 
-def _sources_of(argument: str, out: Path | None, problems: list[str]) -> Iterator[Source]:
-    """Yield the pictures of an argument, and add a line for each table that cannot be read."""
-    root, paths = _expanded(argument, out)
-    empty = True
-    for path in paths:
-        name = _name(path, root)
-        try:
-            for source in _rows(path, name) if path.endswith(".parquet") else [Source(name, path)]:
-                yield source
-                empty = False
-        except OSError as error:
-            problems.append(f"{path}: {one_line(error).removeprefix(f'{path}: ')}")
-            empty = False
-    if empty:
-        raise BadValueError(f"{argument}: expected pictures or Parquet files with rows, found none")
+def safe_name(name: str) -> str:
+    """Drop what would lead out of a folder that the name is joined to, and shorten what no file can be called."""
+    parts = PurePosixPath(name.replace("\\", "/").replace("\0", "")).parts
+    parts = tuple(part for part in parts if part not in ("/", "..", ".")) or ("picture",)
+    lengths = [len(os.fsencode(part)) for part in parts]
+    if max(lengths) <= _LONGEST_PART and sum(lengths) + len(parts) <= _LONGEST_NAME:
+        return "/".join(parts)
+    encoded = os.fsencode("-".join(parts))
+    start = encoded[: _LONGEST_PART - 9].decode(errors="ignore")
+    return f"{start}-{sha256(encoded).hexdigest()[:8]}"
 
 
-def _expanded(argument: str, out: Path | None) -> tuple[str, list[str]]:
-    """Return the folder that names are relative to, and the files."""
-    if is_url(argument):
-        return _expanded_url(argument)
-    path = Path(argument)
-    if os.path.isdir(path):
-        if out is not None and out.resolve() == path.resolve():
-            raise BadValueError(f"{argument}: expected another folder for the results, got this one as --out")
-        found, root = files_below(path, _WANTED), path
-    elif not os.path.exists(path) and any(character in argument for character in _MAGIC):
-        found = [Path(file) for file in glob.glob(argument, recursive=True)]
-        found = [file for file in found if may_be_file(file)]
-        fixed = path.parts[:-1]
-        magic = next((i for i, part in enumerate(fixed) if any(each in part for each in _MAGIC)), len(fixed))
-        root = Path(*fixed[:magic])
-    elif not os.path.lexists(path):
-        raise BadValueError(
-            f"{argument}: expected pictures or Parquet files, found none: no such file or folder that may be read"
-        )
+def _files_at(argument: str, out: Path | None) -> list[tuple[str, str]]:
+    """Return the files, each with its path below the folder that was named."""
+    root = Path(argument)
+    if os.path.isdir(argument):
+        if out is not None and out.resolve() == root.resolve():
+            raise BadValueError(f"{argument}: expected another folder for the results, got that of the pictures")
+        found = files_below(root, PICTURES | {_TABLE})
+    elif os.path.lexists(argument):
+        return [(str(root), root.name)]
+    elif not _MAGIC.search(argument):
+        raise BadValueError(f"{argument}: {_EXPECTED}: no such file or folder that may be read")
     else:
-        return str(path.parent), [str(path)]
-    folders = {folder for file in found for folder in file.parents if folder.is_relative_to(root)}
-    results = {folder.resolve() for folder in folders if _is_manifest(folder / MANIFEST)}
-    results |= set() if out is None else {out.resolve()}
-    ours = [file for file in found if results.isdisjoint(file.resolve().parents)]
+        root = Path(os.path.dirname(_MAGIC.split(argument)[0]))
+        found = [Path(file) for file in glob.glob(argument, recursive=True) if not os.path.isdir(file)]
+    ours = without_results(found, root, out)
     if not ours:
         left_out = " but results of earlier runs" if found else ""
-        raise BadValueError(f"{argument}: expected pictures or Parquet files, found none{left_out}")
-    return str(root), sorted(str(file) for file in ours)
+        raise BadValueError(f"{argument}: {_EXPECTED}{left_out}")
+    return sorted((str(file), str(file.relative_to(root))) for file in ours)
 
 
-def _expanded_url(argument: str) -> tuple[str, list[str]]:
+def _files_at_url(argument: str) -> list[tuple[str, str]]:
     import fsspec
 
     # Of a file in an archive, zip://x.png::https://host/pictures.zip, the archive comes last.
     inside, mark, archive = argument.partition("::")
     outside = mark + archive if is_url(inside) else ""
-    itself = argument.removesuffix(outside).rpartition("/")[0], [argument]
+    itself = [(argument, argument.removesuffix(outside).rpartition("/")[2])]
     try:
         filesystem, path = fsspec.core.url_to_fs(argument)
-        if any(character in path for character in _MAGIC):
-            found, root = filesystem.glob(path), re.split(r"[*?[]", path)[0].rpartition("/")[0]
+        if _MAGIC.search(path):
+            found, root = filesystem.glob(path), _MAGIC.split(path)[0].rpartition("/")[0]
         elif filesystem.isdir(path):
-            found = [file for file in filesystem.find(path) if _is_wanted(file[len(path) :].lstrip("/"))]
-            root = path
+            found, root = [file for file in filesystem.find(path) if _is_wanted(file.removeprefix(path))], path
         else:
             return itself
-    except ImportError:
-        raise
+    except ImportError as error:
+        raise MissingPackageError(f"{argument}: {one_line(error)}") from error
     except Exception:
         # A host that cannot be reached, a broken archive: opening it says so.
         return itself
     if not found:
-        raise BadValueError(f"{argument}: expected pictures or Parquet files, found none")
-    return filesystem.unstrip_protocol(root), sorted(filesystem.unstrip_protocol(file) + outside for file in found)
+        raise BadValueError(f"{argument}: {_EXPECTED}")
+    return sorted((filesystem.unstrip_protocol(file) + outside, file.removeprefix(root)) for file in found)
 
 
 def _is_wanted(relative: str) -> bool:
     suffix = PurePosixPath(relative).suffix.lower()
-    return suffix in _WANTED and not any(part.startswith(".") for part in relative.split("/"))
+    return suffix in PICTURES | {_TABLE} and not any(part.startswith(".") for part in relative.split("/"))
 
 
-def _name(path: str, root: str) -> str:
-    relative = path.removeprefix(root).lstrip("/\\") if root != "." else path
-    if is_url(path):
-        relative, *_ = relative.split("::")
-    return safe_name(str(PurePosixPath(relative).with_suffix("")))
+def _rows(path: str, stem: str) -> list[Source]:
+    rows = [
+        Source(safe_name(name or f"{stem}-{group}-{row}"), path, (group, row))
+        for (group, row), name in row_names(path).items()
+    ]
+    if not rows:
+        raise BadValueError(f"{path}: expected pictures or Parquet files with rows, found none")
+    return rows
 
 
-def safe_name(name: str) -> str:
-    """Drop what would lead out of a folder that the name is joined to, and shorten what no file can be called."""
-    parts = PurePosixPath(name.replace("\\", "/").replace("\0", "")).parts
-    safe = "/".join(_shortened(part) for part in parts if part not in ("/", "..", ".")) or "picture"
-    return safe if len(os.fsencode(safe)) <= _LONGEST_PATH else _shortened(safe.replace("/", "-"))
-
-
-def _shortened(part: str) -> str:
-    encoded = os.fsencode(part)
-    if len(encoded) <= _LONGEST_NAME:
-        return part
-    start = encoded[: _LONGEST_NAME - 9].decode(errors="ignore")
-    return f"{start}-{sha256(encoded).hexdigest()[:8]}"
-
-
-def _rows(path: str, name: str) -> Iterator[Source]:
-    import pyarrow
-    import pyarrow.parquet as pq
-
-    try:
-        with open_file(path) as file:
-            table = pq.ParquetFile(file)
-            for group in range(table.num_row_groups):
-                for row, each in enumerate(_row_names(table, group, name)):
-                    yield Source(safe_name(each), path, (group, row))
-    except (UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise BadFileError(_NO_TABLE) from error
-
-
-def _row_names(table: Any, group: int, name: str) -> list[str]:
-    """Return what the column ``name`` says; of a row where it says nothing that can be read, its place."""
-    import pyarrow
-
-    names = [f"{name}-{group}-{row}" for row in range(table.metadata.row_group(group).num_rows)]
-    if table.schema_arrow.names.count("name") == 1:
-        try:
-            column = table.read_row_group(group, columns=["name"])["name"]
-        except (OSError, pyarrow.ArrowException):
-            return names
-        for row, each in enumerate(column):
-            # Text that is no UTF-8, a date beyond Python's.
-            with suppress(ValueError, OverflowError):
-                text = each.as_py()
-                names[row] = names[row] if text is None else str(text)
-    return names
-
-
-@lru_cache(maxsize=_CACHED_ROW_GROUPS)
-def _row_group(path: str, group: int) -> Any:
-    import pyarrow
-    import pyarrow.parquet as pq
-
-    try:
-        with open_file(path) as file:
-            table = pq.ParquetFile(file)
-            if table.schema_arrow.names.count("image") != 1:
-                raise BadFileError(f"expected one column image, found {', '.join(table.schema_arrow.names)}")
-            return table.read_row_group(group, columns=["image"])
-    except (UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise BadFileError(_NO_TABLE) from error
-
-
-def _is_manifest(file: Path) -> bool:
-    try:
+def _holds_results(folder: Path) -> bool:
+    file = folder / MANIFEST
+    with suppress(OSError):
         return file.is_file() and '"tucker-cam"' in file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-
-
-def _encoded_picture(value: object, name: str) -> bytes:
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    if not isinstance(value, bytes):
-        raise BadFileError(f"{name}: expected an encoded picture, found {type(value).__name__}")
-    return value
+    return False

@@ -1,15 +1,18 @@
 """A preprocessing and a picture's size in, the part of the picture that the network looks at out.
 
-It is read off pictures whose greys are coordinates, sent through the preprocessing itself: so it holds for any
+It is read off a picture whose colours are coordinates, sent through the preprocessing itself: so it holds for any
 resizing, cropping and padding, also for one that somebody else wrote.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -18,17 +21,12 @@ from torch import Tensor
 _EDGE = 0.04
 # Of the picture's side: a preprocessing that turns or warps a picture leaves more.
 _RESIDUAL = 0.01
+# Padding has another blue, and where interpolation mixes it in, or overshoots, blue moves by more than rounding does.
+_BLUE, _ROUNDING = 200 / 255, 1.5 / 255
 
 
 class View(NamedTuple):
-    """A box in a picture, in its pixels, from its left and upper edges; it may reach beyond the picture.
-
-    Attributes:
-        left: of the box.
-        top: of the box.
-        width: of the box.
-        height: of the box.
-    """
+    """A box in a picture, in its pixels, from its left and upper edges; it may reach beyond the picture."""
 
     left: float
     top: float
@@ -37,7 +35,7 @@ class View(NamedTuple):
 
 
 def view_of(preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: int | None = None) -> View | None:
-    """Return what a network sees of pictures of a size.
+    """Return what a network sees of pictures of a size; it is remembered.
 
     Args:
         preprocess: as of `Network`.
@@ -45,38 +43,76 @@ def view_of(preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: 
         frames: as of `Network`.
 
     Returns:
-        None where the preprocessing does more than resizing, cropping and padding, so that there is no such box.
+        None where the preprocessing does more than resizing, cropping and padding, so that there is no such box; or
+        where it takes only the pictures that it is made for.
     """
+    # Bound methods are told apart by whose they are: a preprocessing need not be hashable.
+    return _view(preprocess.__call__, size, frames)  # type: ignore[operator]
+
+
+@lru_cache(maxsize=256)
+def _view(preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: int | None) -> View | None:
+    width, height = size
+    # A preprocessing of one's own fails in its own ways.
+    with suppress(Exception):
+        for across, down in _coordinates(preprocess, size, frames):
+            x, y = _line(across), _line(down.T)
+            inside = np.ix_((y > _EDGE) & (y < 1 - _EDGE), (x > _EDGE) & (x < 1 - _EDGE))
+            error = np.maximum(np.abs(across - x), np.abs(down - y[:, None]))[inside]
+            if error.size and error.max() <= _RESIDUAL and x[0] < x[-1] and y[0] < y[-1]:
+                right, low = (x[1] - x[0]) * width, (y[1] - y[0]) * height
+                box = (x[0] * width - right / 2, y[0] * height - low / 2, len(x) * right, len(y) * low)
+                return View(*map(float, box))
+    return None
+
+
+def _coordinates(
+    preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: int | None
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Yield where in the picture, in [0, 1], each place of the network's input lies: its x and its y.
+
+    They are read off red and green of one picture; then, should that be in vain since channels are mixed or exchanged,
+    off the greys of two.
+    """
+    black, white = _levels(preprocess, frames)
     width, height = size
     across = np.broadcast_to((np.arange(width) + 0.5) / width, (height, width))
     down = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (height, width))
 
-    def seen(grey: NDArray[np.float64]) -> NDArray[np.float64]:
-        picture = Image.fromarray(np.rint(255 * grey).astype(np.uint8)).convert("RGB")
-        first, *_ = preprocess(picture if frames is None else [picture] * frames).double()
-        return np.asarray(first if frames is None else first[0])
+    def seen(*colours: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray((_sent(preprocess, np.stack(colours, -1), frames) - black) / (white - black))
 
-    # However the network's input is normalised, what lies between black and white is a coordinate; padding is neither.
-    black, white = seen(np.zeros_like(across)), seen(np.ones_like(across))
-    contrast = white - black
-    valid = np.abs(contrast) > np.abs(contrast).max() / 2
-    if not valid.any():
-        return None
-    rows, columns = ((seen(ramp) - black) / np.where(valid, contrast, np.nan) for ramp in (down, across))
-    vertical, horizontal = _edges(rows.T), _edges(columns)
-    if horizontal is None or vertical is None:
-        return None
-    (left, right), (top, bottom) = horizontal, vertical
-    return View(left * width, top * height, (right - left) * width, (bottom - top) * height)
+    channels = seen(across, down, np.full_like(across, _BLUE))
+    if len(channels) == 3:
+        red, green, blue = channels
+        padding = np.abs(blue - _BLUE) > _ROUNDING
+        yield np.where(padding, np.nan, red), np.where(padding, np.nan, green)
+    yield seen(across, across, across)[0], seen(down, down, down)[0]
 
 
-def _edges(coordinates: NDArray[np.float64]) -> tuple[float, float] | None:
-    """Return the coordinates at both ends of the second axis, if they depend on it alone, and linearly."""
-    inside = (coordinates > _EDGE) & (coordinates < 1 - _EDGE)
-    places = np.broadcast_to((np.arange(coordinates.shape[1]) + 0.5) / coordinates.shape[1], coordinates.shape)
-    if inside.sum() < 2 or np.ptp(places[inside]) == 0:
-        return None
-    slope, start = np.polyfit(places[inside], coordinates[inside], 1)
-    if slope <= 0 or np.abs(slope * places[inside] + start - coordinates[inside]).max() > _RESIDUAL:
-        return None
-    return float(start), float(start + slope)
+@lru_cache(maxsize=8)
+def _levels(preprocess: Callable[[Any], Tensor], frames: int | None) -> tuple[Tensor, Tensor]:
+    """Return what black and white of each channel become; in the middle, which is never padding."""
+    # Of the size that every network takes in its dry run.
+    sent = [_sent(preprocess, np.full((256, 256, 3), level), frames) for level in (0.0, 1.0)]
+    black, white = (each[:, each.shape[1] // 2, each.shape[2] // 2, None, None] for each in sent)
+    return black, white
+
+
+def _sent(preprocess: Callable[[Any], Tensor], picture: NDArray[np.float64], frames: int | None) -> Tensor:
+    """Return the network's input, channels x height x width; of a clip its first frame."""
+    image = Image.fromarray(np.rint(255 * picture).astype(np.uint8))
+    found = preprocess(image if frames is None else [image] * frames).to(torch.float64)
+    return found if frames is None else found[:, 0]
+
+
+def _line(coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the straight line along the second axis that fits best; NaN where nothing shows one."""
+    # A hundred rows say what all say.
+    rows = coordinates[:: max(1, len(coordinates) // 100)]
+    places = np.arange(rows.shape[1])
+    inside = (rows > _EDGE) & (rows < 1 - _EDGE)
+    shown = np.broadcast_to(places, rows.shape)[inside]
+    if len(shown) == 0 or np.ptp(shown) == 0:
+        return np.full(len(places), np.nan)
+    return np.asarray(np.polyval(np.polyfit(shown, rows[inside], 1), places))

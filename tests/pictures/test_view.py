@@ -1,0 +1,84 @@
+"""What a network sees of a picture, read off its preprocessing: one call a size, whatever the preprocessing."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from torchvision import transforms
+
+from tucker_cam.pictures.view import View, view_of
+
+
+@dataclass
+class Counted:
+    """Counts how often it is called; as a dataclass that is not frozen it cannot be hashed."""
+
+    steps: list
+    calls: int = 0
+
+    def __call__(self, picture):
+        self.calls += 1
+        return transforms.Compose([*self.steps, transforms.ToTensor(), transforms.Normalize([0.4] * 3, [0.2] * 3)])(
+            picture
+        )
+
+
+BICUBIC = transforms.InterpolationMode.BICUBIC
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([transforms.CenterCrop((50, 100))], (30, 35, 100, 50)),
+        ([transforms.Resize(32, BICUBIC), transforms.CenterCrop(28)], (26.7, 7.5, 106.7, 105)),
+        ([transforms.Resize((64, 64))], (0, 0, 160, 120)),
+        ([transforms.Pad(20), transforms.Resize((80, 80))], (-20, -20, 200, 160)),
+        ([transforms.Pad(20, fill=127), transforms.Resize((80, 80), BICUBIC)], (-20, -20, 200, 160)),
+        ([transforms.Pad(20, padding_mode="reflect"), transforms.CenterCrop((120, 160))], (0, 0, 160, 120)),
+    ],
+)
+def test_the_view_takes_one_call_a_size_and_is_remembered(steps, expected):
+    preprocess = Counted(steps)
+    assert view_of(preprocess, (160, 120)) == pytest.approx(expected, abs=1)
+    # The levels of black and white are found once.
+    assert preprocess.calls == 3
+    assert view_of(preprocess, (320, 240)) is not None
+    assert view_of(preprocess, (160, 120)) is not None
+    assert preprocess.calls == 4
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [transforms.Grayscale(3), transforms.Resize(60)],
+        [transforms.Resize(60), transforms.Lambda(lambda picture: picture.convert("RGB", (0, 0, 1, 0) * 3))],
+    ],
+)
+def test_a_preprocessing_that_mixes_channels_has_a_view_by_two_calls_more(steps):
+    preprocess = Counted(steps)
+    assert view_of(preprocess, (160, 120)) == pytest.approx((0, 0, 160, 120), abs=1)
+    assert preprocess.calls == 5
+
+
+def test_one_channel_of_grey_is_enough():
+    grey = transforms.Compose([transforms.Grayscale(1), transforms.ToTensor()])
+    assert view_of(grey, (160, 120)) == pytest.approx((0, 0, 160, 120), abs=1)
+
+
+@pytest.mark.parametrize("frames", [None, 4])
+def test_what_is_no_box_or_fails_has_no_view(frames):
+    def fails(picture):
+        raise ZeroDivisionError
+
+    steps = [transforms.RandomRotation((30, 30))], [transforms.RandomHorizontalFlip(1)], [transforms.CenterCrop(1)]
+    for preprocess in (fails, *map(Counted, steps)):
+        assert view_of(preprocess, (160, 120), frames) is None
+
+
+def test_a_clip_has_the_view_of_its_frames():
+    def preprocess(pictures):
+        return transforms.ToTensor()(pictures[0])[:, None].expand(-1, len(pictures), -1, -1)
+
+    view = view_of(preprocess, (160, 120), 4)
+    assert view == pytest.approx((0, 0, 160, 120), abs=1)
+    assert View(*json.loads(json.dumps(view))) == view

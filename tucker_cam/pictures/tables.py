@@ -1,0 +1,74 @@
+"""A Parquet file in, the names of its rows and the encoded pictures in them out.
+
+It has a column ``image`` (encoded pictures, or Hugging Face's struct of bytes and path) and may have a column ``name``.
+What cannot be read is an OSError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import Any
+
+from tucker_cam.errors import BadFileError, MissingPackageError
+from tucker_cam.extras import install
+from tucker_cam.pictures.files import open_file
+
+
+def row_names(path: str) -> dict[tuple[int, int], str | None]:
+    """Return what each row is called, by its row group and its place in it; None where no name can be read."""
+    with _opened(path) as table:
+        groups = [_names(table, group) for group in range(table.num_row_groups)]
+    return {(group, row): name for group, names in enumerate(groups) for row, name in enumerate(names)}
+
+
+def encoded_picture(path: str, group: int, row: int) -> bytes:
+    """Return the picture of a row as it is stored."""
+    value = _images(path, group)[row].as_py()
+    found = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(found, bytes):
+        raise BadFileError(f"expected an encoded picture, found {type(found).__name__}")
+    return found
+
+
+@lru_cache(maxsize=2)
+def _images(path: str, group: int) -> Any:
+    with _opened(path) as table:
+        columns = table.schema_arrow.names
+        if columns.count("image") != 1:
+            raise BadFileError(f"expected one column image, found {', '.join(columns)}")
+        return table.read_row_group(group, columns=["image"])["image"]
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingPackageError(f"{path}: a table needs the package pyarrow: {install('ray')}") from error
+    with open_file(path) as file:
+        try:
+            yield pq.ParquetFile(file)
+        except BadFileError:
+            raise
+        except Exception as error:
+            # Arrow's decoders fail in their own ways.
+            raise BadFileError(f"{path}: expected a Parquet file, found something else or a broken one") from error
+
+
+def _names(table: Any, group: int) -> list[str | None]:
+    try:
+        column = table.read_row_group(group, columns=["name"])["name"]
+    except Exception:
+        # There is no such column, or it is there twice, or broken.
+        return [None] * table.metadata.row_group(group).num_rows
+    return [_text(each) for each in column]
+
+
+def _text(value: Any) -> str | None:
+    # Text that is no UTF-8, a date beyond Python's.
+    with suppress(ValueError, OverflowError):
+        found = value.as_py()
+        return None if found is None else str(found)
+    return None
