@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import logging
 import os
 import shutil
 import sys
@@ -118,13 +119,16 @@ def test_batches_are_scored_as_the_pictures_of_a_folder_are(data):
             assert ours.values == pytest.approx(theirs.values, rel=1e-4, abs=1e-5)
 
 
-def test_a_data_sets_labels_are_no_masks_and_its_pictures_are_counted(capsys):
+def test_a_data_sets_labels_are_no_masks_and_its_pictures_are_counted(caplog, monkeypatch):
+    # The command line hands them on itself.
+    monkeypatch.setattr(logging.getLogger("tucker_cam"), "propagate", True)
+    caplog.set_level("INFO", "tucker_cam")
     images = torch.rand(5, 3, 24, 24)
     loader = DataLoader(TensorDataset(images, torch.arange(5)), batch_size=2)
-    found = evaluate(loader, MODEL, "tsm", metrics="localisation", limit=3, say=print)
+    found = evaluate(loader, MODEL, "tsm", metrics="localisation", limit=3)
     assert {row.picture for row in found.rows} == {"000000", "000001", "000002"}
     assert found.rows[0].values.keys() == {"mean_saliency", "energy_in_top"}
-    assert "3 pictures, annotations: none" in capsys.readouterr().out
+    assert "3 pictures, annotations: none" in caplog.text
     assert repr(found).startswith("<Evaluation of 3 pictures by eigencam, tsm, ")
 
 
@@ -354,7 +358,7 @@ def test_bad_arguments_are_an_error():
         ({"annotations": "boxes"}, "give their masks"),
         ({"batch_size": 0}, "batch_size of at least 1"),
         ({"layers": ["0", "2"]}, "expected one layer"),
-        ({"model": lambda: video}, "takes clips"),
+        ({"model": video}, "takes clips"),
         ({"metrics": "locals"}, "near it: localisation"),
         ({"methods": ["tsn"]}, "near it: tsm"),
     ):

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from tucker_cam.cli.lines import say
 from tucker_cam.console import PlainConsole
-from tucker_cam.errors import BadValueError, Failure
+from tucker_cam.errors import BadValueError
 from tucker_cam.evaluation.evaluate import check_output, evaluate
 from tucker_cam.evaluation.metrics import Measure
 from tucker_cam.evaluation.report import FORMATS
 from tucker_cam.evaluation.summary import BASELINE, Interval, Summary
-from tucker_cam.models import LoadedModel
-from tucker_cam.pictures.annotations import Annotations
-from tucker_cam.text import counted, one_line
+from tucker_cam.text import counted
 
 _TABLE_COLUMNS = 4
 # Of fewer pictures a percentile bootstrap's interval leaves 0 out far too often.
@@ -27,51 +26,23 @@ _PRINTED_WIDTH = 132
 
 
 def evaluate_folder(
-    data: Path,
-    *,
-    load: Callable[[], LoadedModel],
-    methods: Sequence[str],
-    groups: Collection[str],
-    annotations: Annotations | None,
-    limit: int | None,
-    out: Path,
-    report: Path | None,
-    batch_size: int = 8,
-    workers: int | None = None,
+    data: Path, model: str, methods: Sequence[str] | None, out: Path, report: Path | None, **options: Any
 ) -> list[str]:
-    """Print the tables of an evaluation, and return a line on each picture that was skipped; raises as `evaluate`."""
+    """Print the tables of an evaluation, and return a line on each picture that was skipped; see `evaluate`."""
     check_output(out, data=data)
     if report is not None:
         check_output(report, data=data, formats=FORMATS)
         if report.resolve() == out.resolve():
             raise BadValueError(f"{out}: expected different files for the outputs, got it twice")
-    evaluation = evaluate(
-        data,
-        load,
-        methods,
-        metrics=[*groups],
-        annotations=annotations,
-        limit=limit,
-        out=out,
-        batch_size=batch_size,
-        workers=workers,
-        say=say,
-    )
+    evaluation = evaluate(data, model, methods, out=out, **options)
     print_tables(evaluation.summary(), evaluation.measures)
     for remark in evaluation.remarks:
         say(f"note: {remark}")
-    scored = counted(evaluation.scored)
-    say(f"{scored} scored, {len(evaluation.failures)} skipped; rows: {out}")
+    say(f"{counted(evaluation.scored)} scored, {len(evaluation.failures)} skipped; rows: {out}")
     if report is not None:
         evaluation.report(report)
         say(f"report: {report}")
-    return lines_of(evaluation.failures)
-
-
-def lines_of(failures: Sequence[Failure]) -> list[str]:
-    """Return a line on each picture that failed; many errors name it already."""
-    lines = [(each.name, one_line(each.error)) for each in failures]
-    return [line if name in line else f"{name}: {line}" for name, line in lines]
+    return [str(failure) for failure in evaluation.failures]
 
 
 def print_tables(summaries: Mapping[str, Mapping[str, Summary]], measures: Sequence[Measure]) -> None:

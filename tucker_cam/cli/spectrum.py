@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from tucker_cam.cli.evaluate import lines_of
 from tucker_cam.cli.lines import say
 from tucker_cam.errors import BadValueError
 from tucker_cam.evaluation.evaluate import check_output
 from tucker_cam.evaluation.spectrum import HEADER, spectrum
-from tucker_cam.models import LoadedModel
 
 
-def write_spectrum(
-    data: Path,
-    *,
-    load: Callable[[], LoadedModel],
-    limit: int | None,
-    out: Path,
-    batch_size: int = 8,
-    workers: int | None = None,
-) -> list[str]:
-    """Write the box plots and the CSV, and return a line on each picture that was skipped; raises as `evaluate`."""
+def write_spectrum(data: Path, model: str, out: Path, **options: Any) -> list[str]:
+    """Write the box plots and the CSV, and return a line on each picture that was skipped; see `spectrum`."""
     table = out.with_suffix(".csv")
     check_output(out, data=data, formats=(".png",))
     check_output(table)
     if table.exists() and not table.read_text(encoding="utf-8", errors="replace").startswith(",".join(HEADER)):
         raise BadValueError(f"{table}: expected a spectrum to overwrite, found something else: give another --out")
-    found = spectrum(data, load, limit=limit, batch_size=batch_size, workers=workers)
+    found = spectrum(data, model, **options)
     found.plot(out)
     found.to_csv(table)
     for name, share in found.shares.items():
         low, middle, high = np.nanpercentile(share[:, 0], [25, 50, 75])
         say(f"{name}: the first value holds {middle:.3f} of the sum [quartiles {low:.3f}, {high:.3f}]")
     say(f"plot: {out}\nnumbers: {table}")
-    return lines_of(found.failures)
+    return [str(failure) for failure in found.failures]

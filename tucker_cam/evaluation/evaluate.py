@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import Unpack
 
 from tucker_cam.errors import BadFileError, BadValueError, Failure
 from tucker_cam.evaluation.comparison import Builder, compare, one_pass_of, saliency_maps, score_names
@@ -30,10 +29,13 @@ from tucker_cam.evaluation.results import Results, Row
 from tucker_cam.evaluation.summary import BASELINE, Summary, summarise
 from tucker_cam.methods import LABEL_DEPENDENT, METHODS, method_named
 from tucker_cam.models import LoadedModel
+from tucker_cam.models.loading import Loading
+from tucker_cam.pictures.ahead import check_batch_size
 from tucker_cam.pictures.annotations import Annotations, network_view
 from tucker_cam.text import counted
 from tucker_cam.writing import only_run
 
+logger = logging.getLogger("tucker_cam")
 _RANKED_BY = ("best_threshold_iou", "probability_drop_area_matched", "similarity_drop_area_matched", "mean_saliency")
 
 
@@ -46,13 +48,10 @@ def evaluate(
     annotations: Annotations | None = None,
     limit: int | None = None,
     out: str | Path | None = None,
-    weights: str | Path | None = None,
-    pretrained: bool = True,
-    layers: Sequence[str | int | nn.Module] = (),
-    device: str | torch.device | None = None,
     batch_size: int = 8,
-    workers: int | None = None,
-    say: Callable[[str], None] | None = None,
+    workers: int | None = 0,
+    progress: bool = True,
+    **loading: Unpack[Loading],
 ) -> Evaluation:
     """Score methods on pictures, beside EigenCAM and controls that know nothing of the picture.
 
@@ -62,21 +61,17 @@ def evaluate(
         data: a folder of pictures, see `find_samples`; or an iterable of batches of network inputs, batch x channels x
             height x width, or of tuples of these and masks, bool, batch x height x width, a DataLoader say: these
             pictures are named "000000" and so on.
-        model: a name or a module as for `load_model`, or what that returns; or a function that returns that, called
-            when the pictures were found.
+        model: a name or a module as for `load_model`, or what that returns.
         methods: names as on the command line; or classes of the host's kind, by a name of yours. All by default.
         metrics: of "localisation", "drop", "curves" and "road", and measures of yours.
         annotations: score only pictures of the folder with these; see `find_samples`.
         limit: take a random sample of so many pictures of the folder, or the first of the batches.
         out: a CSV in which each batch's rows are as soon as they are known. What is there is gone on with; rows that
             are there stay, also those of a picture that has changed since.
-        weights: see `load_model`.
-        pretrained: see `load_model`.
-        layers: one, see `load_model`.
-        device: see `load_model`.
         batch_size: how many pictures go through the network together.
-        workers: processes that read pictures of the folder ahead; None for one less than there are cores.
-        say: told what was found and loaded before the work begins; `print`, say.
+        workers: see `explain`.
+        progress: show a bar.
+        loading: see `load_model`; one layer is scored.
 
     Returns:
         The rows, and what failed.
@@ -88,26 +83,27 @@ def evaluate(
         OSError: its weights could not be had, `data` cannot be read, or `out` cannot be written.
 
     Example:
+        >>> from torch import nn, rand
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-        >>> evaluation = evaluate(torch.rand(2, 3, 24, 24), network, "tsm", metrics="drop", layers=["0"])
+        >>> evaluation = evaluate(rand(2, 3, 24, 24), network, "tsm", metrics="drop", layers=["0"])
         >>> [row.method for row in evaluation.rows if row.picture == "000001"]
         ['eigencam', 'tsm', 'random', 'uniform', 'centre-gaussian']
     """
     names = METHODS if methods is None else [methods] if isinstance(methods, str) else methods
-    given = dict(names) if isinstance(names, Mapping) else {name: method_named(name) for name in names}
+    given = dict(names) if isinstance(names, Mapping) else {each.name: each for each in map(method_named, names)}
     # EigenCAM is what the others are compared with.
     chosen: dict[str, Builder] = {BASELINE: METHODS[BASELINE], **given}
     wanted = [metrics] if isinstance(metrics, (str, Measure)) else metrics
     choose_measures(wanted, ())
+    check_batch_size(batch_size)
     path = None if out is None else Path(out)
     if path is not None:
         check_output(path)
     inputs = find_inputs(data, annotations, limit)
-    say = say or (lambda _: None)
     for remark in inputs.remarks:
-        say(f"note: {remark}")
+        logger.info(f"note: {remark}")
     with nullcontext() if path is None else only_run(path):
-        loaded = load_one_layer(model, weights=weights, pretrained=pretrained, layers=layers, device=device)
+        loaded = load_one_layer(model, **loading)
         if loaded.classifies:
             chosen |= {name: method for name, method in LABEL_DEPENDENT.items() if method.is_there}
         if inputs.annotations == "none":
@@ -127,7 +123,7 @@ def evaluate(
                 f"{min(others)}, which is not among them: give another file, or the limit it was written with"
             )
         count = "pictures" if inputs.total is None else counted(inputs.total)
-        say(
+        logger.info(
             f"{count}, annotations: {inputs.annotations}; {loaded.description}; embedding: {loaded.last_layer.name}, "
             "pooled"
         )
@@ -142,7 +138,7 @@ def evaluate(
                 remarks.extend(broken)
             remarks.extend(remark for view in views.values() for remark in view.remarks)
 
-        failures = go_through(inputs, loaded, score, "scoring", batch_size, workers)
+        failures = go_through(inputs, loaded, score, "scoring", batch_size, workers, shown=progress)
     return Evaluation(results, measures, failures, remarks, loaded, chosen, inputs)
 
 

@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from tucker_cam.errors import BadFileError, BadTypeError, BadValueError, Failure
+from tucker_cam.errors import BadTypeError, BadValueError, Failure
 from tucker_cam.models import LoadedModel, Network, load_model
+from tucker_cam.models.loading import Loading
+from tucker_cam.pictures.ahead import in_batches, read_ahead
 from tucker_cam.pictures.annotations import Annotations, NetworkView, Sample, find_samples, network_view
 from tucker_cam.progress import progress
 from tucker_cam.text import counted
 
 Data = str | Path | Tensor | Iterable[Any]
-Model = str | nn.Module | Network | Callable[[], LoadedModel]
+Model = str | nn.Module | Network
 Views = dict[str, NetworkView]
 
-_MOST_WORKERS = 8
 
-
-def load_one_layer(model: Model, **options: Any) -> LoadedModel:
-    """Return the model, loaded as by `load_model` or by a function of one's own, if it has one layer of pictures.
+def load_one_layer(model: Model, **options: Unpack[Loading]) -> LoadedModel:
+    """Return the model, loaded as by `load_model`, if it has one layer of pictures.
 
     Raises:
         ValueError: it is a video network, or several layers were asked for.
     """
-    if isinstance(model, LoadedModel):
-        loaded = model
-    elif isinstance(model, (str, nn.Module, Network)):
-        loaded = load_model(model, **options)
-    else:
-        loaded = model()
+    loaded = load_model(model, **options)
     if loaded.frames is not None:
         raise BadValueError(f"expected a network for pictures, and {loaded.name} takes clips")
     if len(loaded.layers) > 1:
@@ -78,46 +70,23 @@ class FolderInputs:
 
     def batches(self, loaded: LoadedModel, size: int, workers: int | None) -> Iterator[list[_Read]]:
         """Yield what was read, cut into batches the same way in every run."""
-        samples = list(self.samples.values())
-        batches = [samples[start : start + size] for start in range(0, len(samples), size)]
-        if workers is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            workers = 0 if len(batches) < 2 else min(max(cores - 1, 1), _MOST_WORKERS)
         # The model itself stays in this process.
         network = Network(nn.Identity(), loaded.preprocess, loaded.mean, loaded.std)
-        reader = _Reader(batches, self.annotations, network)
-        try:
-            yield from DataLoader(reader, batch_size=None, num_workers=workers, collate_fn=list)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise BadFileError(
-                "a process that read pictures was killed, for want of memory perhaps: workers=0"
-            ) from error
+        read = partial(_read, annotations=self.annotations, network=network)
+        return read_ahead(in_batches(list(self.samples.values()), size), read, workers)
 
 
 _Read = tuple[str, NetworkView | Exception]
 
 
-@dataclass(frozen=True)
-class _Reader(Dataset[list[_Read]]):
-    """Reads a batch of samples; for one that cannot be used, the error."""
-
-    batches: Sequence[Sequence[Sample]]
-    annotations: Annotations
-    network: Network
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> list[_Read]:
-        return [(sample.name, self._read(sample)) for sample in self.batches[index]]
-
-    def _read(self, sample: Sample) -> NetworkView | Exception:
+def _read(samples: Sequence[Sample], annotations: Annotations, network: Network) -> list[_Read]:
+    read: list[_Read] = []
+    for sample in samples:
         try:
-            return network_view(sample, self.annotations, self.network)
+            read.append((sample.name, network_view(sample, annotations, network)))
         except (OSError, ValueError) as error:
-            return error
+            read.append((sample.name, error))
+    return read
 
 
 class BatchInputs:
@@ -167,19 +136,18 @@ def go_through(
     title: str,
     batch_size: int,
     workers: int | None,
+    *,
+    shown: bool,
 ) -> list[Failure]:
     """Read the pictures, hand those of a batch and of one size to `work`, and return those that failed.
 
     Raises:
-        ValueError: all failed, or there are no batches of this size.
+        ValueError: all failed.
         OSError: of `work`; all others cost the pictures that they were raised on, one by one.
     """
-    if batch_size < 1:
-        raise BadValueError(f"expected a batch_size of at least 1, got {batch_size}")
     failures: list[Failure] = []
     done = 0
-    bar = nullcontext(lambda _: None) if inputs.total is None else progress(title, inputs.total)
-    with bar as advance:
+    with progress(title, inputs.total, shown=shown) as advance:
         for batch in inputs.batches(loaded, batch_size, workers):
             # Not every preprocessing crops.
             of_one_size: dict[torch.Size, Views] = {}

@@ -6,21 +6,22 @@ The paper's Figures 2 and 3 (arXiv 2410.23072): where the first value holds near
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from tucker_cam.activations import record
 from tucker_cam.decomposition.modes import channel_modes
 from tucker_cam.errors import BadValueError, Failure
 from tucker_cam.evaluation.inputs import Data, Model, Views, find_inputs, go_through, load_one_layer, on_device
 from tucker_cam.models import LoadedModel
+from tucker_cam.models.loading import Loading
 from tucker_cam.text import counted, printable
 from tucker_cam.writing import complete_or_absent
 
@@ -34,22 +35,21 @@ def spectrum(
     model: Model = "demo",
     *,
     limit: int | None = None,
-    weights: str | Path | None = None,
-    pretrained: bool = True,
-    layers: Sequence[str | int | nn.Module] = (),
-    device: str | torch.device | None = None,
     batch_size: int = 8,
-    workers: int | None = None,
+    workers: int | None = 0,
+    progress: bool = True,
+    **loading: Unpack[Loading],
 ) -> Spectrum:
     """Decompose the features of pictures, by the SVD of $F_c$ and the full-rank Tucker of F. All as for `evaluate`.
 
     Example:
-        >>> found = spectrum(torch.rand(2, 3, 24, 24), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), layers=["0"])
+        >>> from torch import nn, rand
+        >>> found = spectrum(rand(2, 3, 24, 24), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), layers=["0"])
         >>> found.shares["Tucker"].shape
         (2, 10)
     """
     inputs = find_inputs(data, "none" if isinstance(data, (str, Path)) else None, limit)
-    loaded = load_one_layer(model, weights=weights, pretrained=pretrained, layers=layers, device=device)
+    loaded = load_one_layer(model, **loading)
     names: list[str] = []
     parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in DECOMPOSITIONS}
 
@@ -60,7 +60,7 @@ def spectrum(
             parts[name].append(found)
         names.extend(views)
 
-    failures = go_through(inputs, loaded, decompose, "decomposing", batch_size, workers)
+    failures = go_through(inputs, loaded, decompose, "decomposing", batch_size, workers, shown=progress)
     shares = {name: np.concatenate(each) for name, each in parts.items()}
     if np.isnan(shares["Tucker"][:, 0]).all():
         raise BadValueError(f"expected features of {loaded.layer_names[0]} with singular values, found only zeros")
