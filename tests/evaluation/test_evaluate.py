@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import logging
 import os
 import shutil
 import sys
@@ -119,9 +118,7 @@ def test_batches_are_scored_as_the_pictures_of_a_folder_are(data):
             assert ours.values == pytest.approx(theirs.values, rel=1e-4, abs=1e-5)
 
 
-def test_a_data_sets_labels_are_no_masks_and_its_pictures_are_counted(caplog, monkeypatch):
-    # The command line hands them on itself.
-    monkeypatch.setattr(logging.getLogger("tucker_cam"), "propagate", True)
+def test_a_data_sets_labels_are_no_masks_and_its_pictures_are_counted(caplog):
     caplog.set_level("INFO", "tucker_cam")
     images = torch.rand(5, 3, 24, 24)
     loader = DataLoader(TensorDataset(images, torch.arange(5)), batch_size=2)

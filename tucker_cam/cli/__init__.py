@@ -98,9 +98,6 @@ def _prepare(
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
 ) -> None:
     _DEBUG.set(debug)
-    logger = logging.getLogger("tucker_cam")
-    logger.handlers, logger.propagate = [_Say()], False
-    logger.setLevel(logging.INFO)
     # The hub's retries without a network would bury the one line that says what to do.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # One line, without a path in a package and a line of its source.
@@ -332,6 +329,10 @@ def _user_errors(extra: str = "demo", *, goes_on: bool = False) -> Iterator[list
     """
     problems: list[str] = []
     code = _SOME_FAILED
+    logger, handler = logging.getLogger("tucker_cam"), _Say()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     try:
         yield problems
     except ModuleNotFoundError as error:
@@ -348,6 +349,9 @@ def _user_errors(extra: str = "demo", *, goes_on: bool = False) -> Iterator[list
     except KeyboardInterrupt:
         say(f"stopped{'; the same command goes on where it was' if goes_on else ''}", error=True)
         raise typer.Exit(INTERRUPTED) from None
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
     for problem in problems:
         say(f"error: {problem}", error=True)
     if problems:
