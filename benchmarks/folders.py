@@ -68,7 +68,7 @@ def plain_loop(paths: list[Path], loaded: LoadedModel) -> None:
             loaded.model(images)
 
 
-def explain_folder(paths: list[Path], loaded: LoadedModel, out: Path) -> None:
+def write_maps(paths: list[Path], loaded: LoadedModel, out: Path) -> None:
     options = {"formats": ["npy"], "batch_size": CPU_BATCH, "workers": 1, "progress": False}
     assert not explain([str(path) for path in paths], loaded, out=out, **options).failures
 
@@ -112,14 +112,12 @@ def main(
         folder.mkdir()
         paths = make_pictures(folder, count)
         plain_loop(paths[:CPU_BATCH], loaded)
-        explain_folder(paths[:CPU_BATCH], loaded, Path(temporary) / "warm")
+        write_maps(paths[:CPU_BATCH], loaded, Path(temporary) / "warm")
         for index in range(rounds):
             these = paths[index * count // rounds : (index + 1) * count // rounds]
             works = {
                 "plain": lambda these=these: plain_loop(these, loaded),
-                "explain": lambda these=these, index=index: explain_folder(
-                    these, loaded, Path(temporary) / f"out{index}"
-                ),
+                "explain": lambda these=these, index=index: write_maps(these, loaded, Path(temporary) / f"out{index}"),
             }
             for name in sorted(works, reverse=bool(index % 2)):
                 times[name].append(seconds(works[name]) / len(these))

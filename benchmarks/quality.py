@@ -10,7 +10,6 @@ benchmarks/results/quality.{json,md} and spectrum.png. Needs the `test` extra.
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,15 +24,11 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from benchmarks.reporting import environment, interval, table
-from tucker_cam.activations import record
+from tucker_cam import evaluate, features
 from tucker_cam.decomposition.projection import leading_map
-from tucker_cam.evaluation.comparison import MEASURES, Group, Subject, measures
-from tucker_cam.evaluation.controls import CONTROLS
-from tucker_cam.evaluation.folder import compare_on_folder
-from tucker_cam.evaluation.results import ResultsFile
-from tucker_cam.evaluation.spectrum import draw_spectrum, spectrum
-from tucker_cam.evaluation.summary import Summary, summarise
-from tucker_cam.methods import LABEL_DEPENDENT, METHODS
+from tucker_cam.evaluation.metrics import MEASURES
+from tucker_cam.evaluation.spectrum import spectrum
+from tucker_cam.evaluation.summary import Summary
 from tucker_cam.models import LoadedModel, load_model
 from tucker_cam.pictures.annotations import find_samples, network_view
 
@@ -47,35 +42,10 @@ DROP = (
     "similarity_drop_area_matched",
     "mean_saliency",
 )
-MEASURE = {measure.column: measure for measure in MEASURES}
+MEASURE = {measure.name: measure for measure in MEASURES}
 OURS = ("tsm", "mtsm", "mtsm-energy", "multivec-eigencam")
 _ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
 CURVES = ("probability_insertion", "probability_deletion", "similarity_insertion", "similarity_deletion")
-
-
-def summaries_of(
-    folder: Path, limit: int | None, loaded: LoadedModel, layer: str, groups: tuple[Group, ...]
-) -> tuple[int, str, dict[str, dict[str, Summary]]]:
-    """Score all methods on a folder, and return how many pictures, with which annotations, and what came out."""
-    samples, annotations, _ = find_samples(folder, limit=limit)
-    model = loaded.model
-    subject = Subject(model, model.get_submodule(layer), model.get_submodule("bn2"), classifies=True)
-    columns = measures(groups, subject.score_names)
-    with tempfile.TemporaryDirectory() as temporary:
-        results = ResultsFile(Path(temporary) / "rows.csv", run={}, columns=[column.column for column in columns])
-        skipped, _ = compare_on_folder(
-            samples,
-            annotations,
-            loaded,
-            subject,
-            METHODS | {name: method for name, method in LABEL_DEPENDENT.items() if method.is_there},
-            columns,
-            results,
-            advance=lambda _: None,
-        )
-    order = [*METHODS, *LABEL_DEPENDENT, *CONTROLS]
-    rows = sorted(results.rows.values(), key=lambda row: order.index(row["method"]))
-    return len(samples) - len(skipped), annotations, summarise(rows, columns, seed=SEED)
 
 
 # Ways to the first right singular vector of a matrix; the first as the host's `get_2d_projection` asks for it.
@@ -115,27 +85,25 @@ def measure_polarity(features: Tensor, masks: Tensor) -> dict[str, float]:
     return {name: float(np.mean(each)) for name, each in upright.items()}
 
 
-def features_of(folder: Path, limit: int | None, loaded: LoadedModel, layer: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the network's inputs, a layer's features, and the masks at the features' size."""
+def features_of(folder: Path, limit: int | None, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
+    """Return the layer's features, and the masks at their size."""
     samples, annotations, _ = find_samples(folder, limit=limit)
-    seen = []
+    views = []
     for sample in samples:
         try:
-            seen.append(network_view(sample, annotations, loaded))
+            views.append(network_view(sample, annotations, loaded))
         except (OSError, ValueError):
             continue
-    images = torch.stack([each.network_input for each in seen])
-    masks = torch.stack([each.mask for each in seen])
-    _, features = record(loaded.model, loaded.model.get_submodule(layer), images)
-    size = tuple(features.shape[-2:])
-    small = torch.nn.functional.interpolate(masks[:, None].float(), size, mode="area")[:, 0] > 0.5
-    return images, features, small
+    images, masks = (torch.stack([view[place] for view in views]) for place in (0, 1))
+    (maps,) = features(loaded.model, loaded.target_layers, images)
+    size = tuple(maps.shape[-2:])
+    return maps, torch.nn.functional.interpolate(masks[:, None].float(), size, mode="area")[:, 0] > 0.5
 
 
 def scores_table(head: str, summaries: dict[str, dict[str, Summary]], shown: tuple[str, ...]) -> str:
     present = [MEASURE[column] for column in shown if column in summaries["tsm"]]
     rows = {
-        method: [interval(by_column[each.column].value, percent="%" in each.title) for each in present]
+        method: [interval(by_column[each.name].value, percent="%" in each.title) for each in present]
         for method, by_column in summaries.items()
     }
     return table(head, [each.title + _ARROWS[each.better] for each in present], rows)
@@ -147,7 +115,7 @@ def differences_table(head: str, summaries: dict[str, dict[str, Summary]], shown
     rows: dict[str, list[str]] = {method: [] for method in OURS}
     for method, cells in rows.items():
         for each in present:
-            difference = summaries[method][each.column].difference
+            difference = summaries[method][each.name].difference
             assert difference is not None
             cells.append(interval(difference, "+", percent="%" in each.title))
     return table(head, [each.title + _ARROWS[each.better] for each in present], rows)
@@ -179,12 +147,13 @@ def main(
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     out.mkdir(parents=True, exist_ok=True)
-    loaded = load_model("demo")
+    loaded = {layer: load_model("demo", layers=[layer]) for layer in LAYERS}
     parts, layers = [], {}
     with threadpool_limits(1):
         for layer, words in LAYERS.items():
             start = time.perf_counter()
-            count, annotations, found = summaries_of(folder, limit, loaded, layer, ("localisation", "drop", "curves"))
+            evaluation = evaluate(folder, loaded[layer], metrics=("localisation", "drop", "curves"), limit=limit)
+            count, annotations, found = evaluation.scored, evaluation.run["annotations"], evaluation.summary(seed=SEED)
             seconds = time.perf_counter() - start
             ratio = found["tsm"]["best_threshold_iou"].value.mean / found["eigencam"]["best_threshold_iou"].value.mean
             cut_ratio = found["tsm"]["best_cut_iou"].value.mean / found["eigencam"]["best_cut_iou"].value.mean
@@ -207,25 +176,26 @@ def main(
         if photographs is not None:
             results["photographs"] = {}
             for layer in LAYERS:
-                count, _, found = summaries_of(photographs, limit, loaded, layer, ("drop",))
+                evaluation = evaluate(photographs, loaded[layer], metrics="drop", limit=limit)
+                count, found = evaluation.scored, evaluation.summary(seed=SEED)
                 results["photographs"][layer] = {"pictures": count, "summaries": as_json(found)}
                 parts += [scores_table(f"{layer}, {count} photographs", found, DROP)]
                 parts += [differences_table(f"{layer}, photographs, difference from EigenCAM", found, DROP)]
-        polarity, shares = {}, {}
-        for layer in LAYERS:
-            images, features, masks = features_of(folder, limit, loaded, layer)
-            polarity[layer] = measure_polarity(features, masks)
-            shares[layer] = spectrum(loaded.model, loaded.model.get_submodule(layer), images, 10)
+        polarity = {layer: measure_polarity(*features_of(folder, limit, loaded[layer])) for layer in LAYERS}
+        spectra = {layer: spectrum(folder, loaded[layer], limit=limit) for layer in LAYERS}
     results["upright"] = polarity
     results["first_value"] = {
-        layer: {name: np.percentile(share[:, 0], [25, 50, 75]).tolist() for name, share in by_name.items()}
-        for layer, by_name in shares.items()
+        layer: {name: np.percentile(share[:, 0], [25, 50, 75]).tolist() for name, share in each.shares.items()}
+        for layer, each in spectra.items()
     }
     rows = {name: [f"{polarity[layer][name]:.1%}" for layer in LAYERS] for name in polarity["bn2"]}
     parts.append(table("pictures on which the map is upright", list(LAYERS), rows))
-    rows = {name: [median_and_quartiles(shares[layer][name][:, 0]) for layer in LAYERS] for name in shares["bn2"]}
+    rows = {
+        name: [median_and_quartiles(spectra[layer].shares[name][:, 0]) for layer in LAYERS]
+        for name in spectra["bn2"].shares
+    }
     parts.append(table("share of the first singular value, median and quartiles", list(LAYERS), rows))
-    draw_spectrum(out / "spectrum.png", f"demo network, bn2, {len(images)} pictures", shares["bn2"])
+    spectra["bn2"].plot(out / "spectrum.png")
     (out / "quality.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / "quality.md").write_text("\n\n".join(parts) + "\n")
 

@@ -36,9 +36,9 @@ from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpo
 from torchvision import transforms
 
 from benchmarks.reporting import environment, interval, table
-from tucker_cam import TSM
-from tucker_cam.evaluation.comparison import Subject, compare, measures, saliency_maps
-from tucker_cam.evaluation.summary import Interval, mean_interval, summarise
+from tucker_cam import TSM, Evaluation, evaluate
+from tucker_cam.evaluation.metrics import MEASURES, Judged, Measure
+from tucker_cam.evaluation.summary import Interval, mean_interval
 from tucker_cam.methods import METHODS
 from tucker_cam.models import Network
 
@@ -207,18 +207,10 @@ def probe(model: nn.Sequential, seen: Scenes, unseen: Scenes) -> np.ndarray:
     return np.asarray(classifier.predict(embeddings(model, unseen.normalised())) == unseen.digits.numpy())
 
 
-def score_methods(model: nn.Sequential, scenes: Scenes) -> list[dict[str, str]]:
-    """Return a row for each scene and method, as `summarise` takes them."""
-    subject = Subject(model, model.block5, model.block5, classifies=False)
-    rows = []
+def score_methods(model: nn.Sequential, scenes: Scenes, *metrics: str | Measure) -> Evaluation:
+    """Score the label-free methods on scenes, whose masks are all digits' own pixels."""
     batches = zip(scenes.normalised().split(BATCH), scenes.masks.any(1).split(BATCH), strict=True)
-    for number, (images, masks) in enumerate(batches):
-        names = [f"scene {number * BATCH + index:04d}" for index in range(len(images))]
-        for method, _, values in compare(images, masks, names, subject, METHODS, COLUMNS):
-            for index, name in enumerate(names):
-                numbers = {column: repr(each[index]) for column, each in values.items()}
-                rows.append({"picture": name, "method": method} | numbers)
-    return rows
+    return evaluate(batches, Network(model), metrics=metrics, layers=["block5"], batch_size=BATCH)
 
 
 def both_found(maps: Tensor, squares: Tensor) -> np.ndarray:
@@ -248,34 +240,26 @@ def components_find_both(model: nn.Sequential, images: Tensor, squares: Tensor) 
 
 def find_two_objects(model: nn.Sequential, scenes: Scenes, seed: int) -> dict[str, Interval]:
     """Return by method the share of scenes in which both digits are found."""
-    subject = Subject(model, model.block5, model.block5, classifies=False)
-    images = scenes.normalised()
-    names = [f"scene {index:04d}" for index in range(len(images))]
-    with subject.one_pass(images) as one_pass:
-        maps_of = saliency_maps(one_pass, names, METHODS)
-        found = {method: both_found(maps, scenes.squares) for method, maps in maps_of}
-    found["two components of cam.modes"] = components_find_both(model, images, scenes.squares)
-    return {method: mean_interval(each.astype(float), seed) for method, each in found.items()}
+
+    def found(judged: Judged) -> Tensor:
+        return torch.from_numpy(both_found(judged.maps, scenes.squares[[int(name) for name in judged.names]])).float()
+
+    summaries = score_methods(model, scenes, Measure("both_found", found)).summary(seed=seed)
+    by_method = {method: of_method["both_found"].value for method, of_method in summaries.items()}
+    components = components_find_both(model, scenes.normalised(), scenes.squares)
+    return by_method | {"two components of cam.modes": mean_interval(components.astype(float), seed)}
 
 
-def compare_networks(
-    rows: dict[str, list[dict[str, str]]], columns: tuple[str, ...], seed: int
-) -> dict[str, dict[str, Interval]]:
-    """Return by method and column how much higher the trained network's value is, scene by scene."""
-    trained, untrained = (
-        {(row["method"], row["picture"]): row for row in rows[network]} for network in ("trained", "untrained")
-    )
+def compare_networks(evaluations: dict[str, Evaluation], seed: int) -> dict[str, dict[str, Interval]]:
+    """Return by method and measure how much higher the trained network's value is, scene by scene."""
+    differences: dict[str, dict[str, list[float]]] = {}
+    for trained, untrained in zip(evaluations["trained"].rows, evaluations["untrained"].rows, strict=True):
+        of_method = differences.setdefault(trained.method, {name: [] for name in SHOWN})
+        for name, values in of_method.items():
+            values.append(trained.values[name] - untrained.values[name])
     return {
-        method: {
-            column: mean_interval(
-                np.array(
-                    [float(trained[key][column]) - float(untrained[key][column]) for key in trained if key[0] == method]
-                ),
-                seed,
-            )
-            for column in columns
-        }
-        for method in dict.fromkeys(method for method, _ in trained)
+        method: {name: mean_interval(np.array(values), seed) for name, values in of_method.items()}
+        for method, of_method in differences.items()
     }
 
 
@@ -317,14 +301,14 @@ def report(results: dict, summaries: dict[str, dict]) -> str:
             },
         ),
     ]
-    shown = [column for column in COLUMNS if column.column in SHOWN]
-    titles = [column.title for column in shown]
+    shown = [measure for measure in MEASURES if measure.name in SHOWN]
+    titles = [measure.title for measure in shown]
     for network in NETWORKS:
         of_network = summaries[network]
-        rows = {m: [interval(of_network[m][c.column].value, percent="%" in c.title) for c in shown] for m in of_network}
+        rows = {m: [interval(of_network[m][c.name].value, percent="%" in c.title) for c in shown] for m in of_network}
         parts.append(table(f"{network} network", titles, rows))
     differences = results["trained_minus_untrained"]
-    rows = {m: [interval(differences[m][c.column], "+", percent="%" in c.title) for c in shown] for m in differences}
+    rows = {m: [interval(differences[m][c.name], "+", percent="%" in c.title) for c in shown] for m in differences}
     parts.append(table("trained minus untrained", titles, rows))
     two = results["both_objects_found"]
     rows = {m: [interval(two[network][m]) for network in NETWORKS] for m in two["trained"]}
@@ -332,7 +316,6 @@ def report(results: dict, summaries: dict[str, dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-COLUMNS = measures(("localisation", "drop", "curves"), ("similarity",))
 SHOWN = (
     "energy_in_mask",
     "pointing_game",
@@ -374,8 +357,9 @@ def main(
                 "digit": mean_interval(probe(model, seen, unseen).astype(float), seed),
             }
         scenes, two = maker.make(count, unseen=True), maker.make(count, unseen=True, objects=2)
-        rows = {network: score_methods(model, scenes) for network, model in models.items()}
-        summaries = {network: summarise(of_network, COLUMNS, seed=seed) for network, of_network in rows.items()}
+        groups = ("localisation", "drop", "curves")
+        evaluations = {network: score_methods(model, scenes, *groups) for network, model in models.items()}
+        summaries = {network: evaluation.summary(seed=seed) for network, evaluation in evaluations.items()}
         results = {
             "environment": environment(seed),
             "steps": steps,
@@ -384,7 +368,7 @@ def main(
             "scenes": count,
             "learnt": learnt,
             "both_objects_found": {n: find_two_objects(model, two, seed) for n, model in models.items()},
-            "trained_minus_untrained": compare_networks(rows, SHOWN, seed),
+            "trained_minus_untrained": compare_networks(evaluations, seed),
             "by_network": {
                 network: {
                     method: {column: each.value for column, each in by_column.items()}

@@ -1,6 +1,7 @@
 """Slow float64 oracles, one image at a time, that never import tucker_cam."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import tensorly as tl
@@ -16,21 +17,15 @@ def tensorly_factor(image, rank=None):
     return factors[0], np.linalg.norm(core.reshape(core.shape[0], -1), axis=1)
 
 
-def tsm(image, rank=None):
+def tensorly_tsm(image, rank=None):
     factor, _ = tensorly_factor(image, rank)
     return np.abs(np.tensordot(factor[:, 0], np.asarray(image, dtype=np.float64), axes=1))
 
 
-def mtsm(image, rank=None, combine="signed"):
+def tensorly_mtsm(image, rank=None, combine="signed"):
     factor, norms = tensorly_factor(image, rank)
-    return _combined(
-        [s * np.tensordot(a, np.asarray(image, dtype=np.float64), 1) for s, a in zip(norms, factor.T, strict=True)],
-        combine,
-    )
-
-
-def multivec_eigencam(image, combine="signed"):
-    return _combined(svd_components(image, center=True), combine)
+    image = np.asarray(image, dtype=np.float64)
+    return combined([s * np.tensordot(a, image, 1) for s, a in zip(norms, factor.T, strict=True)], combine)
 
 
 def svd_components(image, *, center=False):
@@ -48,10 +43,29 @@ def svd_components(image, *, center=False):
     return components
 
 
-def _combined(components, combine):
-    if combine == "signed":
-        return np.abs(sum(components))
-    return np.sqrt(sum(component**2 for component in components))
+def combined(components, combine="signed"):
+    return np.abs(sum(components)) if combine == "signed" else np.sqrt(sum(part**2 for part in components))
+
+
+def tsm(image):
+    return np.abs(svd_components(image)[0])
+
+
+def mtsm(image, combine="signed"):
+    return combined(svd_components(image), combine)
+
+
+def multivec_eigencam(image, combine="signed"):
+    return combined(svd_components(image, center=True), combine)
+
+
+# Of each method of this project, by its name: from channels x spatial to a map that is not yet scaled.
+ORACLES = {
+    "tsm": tsm,
+    "mtsm": mtsm,
+    "mtsm-energy": partial(mtsm, combine="energy"),
+    "multivec-eigencam": multivec_eigencam,
+}
 
 
 def scaled(saliency):

@@ -1,7 +1,10 @@
-"""Tiny models as the hubs keep them: folders of Hugging Face's and torch.hub's kind."""
+"""Tiny models as the hubs keep them, and weights in the layouts in which self-supervised projects publish them."""
 
+import argparse
 from pathlib import Path
 
+import numpy as np
+import torch
 from transformers import AutoModel, BitImageProcessorPil, ConvNextImageProcessorPil, Dinov2Config, ResNetConfig
 
 HUBCONF = """
@@ -36,3 +39,99 @@ def make_repositories():
     vicreg = Path("facebookresearch/vicreg")
     vicreg.mkdir(parents=True)
     (vicreg / "hubconf.py").write_text(HUBCONF)
+
+
+def prefixed(prefix, state):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def projector(*names):
+    return {name: torch.rand(5, 5) for name in names}
+
+
+def optimizer(state):
+    moments = {index: {"exp_avg": torch.zeros_like(value)} for index, value in enumerate(state.values())}
+    return {"state": moments, "param_groups": [{"lr": 0.1}]}
+
+
+def moco_v2(state, other):
+    keys = ("fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias")
+    weights = prefixed("module.encoder_q.", state | projector(*keys))
+    weights |= prefixed("module.encoder_k.", other | projector(*keys))
+    weights |= {"module.queue": torch.rand(5, 6), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+    return {"epoch": 200, "arch": "resnet50", "state_dict": weights, "optimizer": optimizer(state)}
+
+
+def moco_v3(state, other):
+    weights = prefixed("module.base_encoder.", state | projector("fc.0.weight"))
+    weights |= prefixed("module.momentum_encoder.", other | projector("fc.0.weight"))
+    weights |= projector("module.predictor.0.weight")
+    return {"epoch": 100, "arch": "resnet50", "state_dict": weights, "optimizer": optimizer(state)}
+
+
+def swav(state, other):
+    return prefixed("module.", state | projector("projection_head.0.weight", "prototypes.weight"))
+
+
+def dino(state, other):
+    """The full checkpoint: a student in DistributedDataParallel beside its teacher, and the command's arguments."""
+    return {
+        "student": prefixed("module.", prefixed("backbone.", other) | projector("head.mlp.0.weight")),
+        "teacher": prefixed("backbone.", state) | projector("head.mlp.0.weight", "head.last_layer.weight_g"),
+        "optimizer": optimizer(state),
+        "epoch": 800,
+        "args": argparse.Namespace(arch="resnet50", lr=0.3, momentum=np.float64(0.996)),
+        "dino_loss": {"center": torch.zeros(1, 5)},
+    }
+
+
+def barlow_twins(state, other):
+    """VICReg's is the same."""
+    weights = prefixed("module.backbone.", state)
+    weights |= projector("module.projector.0.weight", "module.projector.3.weight", "module.bn.running_mean")
+    return {"epoch": 1000, "model": weights, "optimizer": optimizer(state)}
+
+
+def backbone_alone(state, other):
+    """As Barlow Twins and VICReg publish it beside the full checkpoint, and the converted SimCLR weights."""
+    return state
+
+
+def simclr(state, other):
+    weights = prefixed("encoder.", state) | projector("projector.0.weight", "projector.2.weight")
+    return {"epoch": 200, "arch": "resnet18", "state_dict": weights, "optimizer": optimizer(state)}
+
+
+def lightning(state, other):
+    return {
+        "epoch": 10,
+        "global_step": 5,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": prefixed("model.backbone.", state) | projector("model.projection.0.weight"),
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(1.0), "dirpath": "here"}},
+        "optimizer_states": [optimizer(state)],
+        "hyper_parameters": {"lr": 0.1},
+    }
+
+
+def vicregl(model, *, layer_scale):
+    """Name a timm ConvNeXt's weights as VICRegL's own class does, which has no layer scale by default."""
+    renamed = {}
+    for name, value in model.state_dict().items():
+        if name.startswith("head.fc") or (name.endswith("gamma") and not layer_scale):
+            continue
+        for ours, theirs in [
+            ("head.norm.", "norm."),
+            ("stem.", "downsample_layers.0."),
+            ("conv_dw", "dwconv"),
+            ("mlp.fc", "pwconv"),
+            (".blocks", ""),
+        ]:
+            name = name.replace(ours, theirs)
+        parts = name.split(".")
+        if parts[2:3] == ["downsample"]:
+            name = ".".join(["downsample_layers", parts[1], *parts[3:]])
+        renamed[name] = value
+    full = prefixed("module.backbone.", renamed) | projector("module.maps_projector.0.weight")
+    return {"epoch": 150, "model": full, "optimizer": optimizer(renamed)}

@@ -3,14 +3,11 @@
 This module also runs with the oldest versions of grad-cam and tensorly that are supported.
 """
 
-import inspect
 import warnings
-from typing import Self, get_type_hints
 
 import networks
 import numpy as np
 import pytest
-import references
 import torch
 from numpy.testing import assert_allclose
 from pytorch_grad_cam import EigenCAM
@@ -18,24 +15,18 @@ from pytorch_grad_cam.activations_and_gradients import ActivationsAndGradients
 from pytorch_grad_cam.base_cam import BaseCAM
 from pytorch_grad_cam.utils.image import scale_cam_image
 from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
+from registry import CLASSES, every_class
 from torch import nn
 
-from tucker_cam import MTSM, TSM, MultivecEigenCAM
 from tucker_cam.cams import LabelFreeCAM
 
-OURS = [TSM, MTSM, MultivecEigenCAM]
-every_class = pytest.mark.parametrize("method", [EigenCAM, *OURS])
-REFERENCES = {
-    EigenCAM: lambda image: get_2d_projection(image[None])[0],
-    TSM: lambda image: np.abs(references.svd_components(image)[0]),
-    MTSM: lambda image: np.abs(sum(references.svd_components(image))),
-    MultivecEigenCAM: references.multivec_eigencam,
-}
+every_class_and_the_hosts = pytest.mark.parametrize("method", [EigenCAM, *CLASSES])
+ORACLES = {EigenCAM: lambda image: get_2d_projection(image[None])[0], **CLASSES}
 
 
 def assert_explains(saliency, method, features, size):
     """Compare with the reference's maps of these features, brought to this size (last axis first) by the host."""
-    maps = np.stack([REFERENCES[method](image) for image in features.detach().numpy()])
+    maps = np.stack([ORACLES[method](image) for image in features.detach().numpy()])
     maps = maps / np.abs(maps).max(axis=tuple(range(1, maps.ndim)), keepdims=True)
     expected = scale_cam_image(scale_cam_image(np.maximum(maps, 0).astype(np.float32), size))
     assert saliency.dtype == np.float32
@@ -60,7 +51,7 @@ class Regions(Frames):
         return super().forward(torch.stack([half for rows in images.chunk(2, 2) for half in rows.chunk(2, 3)], 1))
 
 
-@every_class
+@every_class_and_the_hosts
 def test_each_frame_of_a_clip_has_a_map_where_the_size_is_patched_on_the_object(method):
     model, clips = Frames(), torch.rand(2, 3, 3, 16, 20)
     cam = method(model, [model.layer])
@@ -68,7 +59,7 @@ def test_each_frame_of_a_clip_has_a_map_where_the_size_is_patched_on_the_object(
     assert_explains(cam(clips, targets=[]), method, model.layer(clips.flatten(0, 1)), (20, 16))
 
 
-@every_class
+@every_class_and_the_hosts
 def test_each_region_of_a_picture_has_a_map_where_a_subclass_says_the_size(method):
     class OfRegions(method):
         def get_target_width_height(self, input_tensor):
@@ -80,14 +71,7 @@ def test_each_region_of_a_picture_has_a_map_where_a_subclass_says_the_size(metho
     assert_explains(saliency, method, model.layer(quarters), (10, 8))
 
 
-@every_class
-def test_each_region_of_a_picture_has_a_map_where_the_size_is_patched_on_the_hosts_class(method, monkeypatch):
-    monkeypatch.setattr(BaseCAM, "get_target_width_height", lambda self, images: (10, 8))
-    model, images = Regions(), torch.rand(1, 3, 16, 20)
-    assert method(model, [model.layer])(images, targets=[]).shape == (4, 8, 10)
-
-
-@every_class
+@every_class_and_the_hosts
 def test_a_signal_of_one_axis_has_a_map_where_the_size_is_the_users(method):
     model, signals = nn.Sequential(nn.Conv1d(2, 6, 5), nn.AdaptiveAvgPool1d(1), nn.Flatten()), torch.rand(3, 2, 40)
     cam = method(model, [model[0]])
@@ -95,7 +79,7 @@ def test_a_signal_of_one_axis_has_a_map_where_the_size_is_the_users(method):
     assert_explains(cam(signals, targets=[]), method, model[0](signals), None)
 
 
-@every_class
+@every_class_and_the_hosts
 def test_a_python_object_around_the_network_is_a_model(method):
     class Wrapper:
         def __init__(self, network):
@@ -110,22 +94,7 @@ def test_a_python_object_around_the_network_is_a_model(method):
         assert_explains(cam(images, targets=None), method, network[:3](images), (32, 32))
 
 
-@every_class
-def test_layers_in_a_plain_list_are_explained(method):
-    class Hidden(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers, self.head = [nn.Conv2d(3, 5, 3)], nn.Linear(5, 2)
-
-        def forward(self, x):
-            return self.head(self.layers[0](x).mean((2, 3)))
-
-    model, images = Hidden(), torch.rand(2, 3, 16, 16)
-    cam = method(model, [model.layers[0]])
-    assert_explains(cam(images, targets=None), method, model.layers[0](images), (16, 16))
-
-
-@every_class
+@every_class_and_the_hosts
 def test_a_subclass_that_computes_the_map_with_numpy_is_handed_numpy(method):
     class ByHand(method):
         def get_cam_image(self, input_tensor, target_layer, target_category, activations, grads, eigen_smooth):
@@ -138,7 +107,7 @@ def test_a_subclass_that_computes_the_map_with_numpy_is_handed_numpy(method):
     assert_explains(ByHand(model, [model[2]])(images, targets=None), method, model[:3](images), (32, 32))
 
 
-@every_class
+@every_class_and_the_hosts
 def test_with_the_hosts_recorder_put_in_numbers_that_are_none_count_as_zero(method):
     model, images = networks.Returning(lambda x: x.mean((2, 3))), torch.rand(2, 3, 16, 16)
     cam = method(model, [model.conv])
@@ -152,7 +121,7 @@ def test_with_the_hosts_recorder_put_in_numbers_that_are_none_count_as_zero(meth
 
 
 @pytest.mark.parametrize("convert", [torch.from_numpy, np.asarray], ids=["tensor", "array"])
-@pytest.mark.parametrize("method", OURS)
+@every_class
 def test_a_direct_call_of_get_cam_image_counts_numbers_that_are_none_as_zero_and_names_them(method, convert):
     model, activations = networks.small_cnn(), np.random.default_rng(0).random((2, 6, 4, 5), np.float32)
     activations[1, 2, 0, 0], activations[1, 3, 1, 1] = np.nan, np.inf
@@ -162,18 +131,6 @@ def test_a_direct_call_of_get_cam_image_counts_numbers_that_are_none_as_zero_and
     cleaned = torch.from_numpy(np.nan_to_num(activations, posinf=0))
     assert_explains(scale_cam_image(maps), method, cleaned, None)
     assert np.isnan(given[1, 2, 0, 0])
-
-
-@pytest.mark.parametrize("method", OURS)
-def test_the_recorder_has_what_the_hosts_has(method):
-    model = networks.small_cnn()
-    cams = [build(model, [model[2]]) for build in (EigenCAM, method)]
-    host, ours = (cam.activations_and_grads for cam in cams)
-    assert {name for name in dir(host) if not name.startswith("_")} <= set(dir(ours))
-    for layer, hook in ((model[0], ours.save_activation), (model[0], ours.save_gradient)):
-        with layer.register_forward_hook(hook):
-            ours(torch.rand(1, 3, 8, 8))
-    assert [features.shape[1] for features in ours.activations] == [16]
 
 
 def test_a_list_of_methods_made_of_the_hosts_subclasses_has_ours_and_only_what_can_be_built():
@@ -195,7 +152,7 @@ class TakesBatches(Frames):
         return super().forward(batch["pixel_values"][:, None])
 
 
-@every_class
+@every_class_and_the_hosts
 def test_inputs_that_are_no_tensors_are_handed_to_the_model_where_the_size_is_the_users(method):
     model, images = TakesBatches(), torch.rand(2, 3, 16, 20)
     cam = method(model, [model.layer])
@@ -203,7 +160,7 @@ def test_inputs_that_are_no_tensors_are_handed_to_the_model_where_the_size_is_th
     assert_explains(cam(Batch(pixel_values=images), targets=[]), method, model.layer(images), (20, 16))
 
 
-@every_class
+@every_class_and_the_hosts
 def test_a_subclass_may_take_what_it_likes_in_forward(method):
     class OfPaths(method):
         def forward(self, names, targets=None, eigen_smooth=False):
@@ -226,7 +183,7 @@ class Stages(nn.Module):
 
 
 @pytest.mark.parametrize("container", ["sequential", "listed"])
-@every_class
+@every_class_and_the_hosts
 def test_layers_in_a_container_without_brackets_are_averaged(method, container):
     model, images = Stages(), torch.rand(2, 3, 16, 16)
     expected = method(model, list(model.sequential))(images, targets=None)
@@ -237,24 +194,9 @@ def test_layers_in_a_container_without_brackets_are_averaged(method, container):
     if method is not EigenCAM:
         (warning,) = caught
         assert "2 layers, whose maps are averaged: put the layers that you mean in brackets" in str(warning.message)
-        assert warning.filename == __file__
 
 
-@pytest.mark.parametrize("method", OURS)
-def test_layers_in_a_set_or_an_array_are_averaged(method):
-    model, images = Stages(), torch.rand(2, 3, 16, 16)
-    expected = method(model, list(model.sequential))(images)
-    array = np.empty(2, dtype=object)
-    array[:] = list(model.sequential)
-    for layers in (array, set(model.sequential)):
-        with pytest.warns(UserWarning, match="averaged"):
-            cam = method(model, layers)
-        assert_allclose(cam(images), expected, atol=1e-6)
-    (alone,) = method(model, {model.sequential}).target_layers
-    assert alone is model.sequential
-
-
-@every_class
+@every_class_and_the_hosts
 def test_a_traced_part_is_a_layer(method):
     images = torch.rand(2, 3, 16, 16)
     with warnings.catch_warnings():
@@ -262,18 +204,3 @@ def test_a_traced_part_is_a_layer(method):
         traced = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()), images)
     model = nn.Sequential(traced, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert_explains(method(model, [model[0]])(images, targets=None), method, traced(images), (16, 16))
-
-
-@every_class
-def test_a_shim_that_reads_the_signature_hands_over_what_there_is(method):
-    model = networks.small_cnn()
-    wanted = {"model": model, "target_layers": [model[2]], "use_cuda": False, "reshape_transform": None}
-    accepted = inspect.signature(method).parameters
-    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    method(**{name: value for name, value in wanted.items() if takes_all or name in accepted})
-
-
-@pytest.mark.parametrize("method", OURS)
-def test_a_block_gives_the_object_and_a_call_an_array_to_the_type_checker_too(method):
-    assert get_type_hints(method.__enter__)["return"] is Self
-    assert "float32" in str(get_type_hints(method.__call__)["return"])

@@ -10,7 +10,6 @@ from importlib.metadata import version
 import networks
 import numpy as np
 import pytest
-import references
 import torch
 import torchvision
 import ttach
@@ -19,20 +18,16 @@ from packaging.version import Version
 from pytorch_grad_cam import EigenCAM, FinerCAM
 from pytorch_grad_cam.metrics.cam_mult_image import CamMultImageConfidenceChange
 from pytorch_grad_cam.metrics.road import ROADCombined
-from pytorch_grad_cam.utils.image import scale_cam_image, show_cam_on_image
+from pytorch_grad_cam.utils.image import scale_cam_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget, ClassifierOutputTarget
 from pytorch_grad_cam.utils.reshape_transforms import (
     fasterrcnn_reshape_transform,
     swinT_reshape_transform,
     vit_reshape_transform,
 )
+from registry import CLASSES, every_class
 from timm.models import SwinTransformer, VisionTransformer
-from torch import nn
 
-from tucker_cam import MTSM, TSM, MultivecEigenCAM
-
-METHODS = [TSM, MTSM, MultivecEigenCAM]
-every_method = pytest.mark.parametrize("method", METHODS)
 since_1_5_7 = pytest.mark.skipif(Version(version("grad-cam")) < Version("1.5.7"), reason="came with grad-cam 1.5.7")
 
 
@@ -47,13 +42,6 @@ def images(batch=2, size=32):
     return torch.randn(batch, 3, size, size)
 
 
-REFERENCES = {
-    TSM: lambda image: np.abs(references.svd_components(image)[0]),
-    MTSM: lambda image: np.abs(sum(references.svd_components(image))),
-    MultivecEigenCAM: references.multivec_eigencam,
-}
-
-
 def expected_maps(method, model, layers, batch, reshape_transform=None):
     """Return the maps by NumPy's SVD of what the layers put out, brought to the picture's size as the host does."""
     outputs = {}
@@ -65,7 +53,7 @@ def expected_maps(method, model, layers, batch, reshape_transform=None):
     by_layer = []
     for layer in layers:
         features = outputs[layer] if reshape_transform is None else reshape_transform(outputs[layer])
-        maps = np.stack([REFERENCES[method](image) for image in features.numpy()])
+        maps = np.stack([CLASSES[method](image) for image in features.numpy()])
         maps = maps / maps.max(axis=tuple(range(1, maps.ndim)), keepdims=True)
         size = (*batch.shape[:-3:-1], *batch.shape[2:-2])
         by_layer.append(scale_cam_image(maps.astype(np.float32), size))
@@ -90,7 +78,7 @@ def assert_is_the_map(saliency, method, model, layers, batch, reshape_transform=
 @pytest.mark.parametrize("target_category", [None, 100])
 @pytest.mark.parametrize("aug_smooth", [False, True])
 @pytest.mark.parametrize("eigen_smooth", [True, False])
-@every_method
+@every_class
 def test_all_cam_models_can_run(
     backbones, network, batch_size, width, height, target_category, aug_smooth, eigen_smooth, method
 ):
@@ -109,7 +97,7 @@ def test_all_cam_models_can_run(
 
 
 @since_1_5_7
-@every_method
+@every_class
 def test_refine_cam_and_arcc_accept_it(backbones, method):
     from pytorch_grad_cam.metrics.arcc import ARCC
     from pytorch_grad_cam.refine_cam import RefineCAM
@@ -127,7 +115,7 @@ def test_refine_cam_and_arcc_accept_it(backbones, method):
 
 
 @since_1_5_7
-@every_method
+@every_class
 def test_sess_accepts_it(backbones, method):
     from pytorch_grad_cam import SESS
 
@@ -140,7 +128,7 @@ def test_sess_accepts_it(backbones, method):
     assert not target_layers[0]._forward_hooks
 
 
-@every_method
+@every_class
 def test_the_hosts_metrics_accept_its_maps(backbones, method):
     model, target_layers = backbones["resnet18"]
     batch = torch.rand(2, 3, 64, 64)
@@ -150,7 +138,7 @@ def test_the_hosts_metrics_accept_its_maps(backbones, method):
         assert np.isfinite(metric(batch, maps, targets, model)).all()
 
 
-@every_method
+@every_class
 def test_a_vision_transformer_with_the_hosts_reshape_transform(method):
     model = VisionTransformer(img_size=64, patch_size=16, embed_dim=48, depth=2, num_heads=2, num_classes=5)
     batch = torch.rand(2, 3, 64, 64)
@@ -158,11 +146,11 @@ def test_a_vision_transformer_with_the_hosts_reshape_transform(method):
     assert_is_the_map(cam(batch), method, model, cam.target_layers, batch, cam.reshape_transform)
     (modes,) = cam.modes(batch)
     assert modes.maps.shape == (2, 16, 4, 4)
-    with pytest.raises(ValueError, match=r"`blocks.1.norm1`, got \(2, 17, 48\).*pass a reshape_transform"):
+    with pytest.raises(ValueError, match=r"`blocks.1.norm1`.*got \(2, 17, 48\).*pass a reshape_transform"):
         method(model, [model.blocks[-1].norm1])(batch)
 
 
-@every_method
+@every_class
 def test_a_swin_transformer_with_the_hosts_reshape_transform(method):
     model = SwinTransformer(
         img_size=56, patch_size=4, window_size=7, embed_dim=24, depths=(1, 1), num_heads=(2, 4), num_classes=5
@@ -172,50 +160,23 @@ def test_a_swin_transformer_with_the_hosts_reshape_transform(method):
     assert_is_the_map(cam(batch), method, model, cam.target_layers, batch, swinT_reshape_transform)
 
 
-@every_method
-def test_a_segmentation_model_that_returns_a_dict(method):
-    model = torchvision.models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None)
-    batch = torch.rand(1, 3, 64, 64)
-    cam = method(model, [model.backbone.layer4])
-    assert_is_the_map(cam(batch), method, model, cam.target_layers, batch)
-    assert set(cam.outputs) == {"out"}
-
-
-@every_method
-def test_a_detector_that_returns_a_list(method):
-    model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+@pytest.mark.parametrize("network", ["segmentation", "detection"])
+@every_class
+def test_a_segmentation_model_or_detector_that_returns_no_tensor(method, network):
+    options = {"weights": None, "weights_backbone": None}
+    if network == "segmentation":
+        model, reshape_transform = torchvision.models.segmentation.deeplabv3_resnet50(**options), None
+        layers = [model.backbone.layer4]
+    else:
+        model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(**options)
+        layers, reshape_transform = [model.backbone], fasterrcnn_reshape_transform
     batch = torch.rand(1, 3, 96, 128)
-    cam = method(model, [model.backbone], reshape_transform=fasterrcnn_reshape_transform)
-    assert_is_the_map(cam(batch), method, model, cam.target_layers, batch, fasterrcnn_reshape_transform)
-    assert set(cam.outputs[0]) == {"boxes", "labels", "scores"}
+    cam = method(model, layers, reshape_transform)
+    assert_is_the_map(cam(batch), method, model, layers, batch, reshape_transform)
+    assert isinstance(cam.outputs, dict | list)
 
 
-@every_method
-def test_a_model_that_returns_none(method):
-    class Silent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 8, 3)
-
-        def forward(self, x):
-            self.conv(x)
-
-    model, batch = Silent(), torch.rand(2, 3, 32, 32)
-    assert_is_the_map(method(model, [model.conv])(batch), method, model, [model.conv], batch)
-
-
-@every_method
-def test_a_subclass_with_its_own_get_cam_image(backbones, method):
-    class Inverted(method):
-        def get_cam_image(self, *arguments):
-            return 1 - super().get_cam_image(*arguments)
-
-    model, target_layers = backbones["resnet18"]
-    batch = torch.rand(1, 3, 64, 64)
-    assert_allclose(Inverted(model, target_layers[:1])(batch), 1 - method(model, target_layers[:1])(batch), atol=1e-5)
-
-
-@every_method
+@every_class
 def test_a_call_takes_what_eigencam_takes(method):
     model, batch = networks.small_cnn(), images()
     for build in (method, EigenCAM):
@@ -228,27 +189,8 @@ def test_a_call_takes_what_eigencam_takes(method):
         assert_allclose(one, other)
 
 
-@every_method
-def test_the_map_can_be_drawn_by_the_host(method):
-    model = networks.small_cnn()
-    saliency = method(model, [model[2]])(images(1))[0]
-    overlay = show_cam_on_image(np.full((32, 32, 3), 0.5, dtype=np.float32), saliency, use_rgb=True)
-    assert overlay.shape == (32, 32, 3)
-    assert overlay.std() > 10
-
-
-@every_method
-def test_several_layers_are_averaged(method):
-    model, batch = networks.small_cnn(), images()
-    both = method(model, [model[0], model[2]])
-    actual = both(batch)
-    maps = [both.get_cam_image(batch, None, None, f, None) for f in both.activations_and_grads.activations]
-    mean = np.mean([scale_cam_image(saliency, (32, 32)) for saliency in maps], axis=0)
-    assert_allclose(actual, scale_cam_image(mean), atol=1e-5)
-
-
 @pytest.mark.parametrize("transforms", [None, ttach.Compose([ttach.VerticalFlip()])], ids=["the host's", "given"])
-@every_method
+@every_class
 def test_augmentation_smoothing_averages_over_the_transforms(method, transforms):
     model, batch = networks.small_cnn(), images()
     cam = method(model, [model[2]], tta_transforms=transforms)
@@ -265,27 +207,7 @@ def mirrored(x):
     return x.flip(-1) if isinstance(x, torch.Tensor) else x[..., ::-1]
 
 
-@every_method
-def test_a_volume_gives_a_volume(method):
-    model, batch = networks.SmallVolumeCNN(), torch.randn(2, 1, 6, 8, 10)
-    saliency = method(model, [model.conv])(batch)
-    assert saliency.shape == (2, 6, 8, 10)
-    assert saliency.min() == 0
-    assert saliency.max() == pytest.approx(1, abs=1e-6)
-    assert_is_the_map(saliency, method, model, [model.conv], batch)
-
-
-@every_method
-def test_get_cam_image_takes_six_positional_arguments_and_numpy(method):
-    model = networks.small_cnn()
-    activations = torch.randn(2, 6, 3, 4)
-    cam = method(model, [model[2]])
-    from_numpy = cam.get_cam_image(images(), model[2], None, activations.numpy(), None, False)
-    assert from_numpy.shape == (2, 3, 4)
-    assert_allclose(from_numpy, cam.get_cam_image(images(), model[2], None, activations, None, True))
-
-
-@every_method
+@every_class
 def test_hooks_are_gone_after_the_block_and_after_the_object(method):
     model = networks.small_cnn()
     model[2].register_forward_hook(lambda *_: None)
@@ -300,12 +222,11 @@ def test_hooks_are_gone_after_the_block_and_after_the_object(method):
     assert hook_count(model) == 1
 
 
-@pytest.mark.parametrize("error", [IndexError, ValueError, KeyboardInterrupt])
-@every_method
-def test_an_error_in_the_block_comes_out_of_it(method, error):
+@every_class
+def test_an_error_in_the_block_comes_out_of_it(method):
     model = networks.small_cnn()
-    with pytest.raises(error, match="mine"), method(model, [model[2]]):
-        raise error("mine")
+    with pytest.raises(IndexError, match="mine"), method(model, [model[2]]):
+        raise IndexError("mine")
     assert hook_count(model) == 0
 
 
@@ -313,19 +234,7 @@ def hook_count(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
 
 
-@every_method
-def test_a_cycle_that_holds_the_object_is_collected_with_its_hooks(method):
-    model = networks.small_cnn()
-    cam = method(model, [model[2]])
-    cam.myself = cam
-    gone = weakref.ref(cam)
-    del cam
-    gc.collect()
-    assert gone() is None
-    assert hook_count(model) == 0
-
-
-@every_method
+@every_class
 def test_two_objects_on_one_model_do_not_disturb_each_other(method):
     model, batch = networks.small_cnn(), images()
     first_alone, second_alone = (method(model, [layer])(batch) for layer in (model[0], model[2]))
@@ -338,7 +247,7 @@ def test_two_objects_on_one_model_do_not_disturb_each_other(method):
     assert_allclose(second(batch), second_alone, rtol=0, atol=0)
 
 
-@every_method
+@every_class
 def test_one_object_is_used_again_on_other_sizes_and_batches(method):
     model = networks.small_cnn()
     used_again = method(model, [model[2]])
@@ -346,7 +255,7 @@ def test_one_object_is_used_again_on_other_sizes_and_batches(method):
         assert_allclose(used_again(batch), method(model, [model[2]])(batch), rtol=0, atol=0)
 
 
-@every_method
+@every_class
 def test_a_subclass_with_its_own_saliency_and_constructor(method):
     class Squared(method):
         def __init__(self, *arguments, power=2, **options):
@@ -365,7 +274,7 @@ def test_a_subclass_with_its_own_saliency_and_constructor(method):
     assert_allclose(cam(batch), expected, atol=1e-4)
 
 
-@every_method
+@every_class
 def test_finer_cam_accepts_it(method):
     model, batch = networks.small_cnn(), images()
     expected = method(model, [model[2]])(batch)
@@ -376,9 +285,10 @@ def test_finer_cam_accepts_it(method):
     assert hook_count(model) == 0
 
 
-@every_method
-def test_a_video_or_volume_is_smoothed_by_augmentation(method):
+@every_class
+def test_a_volume_is_explained_and_smoothed_by_augmentation(method):
     model, batch = networks.SmallVolumeCNN(), torch.randn(2, 1, 6, 8, 10)
     cam = method(model, [model.conv], tta_transforms=ttach.Compose([ttach.Multiply([0.9, 1, 1.1])]))
     expected = np.mean([cam(batch * factor) for factor in (0.9, 1, 1.1)], axis=0)
     assert_allclose(cam(batch, aug_smooth=True), expected, atol=1e-6)
+    assert_is_the_map(cam(batch), method, model, [model.conv], batch)

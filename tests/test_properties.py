@@ -6,26 +6,23 @@ of 1e-16 grow with the inverse of the gap between the singular values.
 
 from functools import partial
 
+import networks
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from registry import CASES
 from torch.testing import assert_close
 
 from tucker_cam import channel_modes
 from tucker_cam.decomposition.projection import combined_map, leading_map
 
 ROUNDING = 1e-8
-MAPS = {
-    "TSM": leading_map,
-    "MTSM": combined_map,
-    "MTSM-energy": partial(combined_map, combine="energy"),
-    "Multivec-EigenCAM": partial(combined_map, center=True),
-    "Multivec-EigenCAM-energy": partial(combined_map, combine="energy", center=True),
-}
-TRUNCATED = {"TSM": leading_map, "MTSM": combined_map, "MTSM-energy": partial(combined_map, combine="energy")}
-WITHOUT_SIGN_RULE = {name: MAPS[name] for name in ("TSM", "MTSM-energy", "Multivec-EigenCAM-energy")}
+LAYER = networks.PassingOn()
+MAPS = {name: method(LAYER, [LAYER.layer]).saliency for name, (method, _) in CASES.items() if "truncated" not in name}
+TRUNCATED = {"tsm": leading_map, "mtsm": combined_map, "mtsm-energy": partial(combined_map, combine="energy")}
+WITHOUT_SIGN_RULE = {name: MAPS[name] for name in ("tsm", "mtsm-energy", "multivec-eigencam, energy")}
 
 every_map = pytest.mark.parametrize("project", MAPS.values(), ids=MAPS)
 every_truncated_map = pytest.mark.parametrize("project", TRUNCATED.values(), ids=TRUNCATED)
@@ -68,22 +65,25 @@ def assert_same_maps(actual, expected, tolerance=ROUNDING, scale=None):
     assert_close(actual.double() / peaks, expected.double() / peaks, rtol=0, atol=tolerance)
 
 
-def stands_out(drawn, center=False, share=1e-3):
-    """Tell whether each image has a map at all, of values that lie apart: in a tie no vector is better than another."""
-    modes = channel_modes(drawn, center=center)
+def has_one_map(project, drawn):
+    """Tell whether an image has a map at all, of values that lie apart, and one entry that decides each sign.
+
+    In a tie no vector is better than another.
+    """
+    modes = channel_modes(drawn, center=project.__self__.center)
     values = torch.cat([modes.values, torch.zeros_like(modes.values[:, :1])], dim=1)
-    left = modes.values > 1e-9 * modes.values[:, :1]
-    apart = -values.diff(dim=1) > share * modes.values
-    return bool((modes.values[:, 0] > 1e-9 * drawn.abs().amax()).all() and (apart | ~left).all())
+    negligible = modes.values <= 1e-9 * modes.values[:, :1]
+    apart = -values.diff(dim=1) > 1e-3 * modes.values
+    leads = largest_entries_lead(modes) > 1e-6
+    return bool((modes.values[:, 0] > 1e-9 * drawn.abs().amax()).all() and ((apart & leads) | negligible).all())
 
 
-def largest_entries_stand_out(drawn, center=False):
-    """Tell whether the sign rule has one entry to look at in each vector that counts."""
-    modes = channel_modes(drawn, center=center)
-    if drawn.shape[1] == 1:
-        return True
-    two = modes.vectors.abs().topk(2, dim=1).values
-    return bool(((two[:, 0] - two[:, 1] > 1e-6) | (modes.values < 1e-9 * modes.values[:, :1])).all())
+def largest_entries_lead(modes):
+    """Return by how much each vector's largest entry exceeds the next one; 1 where it is the only one."""
+    if modes.vectors.shape[1] == 1:
+        return torch.ones_like(modes.values)
+    first, second = modes.vectors.abs().topk(2, dim=1).values.unbind(1)
+    return first - second
 
 
 @every_map
@@ -91,7 +91,7 @@ def largest_entries_stand_out(drawn, center=False):
 @examples
 def test_the_scale_of_the_features_does_not_matter(project, drawn, exponent):
     expected, actual = (saliency / peak(saliency) for saliency in (project(drawn), project(drawn * 10.0**exponent)))
-    assume(stands_out(drawn, center=True) and stands_out(drawn) and largest_entries_stand_out(drawn, center=True))
+    assume(has_one_map(project, drawn))
     assert_same_maps(actual, expected)
 
 
@@ -104,8 +104,7 @@ def peak(saliency):
 @given(drawn=features(), seed=st.integers(0, 2**32 - 1))
 @examples
 def test_the_order_of_the_channels_does_not_matter(project, drawn, seed):
-    center = "center" in getattr(project, "keywords", {})
-    assume(stands_out(drawn, center) and largest_entries_stand_out(drawn, center))
+    assume(has_one_map(project, drawn))
     order = torch.randperm(drawn.shape[1], generator=torch.Generator().manual_seed(seed))
     assert_same_maps(project(drawn[:, order]), project(drawn))
 
@@ -114,7 +113,7 @@ def test_the_order_of_the_channels_does_not_matter(project, drawn, seed):
 @given(drawn=features(), seed=st.integers(0, 2**32 - 1))
 @examples
 def test_rotating_the_channels_does_not_matter_where_no_sign_does(project, drawn, seed):
-    assume(stands_out(drawn))
+    assume(has_one_map(project, drawn))
     noise = torch.randn(drawn.shape[1], drawn.shape[1], generator=torch.Generator().manual_seed(seed)).double()
     rotated = torch.einsum("ij,bj...->bi...", torch.linalg.qr(noise).Q, drawn)
     assert_same_maps(project(rotated), project(drawn))
@@ -124,8 +123,7 @@ def test_rotating_the_channels_does_not_matter_where_no_sign_does(project, drawn
 @given(drawn=features(axes=(2, 3)), data=st.data())
 @examples
 def test_flipped_or_transposed_features_give_the_flipped_or_transposed_map(project, drawn, data):
-    center = "center" in getattr(project, "keywords", {})
-    assume(stands_out(drawn, center) and largest_entries_stand_out(drawn, center))
+    assume(has_one_map(project, drawn))
     axis = data.draw(st.integers(2, drawn.dim() - 1))
     assert_same_maps(project(drawn.flip(axis)), project(drawn).flip(axis - 1))
     assert_same_maps(project(drawn.transpose(2, axis)), project(drawn).transpose(1, axis - 1))
@@ -142,10 +140,11 @@ def test_a_truncated_map_is_flipped_with_the_features(project, drawn, data):
 
 def truncated_stands_out(drawn, rank):
     modes = channel_modes(drawn, rank=rank)
-    values = modes.values
-    apart = (-values.diff(dim=1) > 1e-2 * values[:, :-1]).all() and (values > 1e-3 * values[:, :1]).all()
-    two = modes.vectors.abs().topk(min(2, drawn.shape[1]), dim=1).values
-    return bool(apart and (drawn.shape[1] == 1 or (two[:, 0] - two[:, 1] > 1e-3).all()))
+    values, leads = modes.values, largest_entries_lead(modes)
+    return bool(
+        ((-values.diff(dim=1) > 1e-2 * values[:, :-1]).all() and (values > 1e-3 * values[:, :1]).all())
+        and (leads > 1e-3).all()
+    )
 
 
 # To the bit it would be if BLAS did not block its products by the size of the batch.
@@ -154,9 +153,8 @@ def truncated_stands_out(drawn, rank):
 @given(drawn=features(most_batch=5))
 @examples
 def test_a_batch_gives_what_its_images_give_alone(project, drawn, dtype, tolerance):
-    center = "center" in getattr(project, "keywords", {})
     drawn = drawn.to(dtype)
-    assume(stands_out(drawn, center) and largest_entries_stand_out(drawn, center))
+    assume(has_one_map(project, drawn))
     assert_same_maps(torch.cat([project(image[None]) for image in drawn]), project(drawn), tolerance)
 
 
@@ -164,10 +162,9 @@ def test_a_batch_gives_what_its_images_give_alone(project, drawn, dtype, toleran
 @given(drawn=features(dtype=torch.float32))
 @examples
 def test_the_same_features_give_the_same_map_to_the_bit_and_with_more_threads_to_rounding(project, drawn):
-    center = "center" in getattr(project, "keywords", {})
     once, again = project(drawn), project(drawn.clone())
     assert torch.equal(once, again)
-    assume(stands_out(drawn, center) and largest_entries_stand_out(drawn, center))
+    assume(has_one_map(project, drawn))
     torch.set_num_threads(2)
     try:
         assert_same_maps(project(drawn), once)
@@ -179,8 +176,7 @@ def test_the_same_features_give_the_same_map_to_the_bit_and_with_more_threads_to
 @given(drawn=features(dtype=torch.float32))
 @examples
 def test_single_precision_features_give_the_map_of_the_same_numbers_in_double(project, drawn):
-    center = "center" in getattr(project, "keywords", {})
-    assume(stands_out(drawn, center) and largest_entries_stand_out(drawn, center))
+    assume(has_one_map(project, drawn))
     # Centring subtracts in the features' own precision.
     assert_same_maps(project(drawn), project(drawn.double()), tolerance=1e-5)
 

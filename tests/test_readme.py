@@ -11,8 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from repositories import make_repositories
-from test_checkpoints import dino, moco_v2, vicregl
+from repositories import dino, make_repositories, moco_v2, vicregl
 from torch import nn
 from typer.testing import CliRunner
 
@@ -106,6 +105,9 @@ def test_the_programs_run(working_directory, monkeypatch):
     exec(from_python.replace('"timm:resnet50"', '"timm:resnet50", pretrained=False'), names)  # noqa: S102
     with Image.open("a.png") as overlay:
         assert overlay.size == (120, 90)
+    (evaluating,) = blocks("python", "## Check it on your own pictures", "## The methods")
+    exec(evaluating.replace('"timm:resnet50"', '"timm:resnet18", pretrained=False'), names)  # noqa: S102
+    assert Path("report.png").is_file()
     from_loader, yolo = blocks("python", "## On the command line", "### You have a folder of pictures")
     for program, size in ((from_loader, 224), (yolo, 640)):
         exec(program, names)  # noqa: S102

@@ -2,10 +2,8 @@
 
 import gc
 import os
-import pickle
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from copy import copy
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,22 +14,13 @@ import numpy as np
 import pytest
 import tensorly as tl
 import torch
+from registry import every_method
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from tucker_cam import MTSM, TSM, MultivecEigenCAM, channel_modes
+from tucker_cam import MTSM, TSM, channel_modes
 from tucker_cam.decomposition import modes
 from tucker_cam.decomposition.projection import combined_map, leading_map
-
-METHODS = {
-    "TSM": TSM,
-    "MTSM": MTSM,
-    "MTSM-energy": partial(MTSM, combine="energy"),
-    "MultivecEigenCAM": MultivecEigenCAM,
-    "TSM-truncated": partial(TSM, rank=2),
-    "TSM-tensorly": partial(TSM, rank=2, engine="tensorly"),
-}
-every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
 def images(batch=2, size=32):
@@ -121,12 +110,9 @@ def test_after_a_call_that_fails_in_the_mathematics_all_is_as_before(method, mon
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.linalg, "eigh", interrupted)
-        patch.setattr("tucker_cam.decomposition.modes.tucker", interrupted)
-        patch.setattr("tucker_cam.decomposition.projection.gram", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            cam(batch)
+    monkeypatch.setattr(type(cam), "saliency", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cam(batch)
     assert state(model) == before
 
 
@@ -145,11 +131,10 @@ def test_images_and_recorded_features_are_never_written_to(method):
         assert torch.equal(features, clone)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("scale", [0, 1, 1e4])
+@pytest.mark.parametrize("scale", [0, 1, 1e20])
 @pytest.mark.parametrize("shape", [(20, 3, 4), (5, 4, 6)])
-def test_the_mathematics_never_writes_to_its_features(shape, scale, dtype):
-    whole = (scale * torch.randn(2, *shape, 2)).to(dtype)
+def test_the_mathematics_never_writes_to_its_features(shape, scale):
+    whole = scale * torch.randn(2, *shape, 2)
     features, before = whole[..., 0], whole.clone()
     for rank, center in product((None, 2), (False, True)):
         channel_modes(features, rank=rank, center=center)
@@ -254,40 +239,14 @@ def test_workers_that_load_pictures_can_explain_them(start):
     assert np.array_equal(np.concatenate(list(loader)), expected)
 
 
-@every_method
-def test_a_pickled_object_gives_the_same_map(method):
-    model, batch = networks.small_cnn(), images()
-    cam = method(model, [model[2]])
-    restored = pickle.loads(pickle.dumps(cam))  # noqa: S301
-    assert restored.model is not model
-    assert np.array_equal(restored(batch), cam(batch))
-
-
-@every_method
-def test_a_copy_and_its_original_do_not_take_each_others_hooks(method):
-    model, batch = networks.small_cnn(), images()
-    cam = method(model, [model[2]])
-    expected = cam(batch)
-    copied = copy(cam)
-    assert np.array_equal(copied(batch), expected)
-    del copied
-    gc.collect()
-    assert np.array_equal(cam(batch), expected)
-    copied = copy(cam)
-    del cam
-    gc.collect()
-    assert np.array_equal(copied(batch), expected)
-    del copied
-    gc.collect()
-    assert not model[2]._forward_hooks
-
-
 def test_the_tensorly_engine_changes_the_backend_of_its_own_thread_only(monkeypatch):
     seen, tucker = [], modes.tucker
 
     def spy(image, rank):
         with ThreadPoolExecutor(1) as pool:
             seen.append((tl.get_backend(), pool.submit(tl.get_backend).result()))
+        if len(seen) > 2:
+            raise KeyboardInterrupt
         return tucker(image, rank)
 
     monkeypatch.setattr(modes, "tucker", spy)
@@ -295,6 +254,9 @@ def test_the_tensorly_engine_changes_the_backend_of_its_own_thread_only(monkeypa
     try:
         channel_modes(torch.randn(2, 6, 3, 4), rank=2, engine="tensorly")
         assert tl.get_backend() == "pytorch"
+        with pytest.raises(KeyboardInterrupt):
+            channel_modes(torch.randn(2, 6, 3, 4), rank=2, engine="tensorly")
+        assert tl.get_backend() == "pytorch"
     finally:
         tl.set_backend("numpy")
-    assert seen == [("numpy", "pytorch")] * 2
+    assert seen == [("numpy", "pytorch")] * 3

@@ -1,19 +1,15 @@
 """The conformance kit: the project's own methods keep all of it, and each broken one is found by what it breaks."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
+from registry import every_method
 
 from tucker_cam.cams import LabelFreeCAM
-from tucker_cam.methods import METHODS
 from tucker_cam.testing import check_cam
 
-OURS = {name: method for name, method in METHODS.items() if method.module == "tucker_cam"}
 
-
-@pytest.mark.parametrize("method", [*OURS.values(), partial(METHODS["tsm"], rank=4)], ids=[*OURS, "truncated"])
+@every_method
 def test_our_methods_keep_what_every_method_must(method):
     check_cam(method)
 

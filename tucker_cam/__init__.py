@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from tucker_cam.cams import MTSM, TSM, MultivecEigenCAM
     from tucker_cam.decomposition.modes import ChannelModes, channel_modes
     from tucker_cam.errors import Failure, TuckerCamError
+    from tucker_cam.evaluation.evaluate import Evaluation, evaluate
     from tucker_cam.explanations.explain import Explanations, explain
     from tucker_cam.explanations.explanation import Explanation
 
@@ -15,12 +16,14 @@ __all__ = [
     "MTSM",
     "TSM",
     "ChannelModes",
+    "Evaluation",
     "Explanation",
     "Explanations",
     "Failure",
     "MultivecEigenCAM",
     "TuckerCamError",
     "channel_modes",
+    "evaluate",
     "explain",
     "features",
 ]
@@ -31,11 +34,13 @@ _HOMES = {
     "TSM": "cams",
     "MultivecEigenCAM": "cams",
     "ChannelModes": "decomposition.modes",
+    "Evaluation": "evaluation.evaluate",
     "Explanation": "explanations.explanation",
     "Explanations": "explanations.explain",
     "Failure": "errors",
     "TuckerCamError": "errors",
     "channel_modes": "decomposition.modes",
+    "evaluate": "evaluation.evaluate",
     "explain": "explanations.explain",
     "features": "activations",
 }

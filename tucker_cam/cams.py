@@ -9,42 +9,36 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from functools import partial
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor, nn
-from torch.jit import TracedModule  # type: ignore[attr-defined]
 from ttach import Compose
 
-from tucker_cam.activations import FeatureRecorder, ReshapeTransform, check_maps_of, feature_maps, source_of
-from tucker_cam.decomposition.modes import ChannelModes, Engine, channel_modes, check_engine, check_kind
+from tucker_cam.activations import FeatureRecorder, ReshapeTransform, Source, check_maps_of, feature_maps
+from tucker_cam.decomposition.modes import ChannelModes, Engine, channel_modes, check_choice, check_kind
 from tucker_cam.decomposition.projection import Combine, combined_map, leading_map
 from tucker_cam.decomposition.rank import Rank, check_rank
 from tucker_cam.errors import BadTypeError, BadValueError
 
 # What a map may be off, as a share of its largest value: less than this is no contrast.
 _MAP_TOLERANCE = 1e-5
-_USED_OF_A_MODEL = ("__call__", "eval", "parameters")
 _SIZE_OF_THE_IMAGES = BaseCAM.get_target_width_height
 
 
 class LabelFreeCAM(BaseCAM, ABC):
     """A saliency method that reads feature maps only: no label, no gradient, no model output.
 
-    Subclasses say how feature maps become one map in `saliency`. The object keeps nothing but the features and
-    the output of its last call: it may be used again on images of another size or number, and beside others on the
-    same model.
+    Subclasses say how feature maps become one map in `saliency`. The object keeps nothing but the features and the
+    output of its last call: it may be used again on other images, and beside others on the same model.
 
     A call returns float32 NumPy, batch x height x width (or batch x depth x height x width for volumes), in [0, 1].
-    `targets` are accepted and play no part, and neither does `eigen_smooth`: the map is a principal projection
-    already. `aug_smooth` works as the host's. The model's output is kept in `outputs`, never read, and may be
-    anything. A call raises TypeError or ValueError for images and feature maps that have no map; what the model itself
-    raises comes through as it is.
+    `targets` and `eigen_smooth` are accepted and play no part; `aug_smooth` works as the host's. The model's output is
+    kept in `outputs`, never read, and may be anything. A call raises TypeError or ValueError for images and feature
+    maps that have no map; what the model itself raises comes through as it is.
 
     The maps are brought to the images' size, so there must be one set of feature maps for each image. Where
     `get_target_width_height` is replaced, by a subclass or on the object, the images may be whatever the model takes,
@@ -64,22 +58,12 @@ class LabelFreeCAM(BaseCAM, ABC):
         tta_transforms: Any = None,
     ) -> None:
         layers = _listed(target_layers)
-        _check_construction(model, layers, reshape_transform, tta_transforms)
-        try:
-            super().__init__(
-                model,
-                layers,
-                reshape_transform,
-                uses_gradients=False,
-                tta_transforms=tta_transforms,
-                detach=False,
-            )
-        except NotImplementedError as error:
-            raise BadValueError(
-                f"expected a model with an eval mode, got the exported {type(model).__name__}: explain the model "
-                "before torch.export"
-            ) from error
-        self.activations_and_grads.release()
+        _check_construction(model, reshape_transform, tta_transforms)
+        # No layers for the host's own recorder, in whose place ours stands.
+        super().__init__(
+            model, [], reshape_transform, uses_gradients=False, tta_transforms=tta_transforms, detach=False
+        )
+        self.target_layers = layers
         self.activations_and_grads: FeatureRecorder = FeatureRecorder(model, layers, reshape_transform)
 
     @abstractmethod
@@ -88,16 +72,10 @@ class LabelFreeCAM(BaseCAM, ABC):
         raise NotImplementedError
 
     def modes(self, input_tensor: Tensor) -> list[ChannelModes]:
-        """Return the channel modes of each target layer: the spectrum and the single components behind the map.
+        """Return each target layer's channel modes, of the method's own rank and centring: what is behind the map.
 
         Args:
-            input_tensor: images, as for a call.
-
-        Returns:
-            One `ChannelModes` for each target layer, with the method's own rank and centring.
-
-        Raises:
-            TypeError, ValueError: as for a call.
+            input_tensor: images, as for a call, which raises the same errors.
         """
         self._check_images(input_tensor)
         with torch.no_grad():
@@ -145,36 +123,25 @@ class LabelFreeCAM(BaseCAM, ABC):
     ) -> NDArray[np.float32]:
         features = self._recorded(activations, target_layer)
         # Autocast, if the caller has it on, is for the network: here it would round the products to half precision.
-        device = features.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+        with torch.autocast(features.device.type, enabled=False):
             maps = self.saliency(features)
-        # scale_cam_image rounds to float32 before it subtracts the minimum, and divides by the range plus 1e-7: that
-        # would show the rounding errors of a map of low contrast, and flatten the maps of weak features.
-        maps = _without_flat(maps.cpu().double().clamp_min(0))
-        axes = tuple(range(1, maps.dim()))
-        lows = maps.amin(axes, keepdim=True)
-        ranges = maps.amax(axes, keepdim=True) - lows
-        scaled: NDArray[np.float32] = ((maps - lows) / torch.where(ranges > 0, ranges, 1)).float().numpy()
+        scaled: NDArray[np.float32] = _scaled(maps.cpu().double().clamp_min(0)).float().numpy()
         return scaled
 
     def _recorded(self, activations: Tensor | NDArray[np.floating[Any]], layer: nn.Module) -> Tensor:
         """Return feature maps that are fit for `saliency`: our own recorder's are, and another's are made so."""
         recorder = self.activations_and_grads
-        if isinstance(activations, Tensor):
-            ours = isinstance(recorder, FeatureRecorder)
-            if ours and any(activations is features for features in recorder.activations):
-                return activations
-            features = activations
-        else:
-            features = torch.from_numpy(np.ascontiguousarray(activations))
-        return feature_maps(features, source_of(self.model, layer, self.reshape_transform))
+        if not isinstance(activations, Tensor):
+            activations = torch.from_numpy(np.ascontiguousarray(activations))
+        elif isinstance(recorder, FeatureRecorder) and any(activations is ours for ours in recorder.activations):
+            return activations
+        return feature_maps(activations, Source(self.model, layer, self.reshape_transform))
 
     def aggregate_multi_layers(self, cam_per_target_layer: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         if len(cam_per_target_layer) > 1:
             # Maps of different layers may have a flat mean, of which the host would scale the rounding errors.
             stacked = torch.from_numpy(np.concatenate(cam_per_target_layer, axis=1))
-            cam_per_target_layer = [_without_flat(stacked.mean(1, keepdim=True)).numpy()]
+            cam_per_target_layer = [_scaled(stacked.mean(1, keepdim=True)).numpy()]
         maps: NDArray[np.float32] = super().aggregate_multi_layers(cam_per_target_layer)
         return maps
 
@@ -190,18 +157,23 @@ class LabelFreeCAM(BaseCAM, ABC):
 
     def _check_images(self, images: object) -> None:
         if not self._size_is_the_images:
-            if not hasattr(images, "to"):
-                raise BadTypeError(
-                    f"expected images as a torch.Tensor, or something else with a method `to` that the model takes, "
-                    f"got {type(images).__name__}"
-                )
             return
-        _check_images(images)
+        if not isinstance(images, Tensor):
+            raise BadTypeError(
+                f"expected images as a torch.Tensor, batch x channels x height x width, got {type(images).__name__}: "
+                "put each picture through the model's preprocessing, and the tensors through torch.stack"
+            )
+        check_kind(images, "images")
+        if images.dim() not in (4, 5) or 0 in images.shape:
+            raise BadValueError(
+                "expected images as batch x channels x height x width (or batch x channels x depth x height x width), "
+                f"none of them empty, got {tuple(images.shape)}: a single picture needs images[None]"
+            )
 
     def _check_feature_maps(self, images: Tensor) -> None:
         if self._size_is_the_images:
             for layer, features in zip(self.target_layers, self.activations_and_grads.activations, strict=False):
-                check_maps_of(features, images, partial(source_of, self.model, layer, self.reshape_transform))
+                check_maps_of(features, images, Source(self.model, layer, self.reshape_transform))
 
     @property
     def _size_is_the_images(self) -> bool:
@@ -209,7 +181,7 @@ class LabelFreeCAM(BaseCAM, ABC):
         return getattr(self.get_target_width_height, "__func__", None) is _SIZE_OF_THE_IMAGES
 
     def __repr__(self) -> str:
-        layers = ", ".join(source_of(self.model, layer) for layer in self.target_layers)
+        layers = ", ".join(Source(self.model, layer).name for layer in self.target_layers)
         return f"<{type(self).__name__} of {type(self.model).__name__} at {layers}>"
 
     def __enter__(self) -> Self:
@@ -223,13 +195,6 @@ class LabelFreeCAM(BaseCAM, ABC):
         # An object whose construction failed has nothing to release.
         if hasattr(self, "activations_and_grads"):
             self.activations_and_grads.release()
-
-    def __copy__(self) -> Self:
-        """Return an object with hooks of its own: shared ones would come off when the first of the two goes."""
-        copied = type(self).__new__(type(self))
-        copied.__dict__.update(self.__dict__)
-        copied.activations_and_grads = FeatureRecorder(self.model, self.target_layers, self.reshape_transform)
-        return copied
 
 
 # BaseCAM is named again in the bases of each method, so that BaseCAM.__subclasses__(), of which some make their lists
@@ -246,11 +211,7 @@ class TSM(LabelFreeCAM, BaseCAM):
         tta_transforms: a `ttach.Compose` for `aug_smooth=True`; None for the host's own.
 
     Raises:
-        TypeError: `target_layers` is a single layer, or something in it is no layer; `rank` or
-            `tta_transforms` is of another kind.
-        ValueError: `target_layers` is empty, or holds a layer that is scripted or never called; the model has no
-            parameters or no weights yet, is exported, or spread over several GPUs; `rank` or `engine` is none that
-            exists.
+        TypeError, ValueError: an argument cannot be used; the message says what was expected.
 
     Warns:
         UserWarning: `target_layers` is no list but a container of several layers, whose maps are averaged.
@@ -273,10 +234,9 @@ class TSM(LabelFreeCAM, BaseCAM):
         tta_transforms: Any = None,
     ) -> None:
         check_rank(rank)
-        check_engine(engine)
+        check_choice("engine", engine, Engine)
         super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
-        self.rank = rank
-        self.engine = engine
+        self.rank, self.engine = rank, engine
 
     def saliency(self, features: Tensor) -> Tensor:
         return leading_map(features, rank=self.rank, engine=self.engine)
@@ -286,17 +246,10 @@ class MTSM(LabelFreeCAM, BaseCAM):
     r"""Multivector Tucker Saliency Map (arXiv 2410.23072): $|\sum_i s_i\, a_i^\top F_{(1)}|$, F not centred.
 
     Args:
-        model: see `TSM`.
-        target_layers: see `TSM`.
-        reshape_transform: see `TSM`.
-        rank: see `TSM`.
-        engine: see `TSM`.
         combine: "signed" is the paper's sum, whose vectors need a sign rule (TensorLy's, see `ChannelModes`);
             "energy" is $\sqrt{\sum_i (s_i\, a_i^\top F_{(1)})^2}$, which needs none and is steadier under noise.
-        tta_transforms: see `TSM`.
 
-    Raises:
-        TypeError, ValueError: see `TSM`; ValueError also for an unknown `combine`.
+    The other arguments are those of `TSM`.
     """
 
     def __init__(
@@ -311,12 +264,10 @@ class MTSM(LabelFreeCAM, BaseCAM):
         tta_transforms: Any = None,
     ) -> None:
         check_rank(rank)
-        check_engine(engine)
-        _check_combine(combine)
+        check_choice("engine", engine, Engine)
+        check_choice("combine", combine, Combine)
         super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
-        self.rank = rank
-        self.engine = engine
-        self.combine = combine
+        self.rank, self.engine, self.combine = rank, engine, combine
 
     def saliency(self, features: Tensor) -> Tensor:
         return combined_map(features, combine=self.combine, rank=self.rank, engine=self.engine)
@@ -325,15 +276,7 @@ class MTSM(LabelFreeCAM, BaseCAM):
 class MultivecEigenCAM(LabelFreeCAM, BaseCAM):
     r"""Multivec-EigenCAM (arXiv 2410.23072): $|\sum_i s_i\, u_i^\top F_c|$ from the SVD of the centred unfolding $F_c$.
 
-    Args:
-        model: see `TSM`.
-        target_layers: see `TSM`.
-        reshape_transform: see `TSM`.
-        combine: see `MTSM`.
-        tta_transforms: see `TSM`.
-
-    Raises:
-        TypeError, ValueError: see `MTSM`.
+    The arguments are those of `MTSM`.
     """
 
     center = True
@@ -347,7 +290,7 @@ class MultivecEigenCAM(LabelFreeCAM, BaseCAM):
         combine: Combine = "signed",
         tta_transforms: Any = None,
     ) -> None:
-        _check_combine(combine)
+        check_choice("combine", combine, Combine)
         super().__init__(model, target_layers, reshape_transform, tta_transforms=tta_transforms)
         self.combine = combine
 
@@ -355,25 +298,29 @@ class MultivecEigenCAM(LabelFreeCAM, BaseCAM):
         return combined_map(features, combine=self.combine, center=True)
 
 
-def _without_flat(maps: Tensor) -> Tensor:
-    """Return the maps, and zeros for one whose contrast is rounding errors."""
+def _scaled(maps: Tensor) -> Tensor:
+    """Scale each map to [0, 1]; one whose contrast is rounding errors becomes zeros.
+
+    The host's scale_cam_image rounds to float32 before it subtracts the minimum, and divides by the range plus 1e-7:
+    that would show the rounding errors of a map of low contrast, and flatten the maps of weak features.
+    """
     axes = tuple(range(1, maps.dim()))
-    peaks, lows = maps.amax(axes, keepdim=True), maps.amin(axes, keepdim=True)
-    return torch.where(peaks - lows > _MAP_TOLERANCE * peaks, maps, 0)
+    lows, peaks = maps.amin(axes, keepdim=True), maps.amax(axes, keepdim=True)
+    return torch.where(peaks - lows > _MAP_TOLERANCE * peaks, (maps - lows) / (peaks - lows), 0)
 
 
 def _listed(target_layers: Iterable[nn.Module]) -> list[nn.Module]:
     """Return the layers in a list, as the host iterates over whatever it is given."""
-    if isinstance(target_layers, nn.Module) and not isinstance(target_layers, Iterable):
+    if isinstance(target_layers, str) or not isinstance(target_layers, Iterable):
         raise BadTypeError(
-            f"expected target_layers as a list of layers, got the layer {type(target_layers).__name__}: put it in "
+            f"expected target_layers as a list of layers, got {type(target_layers).__name__}: put a layer in "
             "brackets, [layer]"
         )
-    if isinstance(target_layers, str) or not isinstance(target_layers, Iterable):
-        raise BadTypeError(f"expected target_layers as a list of layers, got {type(target_layers).__name__}")
     layers = list(target_layers)
-    if not layers:
-        raise BadValueError("expected at least one target layer, got an empty list")
+    if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
+        raise (BadTypeError if layers else BadValueError)(
+            f"expected target_layers to hold at least one torch.nn.Module, and nothing else, got {layers!r}"
+        )
     if len(layers) > 1 and not isinstance(target_layers, (list, tuple)):
         warnings.warn(
             f"target_layers is a {type(target_layers).__name__} of {len(layers)} layers, whose maps are averaged: "
@@ -383,73 +330,14 @@ def _listed(target_layers: Iterable[nn.Module]) -> list[nn.Module]:
     return layers
 
 
-def _check_construction(
-    model: nn.Module, target_layers: Sequence[nn.Module], reshape_transform: object, tta_transforms: object
-) -> None:
-    if isinstance(model, type) or not all(callable(getattr(model, name, None)) for name in _USED_OF_A_MODEL):
+def _check_construction(model: nn.Module, reshape_transform: object, tta_transforms: object) -> None:
+    if isinstance(model, type) or not all(callable(getattr(model, name, None)) for name in ("eval", "parameters")):
         raise BadTypeError(
-            "expected model as a torch.nn.Module, or something that can be called and has its methods eval and "
-            f"parameters, got {type(model).__name__}"
+            f"expected model as a torch.nn.Module, or a callable with eval and parameters, got {model!r}"
         )
-    parameter = next(iter(model.parameters()), None)
-    if parameter is None:
-        raise BadValueError(
-            f"expected a model with parameters, which say what device it is on, got {type(model).__name__}"
-        )
-    if parameter.is_meta:
-        raise BadValueError(
-            f"expected a model with weights, got {type(model).__name__} on the meta device: load them first"
-        )
-    if isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-        raise BadValueError(
-            f"expected a model on one device, got DataParallel on {len(model.device_ids)}, whose copies run layers of "
-            "their own: pass the model inside it, model.module"
-        )
-    for layer in target_layers:
-        if not isinstance(layer, nn.Module):
-            raise BadTypeError(f"expected target_layers to hold torch.nn.Module objects, got {layer!r}")
-        if isinstance(layer, torch.jit.ScriptModule) and not isinstance(layer, TracedModule):
-            raise BadValueError(
-                f"expected target layers of Python, got the scripted {layer.original_name}, which takes no hooks: "
-                "explain the model before torch.jit.script"
-            )
-        if not _is_called(layer):
-            raise BadValueError(
-                f"expected target layers that are called, got the container {type(layer).__name__}, which never is: "
-                "take one of the layers in it, or all of them, list(layers)"
-            )
+    if next(iter(model.parameters()), None) is None:
+        raise BadValueError(f"expected a model with parameters, which say where it is, got {type(model).__name__}")
     if reshape_transform is not None and not callable(reshape_transform):
         raise BadTypeError(f"expected reshape_transform as a callable or None, got {type(reshape_transform).__name__}")
     if tta_transforms is not None and not isinstance(tta_transforms, Compose):
         raise BadTypeError(f"expected tta_transforms as a ttach.Compose or None, got {type(tta_transforms).__name__}")
-
-
-def _is_called(layer: nn.Module) -> bool:
-    """Tell whether a layer has a forward pass of its own; `nn.ModuleList`, for one, has not."""
-    return getattr(layer.forward, "__func__", None) is not nn.Module.forward
-
-
-def _check_combine(combine: str) -> None:
-    if combine not in get_args(Combine):
-        raise BadValueError(f"expected combine as one of {', '.join(map(repr, get_args(Combine)))}, got {combine!r}")
-
-
-def _check_images(images: object) -> None:
-    if not isinstance(images, Tensor):
-        raise BadTypeError(
-            f"expected images as a torch.Tensor, batch x channels x height x width, got {type(images).__name__}: "
-            + (
-                "use torch.from_numpy"
-                if isinstance(images, np.ndarray)
-                else "put each picture through the model's preprocessing, and the tensors through torch.stack"
-            )
-        )
-    check_kind(images, "images")
-    if images.dim() not in (4, 5):
-        raise BadValueError(
-            f"expected images as batch x channels x height x width (or batch x channels x depth x height x width), "
-            f"got {tuple(images.shape)}: a single picture needs images[None], one with its channels last "
-            "permute(2, 0, 1)"
-        )
-    if 0 in images.shape:
-        raise BadValueError(f"expected images without an empty axis, got {tuple(images.shape)}")

@@ -37,4 +37,5 @@ class Failure(NamedTuple):
     error: Exception
 
     def __str__(self) -> str:
-        return f"{self.name}: {one_line(self.error).removeprefix(f'{self.name}: ')}"
+        line = one_line(self.error)
+        return line if self.name in line else f"{self.name}: {line}"

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tucker_cam.errors import BadValueError
+from tucker_cam.own_code import from_own_module
 
 if TYPE_CHECKING:
     from pytorch_grad_cam.base_cam import BaseCAM
@@ -36,9 +37,14 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     label_free: bool = True
 
+    @property
+    def cam_class(self) -> type[BaseCAM]:
+        """The class itself."""
+        found: type[BaseCAM] = getattr(import_module(self.module), self.kind)
+        return found
+
     def __call__(self, *arguments: Any, **options: Any) -> BaseCAM:
-        cam: BaseCAM = getattr(import_module(self.module), self.kind)(*arguments, **self.options, **options)
-        return cam
+        return self.cam_class(*arguments, **self.options, **options)
 
     @property
     def is_there(self) -> bool:
@@ -48,10 +54,10 @@ class Method:
 
 _ALL = (
     Method("eigencam", "EigenCAM", "pytorch_grad_cam", "EigenCAM"),
-    Method("tsm", "TSM", "tucker_cam", "TSM"),
-    Method("mtsm", "MTSM", "tucker_cam", "MTSM"),
-    Method("mtsm-energy", "MTSM, energy", "tucker_cam", "MTSM", {"combine": "energy"}),
-    Method("multivec-eigencam", "Multivec-EigenCAM", "tucker_cam", "MultivecEigenCAM"),
+    Method("tsm", "TSM", "tucker_cam.cams", "TSM"),
+    Method("mtsm", "MTSM", "tucker_cam.cams", "MTSM"),
+    Method("mtsm-energy", "MTSM, energy", "tucker_cam.cams", "MTSM", {"combine": "energy"}),
+    Method("multivec-eigencam", "Multivec-EigenCAM", "tucker_cam.cams", "MultivecEigenCAM"),
     Method("kpca-cam", "KPCA-CAM", "pytorch_grad_cam", "KPCA_CAM"),
     Method("fem", "FEM", "pytorch_grad_cam", "FEM"),
     Method("gradcam", "GradCAM", "pytorch_grad_cam", "GradCAM", label_free=False),
@@ -64,20 +70,20 @@ LABEL_DEPENDENT = {method.name: method for method in _ALL if not method.label_fr
 
 
 def method_named(name: str) -> Method:
-    """Return the label-free method of this name.
+    """Return the label-free method of this name, or MODULE:CLASS of the user's own, whose name is the class's.
 
     Raises:
-        ValueError: there is none; the message holds the nearest names.
+        ValueError: there is none; the message holds the nearest names, or says what is wrong with the module.
     """
-    return METHODS[check_name("method", name, METHODS)]
+    module, colon, kind = name.partition(":")
+    if not colon:
+        return METHODS[check_name("method", name, METHODS)]
+    from_own_module(name)
+    return Method(kind, kind, module, kind)
 
 
 def check_name(kind: str, name: str, known: Collection[Name]) -> Name:
-    """Return the known name that was meant.
-
-    Raises:
-        ValueError: it is not; the message holds the nearest names.
-    """
+    """Return the known name that was meant; where there is none, the ValueError holds the nearest."""
     for each in known:
         if each == name:
             return each

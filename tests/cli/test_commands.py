@@ -135,7 +135,7 @@ def test_what_cannot_be_read_or_written_is_named_and_the_others_done(photograph,
         (["--layer", "-400"], "index from -"),
         (["--layer", "bn2", "--method", "eigencam", "--layer", "classifier"], "`classifier` has none"),
         (["--device", "abacus"], "no device 'abacus' here"),
-        (["--device", "meta"], "a device that holds numbers"),
+        (["--device", "meta"], "no device 'meta' here"),
         (["--engine", "ray", "--gallery"], "no gallery with Ray"),
     ],
 )

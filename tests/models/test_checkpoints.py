@@ -1,15 +1,24 @@
 """Checkpoints in the layouts in which self-supervised projects publish them, made here from a seeded backbone."""
 
-import argparse
 import io
 import os
 import re
-import time
 
-import numpy as np
 import pytest
 import timm
 import torch
+from repositories import (
+    backbone_alone,
+    barlow_twins,
+    dino,
+    lightning,
+    moco_v2,
+    moco_v3,
+    prefixed,
+    simclr,
+    swav,
+    vicregl,
+)
 from safetensors.torch import save_file
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, ResNet
@@ -52,105 +61,7 @@ def backbone_of(model, head="fc."):
     return {name: value for name, value in model.state_dict().items() if not name.startswith(head)}
 
 
-def prefixed(prefix, state):
-    return {f"{prefix}{name}": value for name, value in state.items()}
-
-
-def projector(*names):
-    return {name: torch.rand(5, 5) for name in names}
-
-
-def optimizer(state):
-    moments = {index: {"exp_avg": torch.zeros_like(value)} for index, value in enumerate(state.values())}
-    return {"state": moments, "param_groups": [{"lr": 0.1}]}
-
-
-def moco_v2(state, other):
-    keys = ("fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias")
-    weights = prefixed("module.encoder_q.", state | projector(*keys))
-    weights |= prefixed("module.encoder_k.", other | projector(*keys))
-    weights |= {"module.queue": torch.rand(5, 6), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
-    return {"epoch": 200, "arch": "resnet50", "state_dict": weights, "optimizer": optimizer(state)}
-
-
-def moco_v3(state, other):
-    weights = prefixed("module.base_encoder.", state | projector("fc.0.weight"))
-    weights |= prefixed("module.momentum_encoder.", other | projector("fc.0.weight"))
-    weights |= projector("module.predictor.0.weight")
-    return {"epoch": 100, "arch": "resnet50", "state_dict": weights, "optimizer": optimizer(state)}
-
-
-def swav(state, other):
-    return prefixed("module.", state | projector("projection_head.0.weight", "prototypes.weight"))
-
-
-def dino(state, other):
-    """The full checkpoint: a student in DistributedDataParallel beside its teacher, and the command's arguments."""
-    return {
-        "student": prefixed("module.", prefixed("backbone.", other) | projector("head.mlp.0.weight")),
-        "teacher": prefixed("backbone.", state) | projector("head.mlp.0.weight", "head.last_layer.weight_g"),
-        "optimizer": optimizer(state),
-        "epoch": 800,
-        "args": argparse.Namespace(arch="resnet50", lr=0.3, momentum=np.float64(0.996)),
-        "dino_loss": {"center": torch.zeros(1, 5)},
-    }
-
-
-def barlow_twins(state, other):
-    weights = prefixed("module.backbone.", state)
-    weights |= projector("module.projector.0.weight", "module.projector.3.weight", "module.bn.running_mean")
-    return {"epoch": 1000, "model": weights, "optimizer": optimizer(state)}
-
-
-def vicreg(state, other):
-    weights = prefixed("module.backbone.", state) | projector("module.projector.0.weight")
-    return {"epoch": 1000, "model": weights, "optimizer": optimizer(state)}
-
-
-def backbone_alone(state, other):
-    """As Barlow Twins and VICReg publish it beside the full checkpoint, and the converted SimCLR weights."""
-    return state
-
-
-def simclr_sthalles(state, other):
-    weights = prefixed("backbone.", state | projector("fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias"))
-    return {"epoch": 200, "arch": "resnet18", "state_dict": weights, "optimizer": optimizer(state)}
-
-
-def simclr_spijkervet(state, other):
-    return prefixed("encoder.", state) | projector("projector.0.weight", "projector.2.weight")
-
-
-def lightning(state, other):
-    return {
-        "epoch": 10,
-        "global_step": 5,
-        "pytorch-lightning_version": "2.4.0",
-        "state_dict": prefixed("model.backbone.", state) | projector("model.projection.0.weight"),
-        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
-        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(1.0), "dirpath": "here"}},
-        "optimizer_states": [optimizer(state)],
-        "hyper_parameters": {"lr": 0.1},
-    }
-
-
-def resnet_prefix(state, other):
-    return {"state_dict": prefixed("resnet.", state), "optimizer": optimizer(state)}
-
-
-LAYOUTS = [
-    moco_v2,
-    moco_v3,
-    swav,
-    dino,
-    barlow_twins,
-    vicreg,
-    backbone_alone,
-    simclr_sthalles,
-    simclr_spijkervet,
-    lightning,
-    resnet_prefix,
-]
+LAYOUTS = [moco_v2, moco_v3, swav, dino, barlow_twins, backbone_alone, simclr, lightning]
 
 
 def upstream(model):
@@ -200,28 +111,6 @@ def test_lightlys_numbered_children_are_named(build, tmp_path):
     assert report.missing == ["fc.weight", "fc.bias"]
 
 
-def vicregl(model, *, layer_scale):
-    """Name a timm ConvNeXt's weights as VICRegL's own class does, which has no layer scale by default."""
-    renamed = {}
-    for name, value in model.state_dict().items():
-        if name.startswith("head.fc") or (name.endswith("gamma") and not layer_scale):
-            continue
-        for ours, theirs in [
-            ("head.norm.", "norm."),
-            ("stem.", "downsample_layers.0."),
-            ("conv_dw", "dwconv"),
-            ("mlp.fc", "pwconv"),
-            (".blocks", ""),
-        ]:
-            name = name.replace(ours, theirs)
-        parts = name.split(".")
-        if parts[2:3] == ["downsample"]:
-            name = ".".join(["downsample_layers", parts[1], *parts[3:]])
-        renamed[name] = value
-    full = prefixed("module.backbone.", renamed) | projector("module.maps_projector.0.weight")
-    return {"epoch": 150, "model": full, "optimizer": optimizer(renamed)}
-
-
 def test_vicregls_convnext_is_renamed_and_its_missing_layer_scale_is_one(tmp_path):
     source, model = seeded(convnext, 1), seeded(convnext, 3)
     for name, value in source.state_dict().items():
@@ -244,6 +133,9 @@ def test_safetensors_are_read_and_a_whole_classifier_keeps_its_head(tmp_path):
     report = load_checkpoint(model, tmp_path / "w.safetensors", upstream(model))
     assert torch.equal(model(IMAGE), source(IMAGE))
     assert (report.left_out, report.missing) == ([], [])
+    # A head of other classes is left out.
+    report = load(model, source.state_dict() | {"fc.weight": torch.rand(9, 8), "fc.bias": torch.rand(9)}, tmp_path)
+    assert report.left_out == ["fc.weight", "fc.bias"]
 
 
 def test_a_vit_is_loaded_with_its_class_token_and_position_embedding(tmp_path):
@@ -254,14 +146,6 @@ def test_a_vit_is_loaded_with_its_class_token_and_position_embedding(tmp_path):
     report = load(model, dino(backbone_of(source, "head."), {}), tmp_path)
     assert torch.equal(model.forward_features(IMAGE), source.forward_features(IMAGE))
     assert report.place == "teacher/backbone."
-
-
-def test_a_heads_weights_of_another_shape_are_left_out(tmp_path):
-    source, model = seeded(resnet, 1), seeded(resnet, 3)
-    state = source.state_dict() | {"fc.weight": torch.rand(1000, 8), "fc.bias": torch.rand(1000)}
-    report = load(model, state, tmp_path)
-    assert report.left_out == ["fc.weight", "fc.bias"]
-    assert torch.equal(model.forward_features(IMAGE), source.forward_features(IMAGE))
 
 
 def test_less_than_the_whole_backbone_is_an_error_that_lists_the_keys_and_changes_nothing(tmp_path):
@@ -301,24 +185,18 @@ def truncated(state):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda path: None, "expected a file of weights, found none that can be read"),
-        (
-            lambda path: path.write_text("\n<!DOCTYPE html><html>404</html>"),
-            "found a web page: the download went wrong",
-        ),
-        (
-            lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
-            "found a pointer of Git LFS: git lfs pull fetches them",
-        ),
-        (lambda path: path.write_bytes(b""), "a broken file"),
-        (lambda path: path.write_bytes(truncated({"a": torch.rand(99)})), "a broken file"),
-        (lambda path: path.write_text("<p>no weights</p>"), "a broken file"),
+        (None, "expected a file of weights, found none that can be read"),
+        (b"\n<!DOCTYPE html><html>404</html>", "found a web page: the download went wrong"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS: git lfs pull"),
+        (b"", "a broken file"),
+        (truncated({"a": torch.rand(99)}), "a broken file"),
     ],
-    ids=["missing", "web page", "pointer", "empty", "truncated", "text"],
+    ids=["missing", "web page", "pointer", "empty", "truncated"],
 )
 def test_a_file_that_is_no_checkpoint_is_one_clear_line(tmp_path, suffix, content, message):
     file = tmp_path / f"w{suffix}"
-    content(file)
+    if content is not None:
+        file.write_bytes(content)
     with pytest.raises((OSError, ValueError), match=message) as error:
         load_checkpoint(seeded(resnet, 3), file, frozenset())
     assert len(str(error.value).splitlines()) == 1
@@ -331,14 +209,6 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path, make):
         load_checkpoint(seeded(resnet, 3), tmp_path / "w.pth", frozenset())
 
 
-def test_twenty_thousand_prefixes_are_answered_at_once(tmp_path):
-    one = torch.zeros(4)
-    start = time.monotonic()
-    with pytest.raises(ValueError, match=r"found 0 of its \d+ entries"):
-        load(seeded(resnet, 3), {f"part{index}.weight": one for index in range(20_000)}, tmp_path)
-    assert time.monotonic() - start < 10
-
-
 @pytest.mark.parametrize("legacy", [True, False])
 def test_a_pickle_with_code_in_it_is_refused_and_runs_nothing(tmp_path, legacy):
     file = tmp_path / "w.pth"
@@ -349,23 +219,11 @@ def test_a_pickle_with_code_in_it_is_refused_and_runs_nothing(tmp_path, legacy):
     assert len(str(error.value).splitlines()) == 1
 
 
-def endless():
-    content = {}
-    content["state_dict"] = content
-    return content
-
-
-def nested():
-    return {"conv1.weight": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged)}
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (torch.zeros(3), "expected a state dict, found no tensors with names"),
         ({"epoch": 3, "state_dict": {}}, "expected a state dict, found no tensors with names"),
-        (endless(), "expected a state dict, found dictionaries that hold themselves"),
-        (nested(), "expected a state dict, found no tensors with names"),
         ({"features.0.weight": torch.zeros(4, 3, 3, 3)}, r"the whole backbone of ResNet, found 0 of its \d+ entries"),
     ],
 )
@@ -375,15 +233,24 @@ def test_weights_of_nothing_or_of_another_architecture_are_one_clear_line(tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
-@pytest.mark.parametrize("bad", [torch.complex64, "meta", "sparse"])
-def test_tensors_that_no_parameter_can_take_do_not_count(tmp_path, bad):
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda weight: weight.to("meta"),
+        lambda weight: weight.to_sparse(),
+        lambda weight: weight.to(torch.complex64),
+        lambda weight: weight.to(torch.int64),
+        lambda weight: weight[..., :1],
+    ],
+    ids=["meta", "sparse", "complex", "integers", "shape"],
+)
+def test_tensors_that_no_parameter_can_take_do_not_count(tmp_path, make):
     state = backbone_of(seeded(resnet, 1))
-    weight = state["conv1.weight"]
-    state["conv1.weight"] = (
-        weight.to("meta") if bad == "meta" else weight.to_sparse() if bad == "sparse" else weight.to(bad)
-    )
-    with pytest.raises(ValueError, match=r"another shape: conv1\.weight"):
-        load(seeded(resnet, 3), state, tmp_path)
+    # Also where a student and a teacher lack the same.
+    for content in (state, {"student": state, "teacher": state}):
+        state["conv1.weight"] = make(seeded(resnet, 1).conv1.weight.detach())
+        with pytest.raises(ValueError, match=r"another shape: conv1\.weight;"):
+            load(seeded(resnet, 3), content, tmp_path)
 
 
 def test_a_model_that_lost_its_head_classifies_no_longer_and_says_what_was_loaded(tmp_path):
@@ -412,10 +279,6 @@ def test_a_model_that_lost_its_head_classifies_no_longer_and_says_what_was_loade
             "teacher.backbone.",
         ),
         (
-            lambda a, b: {"state_dict": prefixed("student_backbone.", b) | prefixed("teacher_backbone.", a)},
-            "teacher_bac",
-        ),
-        (
             lambda a, b: {"state_dict": prefixed("backbone_momentum.", b) | prefixed("backbone.", a)},
             "state_dict/backbone.",
         ),
@@ -433,14 +296,6 @@ def test_of_several_branches_the_published_one_is_loaded(content, place, tmp_pat
     assert place in report.place
 
 
-def test_the_query_encoder_is_loaded_where_safetensors_put_the_momentum_encoder_first(tmp_path):
-    source, other, model = seeded(resnet, 1), seeded(resnet, 2), seeded(resnet, 3)
-    both = prefixed("encoder_q.", backbone_of(source)) | prefixed("encoder_k.", backbone_of(other))
-    save_file(both, tmp_path / "moco.safetensors")
-    assert load_checkpoint(model, tmp_path / "moco.safetensors", upstream(model)).place == "encoder_q."
-    assert torch.equal(model.forward_features(IMAGE), source.forward_features(IMAGE))
-
-
 @pytest.mark.parametrize("names", [("initial_state", "final_state"), ("teacher", "model")])
 def test_of_several_backbones_that_no_convention_tells_apart_none_is_loaded(names, tmp_path):
     model = seeded(resnet, 3)
@@ -451,23 +306,15 @@ def test_of_several_backbones_that_no_convention_tells_apart_none_is_loaded(name
         load(model, content, tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_of_lower_precision_are_converted(dtype, tmp_path):
+def test_weights_of_lower_precision_are_converted(tmp_path):
     source, model = seeded(resnet, 1), seeded(resnet, 3)
-    state = {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in backbone_of(source).items()
-    }
-    load(model, state, tmp_path)
+    load(model, backbone_of(seeded(resnet, 1).bfloat16()), tmp_path)
     torch.testing.assert_close(model.conv1.weight, source.conv1.weight, rtol=0.1, atol=0.01)
     assert model.conv1.weight.dtype == torch.float32
 
 
-def test_integers_for_weights_and_numbers_that_are_none_are_refused(tmp_path):
+def test_numbers_that_are_none_are_refused(tmp_path):
     state = backbone_of(seeded(resnet, 1))
-    with pytest.raises(ValueError, match=r"another shape: conv1\.weight;"):
-        load(seeded(resnet, 3), state | {"conv1.weight": state["conv1.weight"].to(torch.int64)}, tmp_path)
-    with pytest.raises(ValueError, match=r"another shape: conv1\.weight;"):
-        load(seeded(resnet, 3), state | {"conv1.weight": state["conv1.weight"].to(torch.float8_e4m3fn)}, tmp_path)
     with pytest.raises(ValueError, match=r"expected finite weights, found NaN or Inf in bn1\.bias$"):
         load(seeded(resnet, 3), state | {"bn1.bias": state["bn1.bias"] / 0}, tmp_path)
 

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,7 +26,7 @@ from tucker_cam.text import printable
 
 # What a command needs is imported in it: PyTorch and the host take seconds, which help and a mistyped name need not.
 if TYPE_CHECKING:
-    from tucker_cam.models import LoadedModel
+    from tucker_cam.models.loading import Loading
 
 app = typer.Typer(
     help="Saliency maps that need no label: Tucker and multivector Tucker, beside EigenCAM.",
@@ -99,9 +98,6 @@ def _prepare(
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
 ) -> None:
     _DEBUG.set(debug)
-    logger = logging.getLogger("tucker_cam")
-    logger.handlers, logger.propagate = [_Say()], False
-    logger.setLevel(logging.INFO)
     # The hub's retries without a network would bury the one line that says what to do.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # One line, without a path in a package and a line of its source.
@@ -182,19 +178,12 @@ def explain(
             view=view,
             colormap=colormap,
             alpha=alpha,
-            weights=weights,
-            pretrained=not no_pretrained,
-            layers=layer or [],
-            size=size,
-            crop=not no_crop,
-            mean=mean,
-            std=std,
-            device=device,
             aug_smooth=aug_smooth,
             limit=limit,
             batch_size=batch_size,
             workers=workers,
             engine=engine,
+            **_loading(layer, no_pretrained, weights, device, size, no_crop, mean, std),
         )
         problems += map(str, explanations.failures)
 
@@ -211,7 +200,7 @@ def layers(
         with importing():
             from tucker_cam.cli.layers import print_layers
 
-        print_layers(model, partial(_load, model, layer or [], weights, not no_pretrained, None))
+        print_layers(model, _loading(layer, no_pretrained, weights))
 
 
 @app.command()
@@ -251,7 +240,13 @@ def evaluate(
     ] = None,
     no_pretrained: RandomWeights = False,
     weights: Weights = None,
+    size: Size = None,
+    no_crop: NoCrop = False,
+    mean: Mean = None,
+    std: Std = None,
     device: Device = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 8,
+    workers: Workers = None,
 ) -> None:
     """Score the methods and controls on a folder of pictures, with boxes, with masks or without."""
     with _user_errors("evaluation", goes_on=True) as problems:
@@ -263,13 +258,16 @@ def evaluate(
 
         problems += evaluate_folder(
             data,
-            load=partial(_load, model, [layer] if layer else [], weights, not no_pretrained, device),
-            methods=method or list(METHODS),
-            groups=groups,
+            model,
+            method,
+            out,
+            report,
+            metrics=groups,
             annotations=annotations,
             limit=limit,
-            out=out,
-            report=report,
+            batch_size=batch_size,
+            workers=workers,
+            **_loading([layer] if layer else [], no_pretrained, weights, device, size, no_crop, mean, std),
         )
 
 
@@ -291,23 +289,31 @@ def spectrum(
         with importing():
             from tucker_cam.cli.spectrum import write_spectrum
 
-        problems += write_spectrum(
-            data,
-            load=partial(_load, model, [layer] if layer else [], weights, not no_pretrained, device),
-            limit=limit,
-            out=out,
-        )
+        loading = _loading([layer] if layer else [], no_pretrained, weights, device)
+        problems += write_spectrum(data, model, out, limit=limit, workers=None, **loading)
 
 
-def _load(model: str, layers: list[str], weights: Path | None, pretrained: bool, device: str | None) -> LoadedModel:
-    with importing():
-        import torch
-
-        from tucker_cam.models import load_model
-
-    # Random weights are the same when a run is gone on with, and in every process.
-    torch.manual_seed(0)
-    return load_model(model, layers=layers, weights=weights, pretrained=pretrained, device=device)
+def _loading(
+    layers: list[str] | None,
+    no_pretrained: bool,
+    weights: Path | None,
+    device: str | None = None,
+    size: int | None = None,
+    no_crop: bool = False,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Loading:
+    """Return the arguments of `load_model`."""
+    return {
+        "layers": layers or [],
+        "pretrained": not no_pretrained,
+        "weights": weights,
+        "device": device,
+        "size": size,
+        "crop": not no_crop,
+        "mean": mean,
+        "std": std,
+    }
 
 
 def _show_traceback() -> None:
@@ -323,6 +329,10 @@ def _user_errors(extra: str = "demo", *, goes_on: bool = False) -> Iterator[list
     """
     problems: list[str] = []
     code = _SOME_FAILED
+    logger, handler = logging.getLogger("tucker_cam"), _Say()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
     try:
         yield problems
     except ModuleNotFoundError as error:
@@ -339,6 +349,9 @@ def _user_errors(extra: str = "demo", *, goes_on: bool = False) -> Iterator[list
     except KeyboardInterrupt:
         say(f"stopped{'; the same command goes on where it was' if goes_on else ''}", error=True)
         raise typer.Exit(INTERRUPTED) from None
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
     for problem in problems:
         say(f"error: {problem}", error=True)
     if problems:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from rich.table import Table
 
 from tucker_cam.cli.lines import say
 from tucker_cam.console import PlainConsole
-from tucker_cam.models import LoadedModel, NoLayerError, SpatialLayer
+from tucker_cam.models import NoLayerError, SpatialLayer, load_model
+from tucker_cam.models.loading import Loading
 
 _UNBOUNDED = 10_000
 """Of no terminal a line is a row, whatever its length."""
 
 
-def print_layers(name: str, load: Callable[[], LoadedModel]) -> None:
+def print_layers(name: str, loading: Loading) -> None:
     """Print the layers with a spatial map in the order in which they run, the chosen ones marked."""
     console = PlainConsole()
     if not console.is_terminal:
         console.width = _UNBOUNDED
     try:
-        loaded = load()
+        loaded = load_model(name, **loading)
     except NoLayerError as error:
         if not error.layers:
             raise

@@ -8,7 +8,6 @@ positions) squared.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,16 +16,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-# The error of a Gram matrix accumulated in float32, relative to its largest eigenvalue, in the 2-norm: 1e-8 to 1.3e-7
-# was measured on feature maps (4e-7 on Gaussian noise, which has no eigenvalue that stands out); but 5e-6 where fewer
-# rows than these are multiplied, which BLAS sums one number after the other.
-_SINGLE_NOISE = 2e-7
-_FEW_ROWS = 16
-# What a map may be off, as a share of its contrast, its largest less its smallest value.
-_MAP_TOLERANCE = 1e-5
 # An image's features outside of these are scaled first: sums of their squares could leave float32's range, or lose
 # digits to its denormal numbers.
 _SMALLEST_PEAK, _LARGEST_PEAK = 1e-12, 1e12
+# Others, Apple's MPS for one, have no float64 or no eigendecompositions.
+_DEVICES_THAT_DECOMPOSE = ("cpu", "cuda")
 # Rows that are turned into float64 at a time: the copy stays in the processor's cache.
 _ROWS_AT_A_TIME = 256
 # From this size on a Krylov subspace is faster than a full eigendecomposition, for one vector of it.
@@ -38,7 +32,7 @@ _KRYLOV_STEPS_AT_A_TIME, _KRYLOV_STEPS = 8, 32
 _RESIDUAL_TOLERANCE = 1e-8
 
 
-def moderate(
+def rescale_extremes(
     features: Float[Tensor, "batch channels *spatial"],
 ) -> tuple[Float[Tensor, "batch channels *spatial"], Float[Tensor, " batch"]]:
     """Return the features, at least float32, with squares that a float can hold, and what each image was divided by.
@@ -58,7 +52,7 @@ def unfold(features: Float[Tensor, "batch channels *spatial"]) -> Float[Tensor, 
 
     A view where the layout in memory allows one, as NCHW and channels_last do.
     """
-    unfolding = (features if _can_decompose(features.device.type) else features.cpu()).flatten(2)
+    unfolding = (features if features.device.type in _DEVICES_THAT_DECOMPOSE else features.cpu()).flatten(2)
     return unfolding.double() if _products_may_be_rounded() else unfolding
 
 
@@ -66,9 +60,13 @@ def is_tall(unfolding: Tensor) -> bool:
     return unfolding.shape[1] >= unfolding.shape[2]
 
 
-def gram(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor, "batch small small"]:
+def as_tall(unfolding: Tensor) -> Tensor:
+    return unfolding if is_tall(unfolding) else unfolding.mT
+
+
+def gram_matrix(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor, "batch small small"]:
     r"""Return $F^\top F$, or $F F^\top$ where that is smaller, accumulated in float64."""
-    tall = _as_tall(unfolding)
+    tall = as_tall(unfolding)
     product = unfolding.new_zeros(tall.shape[0], tall.shape[2], tall.shape[2], dtype=torch.float64)
     for rows in tall.split(_ROWS_AT_A_TIME, dim=1):
         precise = rows.double()
@@ -91,87 +89,31 @@ def eigenpairs(
     return values.flip(-1).clamp_min(0), vectors.flip(-1)
 
 
-def map_within_tolerance(
-    unfolding: Float[Tensor, "batch channels positions"],
-    solve: Callable[[Tensor, float], tuple[Tensor, Tensor]],
-    project: Callable[[Tensor, Tensor], Tensor],
-) -> Float[Tensor, "batch positions"]:
-    """Return each image's map, from a Gram matrix accumulated in float32 where that does, or else in float64.
-
-    Args:
-        unfolding: F.
-        solve: from a Gram matrix and the noise in it, relative to its largest eigenvalue, to the solution of each
-            image, and how far its direction may be off because of that noise, in the 2-norm.
-        project: from F and the solution to the map, not negative, in float64.
-    """
-    if min(unfolding.shape[1:]) < _FEW_ROWS:
-        unfolding = unfolding.double()
-    tall = _as_tall(unfolding)
-    noise = 0.0 if unfolding.dtype == torch.float64 else _SINGLE_NOISE
-    matrix = (tall.mT @ tall).double()
-    solution, error = solve(matrix, noise)
-    maps = project(unfolding, solution)
-    if noise:
-        off = error * _reach(unfolding, matrix, maps) > _MAP_TOLERANCE * (maps.amax(1) - maps.amin(1))
-        if off.any():
-            solution, _ = solve(gram(unfolding[off]), 0.0)
-            maps[off] = project(unfolding[off].double(), solution)
-    return maps
-
-
-def _reach(
-    unfolding: Float[Tensor, "batch channels positions"],
-    matrix: Float[Tensor, "batch small small"],
-    maps: Float[Tensor, "batch positions"],
-) -> Float[Tensor, " batch"]:
-    """Return by how much a map can be off at one position, for each part that its direction is off.
-
-    That is the length of the features there: tall, the root of the matrix's diagonal. Wide, they are no longer than
-    their largest number in all channels, nor is the whole map shorter than what an error of its direction adds to it.
-    """
-    if is_tall(unfolding):
-        return matrix.diagonal(dim1=-2, dim2=-1).amax(1).sqrt()
-    largest = torch.maximum(unfolding.amax((1, 2)), -unfolding.amin((1, 2))).double()
-    return torch.minimum(maps.norm(dim=1), largest * unfolding.shape[1] ** 0.5)
-
-
 def leading_eigenvector(
-    matrix: Float[Tensor, "batch n n"], noise: float = 0.0
+    matrix: Float[Tensor, "batch n n"], *, exact: bool
 ) -> tuple[Float[Tensor, "batch n"], Float[Tensor, " batch"]]:
-    """Return each leading eigenvector, times the root of its eigenvalue, and its relative error in the 2-norm."""
-    if matrix.shape[-1] < _LARGE:
-        return _complete(matrix, noise)
-    vectors, error, converged = _krylov(matrix, noise)
-    if not converged.all():
-        if noise:
-            return vectors, error.masked_fill(~converged, torch.inf)
-        vectors[~converged], error[~converged] = _complete(matrix[~converged], noise)
-    return vectors, error
+    """Return each leading eigenvector, times the root of its eigenvalue, and the gap to the second eigenvalue.
 
-
-def relative_error(values: Float[Tensor, "batch n"], noise: float) -> Float[Tensor, " batch"]:
-    """Return what noise in a matrix does to its leading eigenvector, in the 2-norm: see Davis and Kahan (1970).
-
-    It is the noise, relative to the first eigenvalue, over the gap to the second one, relative to it too.
+    The gap is relative to the first eigenvalue; unless `exact`, it is 0 where the vector was not found in a few steps.
     """
-    return noise * values[:, 0] / _gap(values).clamp_min(torch.finfo(values.dtype).tiny)
+    if matrix.shape[-1] < _LARGE:
+        return _complete(matrix)
+    vectors, gaps, converged = _krylov(matrix)
+    if exact and not converged.all():
+        vectors[~converged], gaps[~converged] = _complete(matrix[~converged])
+        return vectors, gaps
+    return vectors, gaps.masked_fill(~converged, 0)
 
 
-def _complete(
-    matrix: Float[Tensor, "batch n n"], noise: float
-) -> tuple[Float[Tensor, "batch n"], Float[Tensor, " batch"]]:
+def _complete(matrix: Float[Tensor, "batch n n"]) -> tuple[Float[Tensor, "batch n"], Float[Tensor, " batch"]]:
     values, vectors = eigenpairs(matrix)
-    return values[:, :1].sqrt() * vectors[..., 0], relative_error(values, noise)
+    return values[:, :1].sqrt() * vectors[..., 0], _relative_gap(values)
 
 
 def _krylov(
-    matrix: Float[Tensor, "batch n n"], noise: float
+    matrix: Float[Tensor, "batch n n"],
 ) -> tuple[Float[Tensor, "batch n"], Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """Find the leading eigenvector by Rayleigh-Ritz on a Krylov subspace (Lanczos with full reorthogonalisation).
-
-    Returns:
-        The vector as `leading_eigenvector` does, its error because of the noise, and whether it has converged.
-    """
+    """Find it by Rayleigh-Ritz on a Krylov subspace (Lanczos with full reorthogonalisation), and say where it was."""
     # A fixed random start: whatever is regular, ones for example, can be orthogonal to a regular eigenvector.
     generator = torch.Generator("cpu").manual_seed(0)
     start = torch.randn(matrix.shape[-1], generator=generator, dtype=matrix.dtype, device="cpu").to(matrix.device)
@@ -188,27 +130,16 @@ def _krylov(
         values, mixing = eigenpairs(basis @ images.mT)
         vector, image = ((mixing[:, None, :, 0] @ rows).squeeze(1) for rows in (basis, images))
         residual = (image - values[:, :1] * vector).norm(dim=-1)
-        converged = residual <= _RESIDUAL_TOLERANCE * _gap(values)
+        gaps = _relative_gap(values)
+        converged = residual <= _RESIDUAL_TOLERANCE * gaps * values[:, 0]
         if converged.all() or basis.shape[1] > _KRYLOV_STEPS:
-            return values[:, :1].sqrt() * vector, relative_error(values, noise), converged
+            return values[:, :1].sqrt() * vector, gaps, converged
 
 
-def _gap(values: Float[Tensor, "batch n"]) -> Float[Tensor, " batch"]:
-    return values[:, 0] - values[:, 1] if values.shape[1] > 1 else values[:, 0]
-
-
-def _as_tall(unfolding: Tensor) -> Tensor:
-    return unfolding if is_tall(unfolding) else unfolding.mT
-
-
-@cache
-def _can_decompose(device_type: str) -> bool:
-    """Tell whether a device has float64 and eigendecompositions; Apple's MPS, for one, has not."""
-    try:
-        torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=device_type))
-    except (NotImplementedError, RuntimeError, TypeError):
-        return False
-    return True
+def _relative_gap(values: Float[Tensor, "batch n"]) -> Float[Tensor, " batch"]:
+    first = values[:, 0]
+    gap = first - values[:, 1] if values.shape[1] > 1 else first
+    return gap / first.clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def _products_may_be_rounded() -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from tucker_cam.decomposition.gram import eigenpairs, gram, is_tall, map_within_tolerance, relative_error
+from tucker_cam.decomposition.gram import as_tall, eigenpairs, gram_matrix, is_tall
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 # TensorLy's rule: stop after at least three sweeps when the relative error moves by less than this.
 _TOLERANCE = 1e-4
 _LEAST_SWEEPS, _MOST_SWEEPS = 3, 100
-# Where no direction stands out, sweeps multiply the noise in a Gram matrix. Of images with less than this share of
-# their squared norm in the first direction, some that took 7 sweeps or more came out wrong by 1e-4.
-_OUTSTANDING, _NOISY_SWEEPS = 0.25, 5
 # Singular values from a float64 Gram matrix are noise below this share of the largest one.
 _NEGLIGIBLE = 1e-7
 
@@ -39,107 +36,71 @@ class Components(NamedTuple):
         values: batch x rank, descending; $s_i$, the norms of the core's mode-1 slices.
         maps: batch x rank x positions; $a_i^\top F_{(1)}$.
         directions: the factor $A_1$ where F is wide; batch x positions x rank, with $A_1 = F_{(1)} D$, where tall.
-        error: batch; how far the first direction may be off because of the noise in the Gram matrix, in the 2-norm;
-            infinite where that is not known.
     """
 
     values: Tensor
     maps: Tensor
     directions: Tensor
-    error: Tensor
 
 
 def truncated_components(
     unfolding: Float[Tensor, "batch channels positions"], spatial: tuple[int, ...], rank: tuple[int, ...]
 ) -> Components:
-    """Truncate each image's Tucker decomposition to a feasible rank, one for each mode, in float64."""
-    if is_tall(unfolding):
-        return _iterate(gram(unfolding), spatial, rank, tall=True)
-    return _iterate(unfolding.double(), spatial, rank, tall=False)
+    """Truncate each image's Tucker decomposition to a feasible rank, one for each mode, in float64.
 
-
-def truncated_leading_map(
-    unfolding: Float[Tensor, "batch channels positions"], spatial: tuple[int, ...], rank: tuple[int, ...]
-) -> Float[Tensor, "batch positions"]:
-    """Return the absolute first map alone, from a float32 Gram matrix where the difference cannot be seen."""
-    if not is_tall(unfolding):
-        return truncated_components(unfolding, spatial, rank).maps[:, 0].abs()
-
-    def solve(matrix: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-        components = _iterate(matrix, spatial, rank, tall=True, noise=noise)
-        return components.maps[:, 0], components.error
-
-    return map_within_tolerance(unfolding, solve, lambda _, first: first.abs())
-
-
-def _iterate(
-    source: Float[Tensor, "batch rows positions"],
-    spatial: tuple[int, ...],
-    rank: tuple[int, ...],
-    *,
-    tall: bool,
-    noise: float = 0.0,
-) -> Components:
-    """Sweep until each image's relative error settles; `source` is G where F is tall, F where it is wide.
-
-    An image that has settled takes no part in further sweeps, so a batch gives what its images give alone.
+    An image whose relative error has settled takes no part in further sweeps, so a batch gives what its images give
+    alone.
     """
+    tall = is_tall(unfolding)
+    # All that a sweep reads: G where F is tall, F where it is wide.
+    source = gram_matrix(unfolding) if tall else unfolding.double()
     squared_norm = source.diagonal(dim1=-2, dim2=-1).sum(-1) if tall else source.square().sum((1, 2))
     squared_norm = squared_norm.clamp_min(torch.finfo(source.dtype).tiny)
     # TensorLy initialises A_1 too; the first update replaces it unread.
     factors = _initial_factors(source, spatial, rank[1:], tall=tall)
     running = torch.arange(len(source), device=source.device)
-    error, trusted = torch.zeros_like(squared_norm), torch.ones_like(squared_norm, dtype=torch.bool)
+    error = torch.zeros_like(squared_norm)
     found = []
     for sweep in range(1, _MOST_SWEEPS + 1):
         maps, directions = (_update_from_gram if tall else _update_from_features)(source, factors, spatial, rank[0])
         projected = maps.reshape(*maps.shape[:2], *spatial)
         for mode, length in enumerate(rank[1:]):
             others = _project(projected, {m: factor for m, factor in enumerate(factors) if m != mode})
-            factors[mode] = _leading_left_vectors(others.movedim(mode + 2, 1).flatten(2), length)
-        core = _project(projected, dict(enumerate(factors))).flatten(2)
-        previous, error = error, ((squared_norm - core.square().sum((1, 2))).abs() / squared_norm).sqrt()
-        if sweep < _LEAST_SWEEPS:
+            squares, factors[mode] = _leading_left_vectors(others.movedim(mode + 2, 1).flatten(2), length)
+        # The core is what the last update leaves of the features; these are the squared norms of its slices.
+        previous, error = error, ((squared_norm - squares.sum(1)).abs() / squared_norm).sqrt()
+        settled = ((error - previous).abs() < _TOLERANCE) | (sweep == _MOST_SWEEPS)
+        if sweep < _LEAST_SWEEPS or not settled.any():
             continue
-        change = (error - previous).abs()
-        # An error is the root of a share of the squared norm: noise in that is noise / (2 error) in the error.
-        trusted &= (change - _TOLERANCE).abs() * error >= noise
-        settled = (change < _TOLERANCE) | (sweep == _MOST_SWEEPS)
-        values = core.norm(dim=2)
-        if noise and sweep >= _NOISY_SWEEPS:
-            given_up = ~settled & (values.amax(1).square() < _OUTSTANDING * squared_norm)
-            trusted &= ~given_up
-            settled |= given_up
-        if settled.any():
-            found.append([x[settled] for x in (running, values, maps, directions, trusted)])
-            if settled.all():
-                break
-            left = ~settled
-            source, squared_norm, running, error, trusted, *factors = (
-                x[left] for x in (source, squared_norm, running, error, trusted, *factors)
-            )
-    images, values, maps, directions, trusted = (torch.cat(parts) for parts in zip(*found, strict=True))
-    values, maps, directions, trusted = (x[images.argsort()] for x in (values, maps, directions, trusted))
+        core = _project(projected[settled], {m: factor[settled] for m, factor in enumerate(factors)})
+        found.append((running[settled], core.flatten(2).norm(dim=2), maps[settled], directions[settled]))
+        if settled.all():
+            break
+        source, squared_norm, running, error, *factors = (
+            x[~settled] for x in (source, squared_norm, running, error, *factors)
+        )
+    images, values, maps, directions = (torch.cat(parts) for parts in zip(*found, strict=True))
+    values, maps, directions = (x[images.argsort()] for x in (values, maps, directions))
     values, order = values.sort(dim=1, descending=True, stable=True)
     return Components(
         values,
         maps.gather(1, order[:, :, None].expand_as(maps)),
         directions.gather(2, order[:, None, :].expand_as(directions)),
-        relative_error(values.square(), noise).masked_fill(~trusted, torch.inf),
     )
 
 
 def _initial_factors(source: Tensor, spatial: tuple[int, ...], rank: tuple[int, ...], *, tall: bool) -> list[Tensor]:
     """Return each spatial mode's leading left singular vectors."""
-    if not tall:
-        tensor = source.reshape(*source.shape[:2], *spatial)
-        return [_leading_left_vectors(tensor.movedim(mode + 2, 1).flatten(2), r) for mode, r in enumerate(rank)]
     factors = []
     for mode, r in enumerate(rank):
-        before, length, after = prod(spatial[:mode]), spatial[mode], prod(spatial[mode + 1 :])
-        # The Gram matrix of a spatial unfolding, from that of the positions.
-        matrix = torch.einsum("bxhyxky->bhk", source.reshape(-1, before, length, after, before, length, after))
-        factors.append(_leading_eigenvectors(matrix, r))
+        if tall:
+            before, length, after = prod(spatial[:mode]), spatial[mode], prod(spatial[mode + 1 :])
+            # The Gram matrix of a spatial unfolding, from that of the positions.
+            matrix = torch.einsum("bxhyxky->bhk", source.reshape(-1, before, length, after, before, length, after))
+            factors.append(eigenpairs(matrix)[1][..., :r])
+        else:
+            tensor = source.reshape(*source.shape[:2], *spatial)
+            factors.append(_leading_left_vectors(tensor.movedim(mode + 2, 1).flatten(2), r)[1])
     return factors
 
 
@@ -163,21 +124,17 @@ def _update_from_features(
 ) -> tuple[Float[Tensor, "batch rank positions"], Float[Tensor, "batch channels rank"]]:
     r"""Return $A_1^\top F$ and $A_1$, the leading left singular vectors of F with its spatial modes projected."""
     projected = _project(unfolding.reshape(*unfolding.shape[:2], *spatial), dict(enumerate(factors)))
-    factor = _leading_left_vectors(projected.flatten(2), rank)
+    _, factor = _leading_left_vectors(projected.flatten(2), rank)
     return factor.mT @ unfolding, factor
 
 
-def _leading_left_vectors(matrix: Float[Tensor, "batch rows columns"], rank: int) -> Float[Tensor, "batch rows rank"]:
-    """Return the first left singular vectors, by way of the smaller Gram matrix."""
-    if is_tall(matrix):
-        orthonormal: Tensor = torch.linalg.qr(matrix @ _leading_eigenvectors(matrix.mT @ matrix, rank)).Q
-        return orthonormal
-    return _leading_eigenvectors(matrix @ matrix.mT, rank)
-
-
-def _leading_eigenvectors(matrix: Float[Tensor, "batch n n"], rank: int) -> Float[Tensor, "batch n rank"]:
-    _, vectors = eigenpairs(matrix)
-    return vectors[..., :rank]
+def _leading_left_vectors(
+    matrix: Float[Tensor, "batch rows columns"], rank: int
+) -> tuple[Float[Tensor, "batch rank"], Float[Tensor, "batch rows rank"]]:
+    """Return the first squared singular values and left singular vectors, by way of the smaller Gram matrix."""
+    squares, vectors = eigenpairs(as_tall(matrix).mT @ as_tall(matrix))
+    vectors = vectors[..., :rank]
+    return squares[:, :rank], torch.linalg.qr(matrix @ vectors).Q if is_tall(matrix) else vectors
 
 
 def _kronecker(factors: list[Tensor]) -> Float[Tensor, "batch positions columns"]:

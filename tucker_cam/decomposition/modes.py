@@ -7,7 +7,7 @@ higher-order SVD (De Lathauwer et al., 2000), a truncated one is found by higher
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import tensorly as tl
@@ -15,7 +15,7 @@ import torch
 from tensorly.decomposition import tucker
 from torch import Tensor
 
-from tucker_cam.decomposition.gram import is_tall, moderate, unfold
+from tucker_cam.decomposition.gram import is_tall, rescale_extremes, unfold
 from tucker_cam.decomposition.hooi import truncated_components
 from tucker_cam.decomposition.rank import Rank, feasible_rank, full_rank
 from tucker_cam.errors import BadTypeError, BadValueError
@@ -62,7 +62,8 @@ def channel_modes(
         features: batch x channels x spatial (one axis or more), floating point, finite. Float16 and bfloat16 are
             computed, and returned, in float32; the arithmetic is done in float64.
         rank: None for full multilinear rank; an int for all modes, one int for each of (channels, *spatial), a float
-            for that share of the parameters, or "same" for as many; see `feasible_rank`, which clips it.
+            for that share of the tensor's number of parameters, or "same" for as many, as TensorLy's
+            `validate_tucker_rank` has them; clipped to what is feasible.
         center: subtract each channel's spatial mean first, as PCA does.
         engine: "torch", or "tensorly" for TensorLy's own `tucker`, one image at a time: slow, and the same.
 
@@ -73,8 +74,7 @@ def channel_modes(
 
     Raises:
         TypeError: `features` is no floating point tensor, or `rank` is of another kind.
-        ValueError: no spatial axis, an empty axis, non-finite numbers, a rank that fits no tensor of this shape, or
-            an unknown engine.
+        ValueError: no spatial axis, an empty axis, non-finite numbers, a rank or an engine that there is not.
 
     Example:
         >>> features = torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]])
@@ -85,12 +85,14 @@ def channel_modes(
         tensor([[[ 0.,  0., -4.],
                  [ 3.,  0.,  0.]]])
     """
-    check_features(features)
-    check_engine(engine)
+    check_features(features, "features")
+    if not features.isfinite().all():
+        raise BadValueError("expected finite features, got NaN or Inf: use torch.nan_to_num")
+    check_choice("engine", engine, Engine)
     spatial = features.shape[2:]
     ranks = feasible_rank(rank, tuple(features.shape[1:]))
-    moderated, divisors = moderate(features)
-    unfolding = unfold(moderated).double()
+    rescaled, divisors = rescale_extremes(features)
+    unfolding = unfold(rescaled).double()
     divisors = divisors.to(unfolding)
     if center:
         unfolding = unfolding - unfolding.mean(-1, keepdim=True)
@@ -103,76 +105,68 @@ def channel_modes(
         values, directions = components.values, components.directions
         # Orthonormal but for rounding; where the features lack rank, QR puts in what is missing.
         vectors = torch.linalg.qr(unfolding @ directions if is_tall(unfolding) else directions).Q
-    vectors = vectors * signs(vectors)[:, None, :]
+    signs, _ = fixed_signs(vectors)
+    vectors = vectors * signs[:, None, :]
     values = values * divisors[:, None]
     maps = (vectors.mT @ unfolding * divisors[:, None, None]).reshape(*values.shape, *spatial)
     dtype = torch.promote_types(features.dtype, torch.float32)
     return ChannelModes(*(part.to(features.device, dtype) for part in (vectors, values, maps)))
 
 
-def signs(vectors: Float[Tensor, "batch channels rank"]) -> Float[Tensor, "batch rank"]:
-    """Return the sign, +1 or -1, of the entry of largest magnitude in each column: the first such entry where two tie.
+def fixed_signs(
+    vectors: Float[Tensor, "batch channels rank"],
+) -> tuple[Float[Tensor, "batch rank"], Float[Tensor, "batch rank"]]:
+    """Return what makes each column's entry of largest magnitude positive, +1 or -1: the first entry's where two tie.
 
     A singular vector is defined up to its sign. Multiplying by this makes it unique, as TensorLy's ``svd_flip`` does
     (which returns 0, not 1, for a column of zeros).
+
+    Returns:
+        The signs, and by how much each column's largest entry leads the largest of the other sign.
     """
-    sign, _ = signs_and_leads(vectors)
-    return sign
-
-
-def signs_and_leads(
-    vectors: Float[Tensor, "batch channels rank"],
-) -> tuple[Float[Tensor, "batch rank"], Float[Tensor, "batch rank"]]:
-    """Return `signs`, and by how much each column's largest entry leads the largest of the other sign."""
     largest, smallest = vectors.amax(1), vectors.amin(1)
-    sign = torch.where(largest + smallest < 0, -1.0, 1.0).to(vectors.dtype)
+    signs = torch.where(largest + smallest < 0, -1.0, 1.0).to(vectors.dtype)
     tied = (largest == -smallest) & (largest > 0)
     if tied.any():
         first = vectors.abs().argmax(1, keepdim=True)
-        sign = torch.where(tied, vectors.gather(1, first).squeeze(1).sign(), sign)
-    return sign, (largest + smallest).abs()
+        signs = torch.where(tied, vectors.gather(1, first).squeeze(1).sign(), signs)
+    return signs, (largest + smallest).abs()
 
 
-def check_features(features: Tensor) -> None:
-    """Raise TypeError or ValueError unless `features` is a finite float tensor, batch x channels x spatial."""
-    if not isinstance(features, Tensor):
-        raise BadTypeError(f"expected features as a torch.Tensor, got {type(features).__name__}: use torch.as_tensor")
-    check_kind(features, "features")
-    if not features.is_floating_point():
-        raise BadTypeError(f"expected floating point features, got {features.dtype}: use features.float()")
-    shape = tuple(features.shape)
-    if len(shape) < 3:
-        raise BadValueError(
-            f"expected features as batch x channels x spatial, got {shape}: "
-            "add the batch axis with features[None], or pass maps that still have a spatial axis"
-        )
-    if 0 in shape:
-        raise BadValueError(f"expected features without an empty axis, got {shape}")
-    if not features.isfinite().all():
-        raise BadValueError("expected finite features, got NaN or Inf: use torch.nan_to_num")
+def check_features(features: object, name: object) -> Tensor:
+    """Return floating point numbers, batch x channels x spatial; raise TypeError or ValueError for all else.
 
-
-def check_kind(tensor: Tensor, name: str) -> None:
-    """Raise TypeError or ValueError for a tensor of a kind that PyTorch has not the whole of its arithmetic for.
-
-    Args:
-        tensor: of any shape.
-        name: what it is, in the plural, for the message.
+    `name` says in the message what they are.
     """
-    if tensor.is_nested:
-        raise BadTypeError(f"expected {name} of one size, got a nested tensor: torch.stack those of one size")
-    if tensor.layout is not torch.strided:
-        raise BadTypeError(f"expected {name} as a dense tensor, got one of layout {tensor.layout}: use to_dense()")
-    if tensor.is_floating_point() and tensor.dtype not in _FLOATS:
-        raise BadTypeError(f"expected {name} of 16 bits or more, got {tensor.dtype}: use float()")
-    if tensor.is_meta:
-        raise BadValueError(f"expected {name} with numbers in them, got a tensor on the meta device")
+    if not isinstance(features, Tensor):
+        raise BadTypeError(
+            f"expected {name} as one torch.Tensor, got {type(features).__name__}: choose a layer inside it, or pick "
+            "the tensor in a reshape_transform"
+        )
+    check_kind(features, name)
+    if features.dtype not in _FLOATS:
+        raise BadTypeError(f"expected {name} as floating point numbers of 16 bits or more, got {features.dtype}")
+    shape = tuple(features.shape)
+    if len(shape) < 3 or 0 in shape:
+        raise BadValueError(
+            f"expected {name} as batch x channels x spatial, none of them empty, got {shape}: choose a layer before "
+            "the spatial axes are pooled, or make room for them in a reshape_transform"
+        )
+    return features
 
 
-def check_engine(engine: str) -> None:
-    """Raise ValueError for an engine that does not exist."""
-    if engine not in get_args(Engine):
-        raise BadValueError(f"expected engine as one of {', '.join(map(repr, get_args(Engine)))}, got {engine!r}")
+def check_kind(tensor: Tensor, name: object) -> None:
+    """Raise TypeError for a tensor of a kind that PyTorch has not the whole of its arithmetic for."""
+    if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_meta:
+        raise BadTypeError(
+            f"expected {name} as a dense tensor with numbers in it, got one that is nested, sparse or meta"
+        )
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise ValueError for a value that is none of a `Literal`."""
+    if value not in get_args(choices):
+        raise BadValueError(f"expected {name} as one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
 
 
 def _tensorly_factor(

@@ -36,15 +36,7 @@ def feasible_rank(rank: Rank, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     The rank of a mode is at most the length of its axis, and at most the product of the other ranks; larger ones are
     clipped to that.
 
-    Args:
-        rank: None for full multilinear rank; an int for the same rank in every mode; one int for each mode; a float
-            for that share of the tensor's number of parameters, and "same" for all of it, as TensorLy's
-            `validate_tucker_rank` turns them into ints.
-        shape: channels x spatial, of one image.
-
-    Raises:
-        TypeError: `rank` is of another kind.
-        ValueError: `rank` is not positive, not finite, or has not one part for each mode.
+    The shape is channels x spatial, of one image; see `channel_modes` for the rank and the errors.
 
     Example:
         >>> feasible_rank((100, 4, 9), (1280, 7, 7))
@@ -58,14 +50,12 @@ def feasible_rank(rank: Rank, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     if rank is None:
         return None
     parts: Sequence[int]
-    if isinstance(rank, (int, Integral)):
-        parts = [int(rank)] * len(shape)
-    elif isinstance(rank, (float, Real, str)):
-        # A larger share than that of full rank can leave float's range.
-        most = 1 + sum(length**2 for length in shape) / prod(shape)
-        parts = validate_tucker_rank(shape, rank=rank if rank == "same" else float(min(rank, most)))
-    else:
+    if isinstance(rank, Sequence) and not isinstance(rank, str):
         parts = [int(part) for part in rank]
+    elif isinstance(rank, (int, Integral)):
+        parts = [int(rank)] * len(shape)
+    else:
+        parts = validate_tucker_rank(shape, rank=rank if rank == "same" else float(rank))
     if len(parts) != len(shape):
         raise BadValueError(
             f"expected a rank of {len(shape)} parts for feature maps of shape {shape}, channels first, got {rank!r}"
@@ -75,12 +65,7 @@ def feasible_rank(rank: Rank, shape: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def full_rank(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the highest multilinear rank that a tensor of this shape can have.
-
-    Example:
-        >>> full_rank((1280, 7, 7))
-        (49, 7, 7)
-    """
+    """Return the highest multilinear rank that a tensor of this shape can have."""
     return _clip(shape, shape)
 
 

@@ -1,15 +1,21 @@
 r"""Saliency maps in, one number for each map out: does the map lie on the object, does the network need what it shows?
 
-Every function takes a batch of maps $m$ in [0, 1], batch x height x width, and returns one value for each, float32
-unless said otherwise. Localisation compares with the object's mask, faithfulness with a `Score` of the network on
-changed images. Maps that keep more of the picture have an advantage in some (Average Drop) and a drawback in others
-(energy in the mask); `area_matched` takes it away.
+Every function takes a batch of maps $m$, finite, in [0, 1], batch x height x width, and returns one value for each,
+float32. Localisation compares with the object's masks, bool, of the maps' shape, and gives NaN where a mask is empty.
+Faithfulness compares a `Score` of the network's inputs, batch x channels x height x width, with its score of changed
+ones, and gives one value for each score. Whatever is of another kind or shape is a TypeError or a ValueError.
+
+Maps that keep more of the picture have an advantage in some (Average Drop) and a drawback in others (energy in the
+mask); `area_matched` takes it away. At the end stands a `Measure` for each column of an evaluation: a new one is a
+function and a record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +25,7 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from tucker_cam.errors import BadTypeError, BadValueError
+from tucker_cam.methods import check_name
 
 Score = Callable[[Tensor], Tensor]
 """From images, batch x channels x height x width, to scores, batch or batch x scores; image i is always sample i."""
@@ -50,14 +57,7 @@ def energy_in_mask(maps: Tensor, masks: Tensor) -> Tensor:
     r"""Return the share of the map's energy that lies on the object, $\sum_{p \in M} m_p / \sum_p m_p$.
 
     The Energy-Based Pointing Game of Score-CAM (Wang et al. 2020, arXiv 1910.01279). In [0, 1], higher is better; a
-    small map scores high more easily. An empty map scores 0, an empty mask NaN.
-
-    Args:
-        maps: in [0, 1], batch x height x width.
-        masks: bool, batch x height x width, true on the object.
-
-    Raises:
-        TypeError, ValueError: maps or masks of another kind or shape, or maps with values that are not finite.
+    small map scores high more easily. An empty map scores 0.
 
     Example:
         >>> energy_in_mask(torch.tensor([[[0.2, 0.6]]]), torch.tensor([[[False, True]]]))
@@ -73,14 +73,7 @@ def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
 
     1 or 0, higher is better; where several pixels share the maximum, the share of them that lies on the object, so
     that a uniform map scores the object's area. Deviation from the source: no tolerance of 15 pixels around the
-    object. An empty mask gives NaN.
-
-    Args:
-        maps: see `energy_in_mask`.
-        masks: see `energy_in_mask`.
-
-    Raises:
-        TypeError, ValueError: see `energy_in_mask`.
+    object.
     """
     maps = _checked(maps, masks)
     maxima = (maps == maps.amax((1, 2), keepdim=True)).flatten(1).float()
@@ -94,16 +87,7 @@ def best_threshold_iou(maps: Tensor, masks: Tensor, thresholds: Sequence[float] 
     How well the object could be cut out of the map (after Choe et al. 2020, arXiv 2001.07437, who choose one threshold
     for all maps, and put a box around what it selects). In [0, 1], higher is better; a uniform map scores the object's
     area, if it is as high as the lowest threshold. That threshold matters: near 0 nearly the whole picture is selected,
-    which no viewer of the map would call marked, and which is right by itself where objects are large. An empty mask
-    gives NaN.
-
-    Args:
-        maps: see `energy_in_mask`.
-        masks: see `energy_in_mask`.
-        thresholds: in [0, 1].
-
-    Raises:
-        TypeError, ValueError: see `energy_in_mask`.
+    which no viewer of the map would call marked, and which is right by itself where objects are large.
     """
     maps = _checked(maps, masks)
     objects = masks.flatten(1).sum(1)
@@ -120,14 +104,7 @@ def best_cut_iou(maps: Tensor, masks: Tensor) -> Tensor:
 
     `best_threshold_iou` over every threshold there is, down to 0: only the order of the pixels counts, so it is that
     metric's area-matched form. In [0, 1], higher is better; a uniform map scores the object's area, since pixels of
-    equal value cannot be parted. An empty mask gives NaN.
-
-    Args:
-        maps: see `energy_in_mask`.
-        masks: see `energy_in_mask`.
-
-    Raises:
-        TypeError, ValueError: see `energy_in_mask`.
+    equal value cannot be parted.
     """
     maps = _checked(maps, masks)
     values, order = maps.flatten(1).sort(1, descending=True)
@@ -144,14 +121,7 @@ def otsu_iou(maps: Tensor, masks: Tensor) -> Tensor:
     r"""Return the intersection over union of the object and what lies above the map's own Otsu threshold.
 
     What cutting out the object gives without knowing it (Otsu 1979, scikit-image's `threshold_otsu`). In [0, 1],
-    higher is better; a uniform map, in which nothing lies above, scores 0. An empty mask gives NaN.
-
-    Args:
-        maps: see `energy_in_mask`.
-        masks: see `energy_in_mask`.
-
-    Raises:
-        TypeError, ValueError: see `energy_in_mask`.
+    higher is better; a uniform map, in which nothing lies above, scores 0.
     """
     maps = _checked(maps, masks)
     thresholds = torch.tensor([threshold_otsu(each) for each in maps.cpu().numpy()], device=maps.device)
@@ -165,29 +135,14 @@ def otsu_iou(maps: Tensor, masks: Tensor) -> Tensor:
 
 
 def mean_saliency(maps: Tensor) -> Tensor:
-    """Return the map's mean: how much of the picture it keeps, in [0, 1]; neither high nor low is better.
-
-    Args:
-        maps: see `energy_in_mask`.
-
-    Raises:
-        TypeError, ValueError: see `energy_in_mask`.
-    """
-    maps = _checked(maps)
-    return maps.flatten(1).mean(1)
+    """Return the map's mean: how much of the picture it keeps, in [0, 1]; neither high nor low is better."""
+    return _checked(maps).flatten(1).mean(1)
 
 
 def energy_in_top(maps: Tensor, share: float = 0.1) -> Tensor:
     """Return how much of the map's energy its highest pixels hold: 1 is a single spot, `share` a uniform map.
 
     In [`share`, 1]; neither high nor low is better. An empty map holds nothing: 0.
-
-    Args:
-        maps: see `energy_in_mask`.
-        share: of the pixels that count as the highest, in (0, 1].
-
-    Raises:
-        TypeError, ValueError: see `energy_in_mask`.
     """
     maps = _checked(maps)
     first, last = _ranks(maps)
@@ -200,14 +155,8 @@ def area_matched(maps: Tensor) -> Tensor:
 
     Equal values share their mean rank: a uniform map becomes 0.5 everywhere.
 
-    Args:
-        maps: see `energy_in_mask`.
-
     Returns:
         Maps with the order of `maps`, mean 0.5 each, without ties uniform on (0, 1).
-
-    Raises:
-        TypeError, ValueError: see `energy_in_mask`.
 
     Example:
         >>> area_matched(torch.tensor([[[0.0, 0.9], [0.1, 0.1]]]))
@@ -234,13 +183,10 @@ def confidence_change(images: Tensor, maps: Tensor, score: Score, *, whole: Tens
     All three reward maps that keep more of the picture: see `area_matched`.
 
     Args:
-        images: the network's input, batch x channels x height x width.
-        maps: see `energy_in_mask`; of the images' height and width.
+        images: the network's input.
+        maps: of the images' height and width.
         score: at most 1.
         whole: the score of `images`, if it is known already.
-
-    Raises:
-        TypeError, ValueError: see `energy_in_mask`; ValueError also for images of another size than the maps.
     """
     maps = _checked(maps, images=images)
     whole = score(images) if whole is None else whole
@@ -251,39 +197,27 @@ def confidence_change(images: Tensor, maps: Tensor, score: Score, *, whole: Tens
     return ConfidenceChange(100 * drop, 100 * (masked > whole).to(whole.dtype), 100 * gain)
 
 
-def insertion_auc(images: Tensor, maps: Tensor, score: Score, *, baseline: Tensor, steps: int = 8) -> Tensor:
-    """Return the area under the score while the image appears in its `baseline`, the highest pixels of the map first.
+def insertion_auc(
+    images: Tensor, maps: Tensor, score: Score, *, baseline: Tensor | None = None, steps: int = 8
+) -> Tensor:
+    """Return the area under the score while the image appears in its baseline, the highest pixels of the map first.
 
-    RISE (Petsiuk et al. 2018, arXiv 1806.07421), whose baseline here is `blurred`. In the score's range, higher is
-    better. A map's size plays no part, only the order of its pixels; pixels of equal value fade in together.
-
-    Args:
-        images: see `confidence_change`.
-        maps: see `confidence_change`.
-        score: any.
-        baseline: shaped as `images`: what stands where nothing is inserted yet, `blurred` or `mean_colour`.
-        steps: in which the pixels come, in equal parts, at least 1.
-
-    Returns:
-        Trapezoidal area over the share of pixels inserted, batch or batch x scores.
-
-    Raises:
-        TypeError, ValueError: see `confidence_change`; ValueError also for fewer than 1 step.
+    RISE (Petsiuk et al. 2018, arXiv 1806.07421), whose baseline here is the image `blurred` unless one is given; the
+    pixels come in `steps` equal parts, and the area is trapezoidal. In the score's range, higher is better. A map's
+    size plays no part, only the order of its pixels; pixels of equal value fade in together.
     """
-    maps = _checked(maps, images=images)
-    _check_baseline(images, baseline, steps)
-    return _auc(baseline, images, maps, score, steps)
+    return _auc(blurred(images) if baseline is None else baseline, images, maps, score, steps)
 
 
-def deletion_auc(images: Tensor, maps: Tensor, score: Score, *, baseline: Tensor, steps: int = 8) -> Tensor:
-    """Return the area under the score while the image gives way to its `baseline`, the highest pixels first.
+def deletion_auc(
+    images: Tensor, maps: Tensor, score: Score, *, baseline: Tensor | None = None, steps: int = 8
+) -> Tensor:
+    """Return the area under the score while the image gives way to its baseline, the highest pixels first.
 
-    RISE (Petsiuk et al. 2018, arXiv 1806.07421), whose baseline here is a plain colour, as `mean_colour`. In the
-    score's range, lower is better. Arguments and ties as in `insertion_auc`.
+    RISE, whose baseline here is the image's `mean_colour`. In the score's range, lower is better. All else as in
+    `insertion_auc`.
     """
-    maps = _checked(maps, images=images)
-    _check_baseline(images, baseline, steps)
-    return _auc(images, baseline, maps, score, steps)
+    return _auc(images, mean_colour(images) if baseline is None else baseline, maps, score, steps)
 
 
 def blurred(images: Tensor) -> Tensor:
@@ -299,24 +233,13 @@ def mean_colour(images: Tensor) -> Tensor:
     return images.mean((-2, -1), keepdim=True).expand_as(images)
 
 
-def road(
-    images: Tensor, maps: Tensor, score: Score, *, percentiles: Sequence[int] = (20, 40, 60, 80), seed: int = 0
-) -> Tensor:
+def road(images: Tensor, maps: Tensor, score: Score, *, percentiles: Sequence[int] = (20, 40, 60, 80)) -> Tensor:
     """Return ROAD's difference, least relevant pixels first minus most relevant first, halved.
 
-    Removed pixels are painted over from their neighbours (Rong et al. 2022, arXiv 2202.00449), which hides the shape
-    of what was removed. The host's `ROADCombined`. In [-1, 1] for a score in [0, 1], higher is better. A constant map
-    has no order to remove by: NaN.
-
-    Args:
-        images: see `confidence_change`.
-        maps: see `confidence_change`.
-        score: any.
-        percentiles: of the pixels removed, averaged over.
-        seed: of the imputation's small noise, which is drawn for the batch; the global random state is left as it was.
-
-    Raises:
-        TypeError, ValueError: see `confidence_change`.
+    Removed pixels, of each of the `percentiles`, are painted over from their neighbours (Rong et al. 2022, arXiv
+    2202.00449), which hides the shape of what was removed. The host's `ROADCombined`, whose small noise is drawn for
+    the batch and is always the same; the global random state is left as it was. In [-1, 1] for a score in [0, 1],
+    higher is better. A constant map has no order to remove by: NaN.
     """
     maps = _checked(maps, images=images)
     constant = maps.flatten(1).amax(1) == maps.flatten(1).amin(1)
@@ -326,7 +249,7 @@ def road(
     )
     targets: list[Callable[[Tensor], Tensor]] = [lambda scores: scores] * len(images)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         difference = ROADCombined(list(percentiles))(images, ordered.cpu().numpy(), targets, score)
     result = torch.as_tensor(np.asarray(difference), device=maps.device)
     result[constant] = torch.nan
@@ -337,19 +260,10 @@ def road(
 
 
 def _auc(start: Tensor, end: Tensor, maps: Tensor, score: Score, steps: int) -> Tensor:
-    first, last = _ranks(maps)
+    first, last = _ranks(_checked(maps, images=start))
     shares = np.linspace(0, 1, steps + 1)
     scores = [score(torch.lerp(start, end, _shown(first, last, share).to(start)[:, None])) for share in shares]
     return torch.trapezoid(torch.stack(scores), dx=1 / steps, dim=0)
-
-
-def _check_baseline(images: Tensor, baseline: Tensor, steps: int) -> None:
-    if baseline.shape != images.shape:
-        raise BadValueError(
-            f"expected a baseline shaped as the images, {tuple(images.shape)}, got {tuple(baseline.shape)}"
-        )
-    if steps < 1:
-        raise BadValueError(f"expected at least 1 step, got {steps}")
 
 
 def _ranks(maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -376,26 +290,157 @@ def _undefined_without_object(scores: Tensor, masks: Tensor) -> Tensor:
 def _checked(maps: Tensor, masks: Tensor | None = None, *, images: Tensor | None = None) -> Tensor:
     """Return the maps in float32, or say what is wrong with the arguments."""
     if not isinstance(maps, Tensor) or not maps.is_floating_point():
-        kind = maps.dtype if isinstance(maps, Tensor) else type(maps).__name__
-        raise BadTypeError(f"expected maps as a floating-point torch.Tensor, got {kind}: use torch.as_tensor(maps)")
+        raise BadTypeError(f"expected maps of floating point, got {_kind(maps)}: use torch.as_tensor(maps)")
     if maps.dim() != 3 or 0 in maps.shape:
         raise BadValueError(f"expected maps as batch x height x width, got {tuple(maps.shape)}")
     low, high = maps.min().item(), maps.max().item()
     # Resizing rounds.
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         raise BadValueError(f"expected finite maps in [0, 1], got values from {low:.4g} to {high:.4g}")
-    if masks is not None:
-        if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
-            kind = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
-            raise BadTypeError(f"expected masks as a torch.Tensor of bool, got {kind}: use masks > 0")
-        if masks.shape != maps.shape:
-            raise BadValueError(f"expected masks of the maps' shape, {tuple(maps.shape)}, got {tuple(masks.shape)}")
-    if images is not None:
-        if not isinstance(images, Tensor):
-            raise BadTypeError(f"expected images as a torch.Tensor, got {type(images).__name__}")
-        if images.dim() != 4 or images.shape[0] != len(maps) or images.shape[-2:] != maps.shape[-2:]:
-            raise BadValueError(
-                f"expected images as batch x channels x height x width with the maps' batch, height and width, "
-                f"{tuple(maps.shape)}, got {tuple(images.shape)}"
-            )
+    if masks is not None and (not isinstance(masks, Tensor) or masks.dtype != torch.bool):
+        raise BadTypeError(f"expected masks of bool, got {_kind(masks)}: use masks > 0")
+    if masks is not None and masks.shape != maps.shape:
+        raise BadValueError(f"expected masks of the maps' shape, {tuple(maps.shape)}, got {tuple(masks.shape)}")
+    if images is not None and (images.dim() != 4 or (len(images), *images.shape[-2:]) != maps.shape):
+        expected = f"batch x channels x height x width for maps {tuple(maps.shape)}"
+        raise BadValueError(f"expected images as {expected}, got {tuple(images.shape)}")
     return maps.detach().float()
+
+
+def _kind(given: object) -> str:
+    return str(given.dtype) if isinstance(given, Tensor) else type(given).__name__
+
+
+# The columns of an evaluation
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """What a measure judges: a method's maps of a batch of pictures, and all that they can be compared with.
+
+    Attributes:
+        maps: float32 in [0, 1], batch x height x width.
+        masks: bool, batch x height x width; where a picture has none, it is empty.
+        images: the network's input, batch x channels x height x width.
+        names: of the pictures.
+        score: of the network, batch x `score_names`.
+        score_names: "probability" of the class predicted for the whole image, where the network classifies, and
+            "similarity" of the embedding to the whole image's.
+        whole: the score of `images`.
+    """
+
+    maps: Tensor
+    masks: Tensor
+    images: Tensor
+    names: Sequence[str]
+    score: Score
+    score_names: Sequence[str]
+    whole: Tensor
+
+    @cached_property
+    def change(self) -> ConfidenceChange:
+        """How masking by the maps changes the scores."""
+        return confidence_change(self.images, self.maps, self.score, whole=self.whole)
+
+    @cached_property
+    def change_area_matched(self) -> ConfidenceChange:
+        """The same by the maps' ranks."""
+        matched = area_matched(self.maps)
+        # The uniform map is its own area-matched one.
+        if torch.equal(matched, self.maps):
+            return self.change
+        return confidence_change(self.images, matched, self.score, whole=self.whole)
+
+
+@dataclass(frozen=True)
+class Measure:
+    r"""A column of an evaluation; one of your own goes into the `metrics` of `evaluate`.
+
+    Attributes:
+        name: of the column.
+        function: from what is judged to a value for each picture, batch; NaN where it is not defined. With a `score`,
+            batch x scores; measures of two scores that share their function share its work.
+        title: for people; its name if there is none.
+        better: "higher", "lower", or "" where it is neither.
+        group: the metrics that it belongs to.
+        score: which of the network's scores it takes; a network without that score is not measured.
+
+    Example:
+        >>> largest = Measure("largest", lambda judged: judged.maps.amax((1, 2)), "largest value")
+        >>> largest.heading
+        'largest value\nneither is better'
+    """
+
+    name: str
+    function: Callable[[Judged], Tensor]
+    title: str = ""
+    better: Literal["higher", "lower", ""] = ""
+    group: str = ""
+    score: str = ""
+
+    @property
+    def heading(self) -> str:
+        """Its title, and below it which of two numbers is better."""
+        return f"{self.title or self.name}\n{self.better or 'neither'} is better"
+
+
+def _on_object(metric: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Judged], Tensor]:
+    return lambda judged: metric(judged.maps, judged.masks)
+
+
+def _on_scores(metric: Callable[[Tensor, Tensor, Score], Tensor]) -> Callable[[Judged], Tensor]:
+    return lambda judged: metric(judged.images, judged.maps, judged.score)
+
+
+GROUPS = ("localisation", "drop", "curves", "road")
+_DROPS: tuple[tuple[str, str, Literal["higher", "lower"], Callable[[Judged], Tensor]], ...] = (
+    ("drop", "drop, %", "lower", lambda judged: judged.change.drop),
+    ("increase", "increase, %", "higher", lambda judged: judged.change.increase),
+    ("gain", "gain, %", "higher", lambda judged: judged.change.gain),
+    ("drop_area_matched", "drop, %, area-matched", "lower", lambda judged: judged.change_area_matched.drop),
+    (
+        "increase_area_matched",
+        "increase, %, area-matched",
+        "higher",
+        lambda judged: judged.change_area_matched.increase,
+    ),
+    ("gain_area_matched", "gain, %, area-matched", "higher", lambda judged: judged.change_area_matched.gain),
+)
+
+_INSERTION, _DELETION, _ROAD = _on_scores(insertion_auc), _on_scores(deletion_auc), _on_scores(road)
+MEASURES = (
+    Measure("energy_in_mask", _on_object(energy_in_mask), "energy in the object", "higher", "localisation"),
+    Measure("pointing_game", _on_object(pointing_game), "pointing game", "higher", "localisation"),
+    Measure("best_threshold_iou", _on_object(best_threshold_iou), "IoU, best threshold", "higher", "localisation"),
+    Measure("best_cut_iou", _on_object(best_cut_iou), "IoU, best cut (area-matched)", "higher", "localisation"),
+    Measure("otsu_iou", _on_object(otsu_iou), "IoU, Otsu's threshold", "higher", "localisation"),
+    *(
+        Measure(f"{score}_{name}", function, f"{words}: {title}", better, "drop", score)
+        for score, words in (("probability", "probability"), ("similarity", "embedding"))
+        for name, title, better, function in _DROPS
+        # An image's similarity with itself is 1 already: it can neither increase nor gain.
+        if score == "probability" or name.startswith("drop")
+    ),
+    Measure("probability_insertion", _INSERTION, "probability: insertion", "higher", "curves", "probability"),
+    Measure("probability_deletion", _DELETION, "probability: deletion", "lower", "curves", "probability"),
+    Measure("similarity_insertion", _INSERTION, "embedding: insertion", "higher", "curves", "similarity"),
+    Measure("similarity_deletion", _DELETION, "embedding: deletion", "lower", "curves", "similarity"),
+    Measure("probability_road", _ROAD, "probability: ROAD", "higher", "road", "probability"),
+    Measure("similarity_road", _ROAD, "embedding: ROAD", "higher", "road", "similarity"),
+    Measure("mean_saliency", lambda judged: mean_saliency(judged.maps), "mean of the map", group="statistics"),
+    Measure("energy_in_top", lambda judged: energy_in_top(judged.maps), "energy in its top 10 %", group="statistics"),
+)
+
+
+def choose_measures(metrics: Collection[str | Measure], score_names: Collection[str]) -> list[Measure]:
+    """Return the measures of these groups that the scores allow, the map's statistics, and those given.
+
+    Raises:
+        ValueError: there is no such group; or two measures have one name.
+    """
+    groups = {check_name("metric", each, GROUPS) for each in metrics if isinstance(each, str)} | {"statistics"}
+    known = [measure for measure in MEASURES if measure.group in groups]
+    chosen = [*known, *(each for each in metrics if isinstance(each, Measure))]
+    if len({measure.name for measure in chosen}) < len(chosen):
+        raise BadValueError(f"expected measures of different names, got {', '.join(each.name for each in chosen)}")
+    return [measure for measure in chosen if not measure.score or measure.score in score_names]

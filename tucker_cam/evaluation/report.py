@@ -16,15 +16,14 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from pytorch_grad_cam.utils.image import show_cam_on_image
 
-from tucker_cam.errors import BadValueError
-from tucker_cam.evaluation.comparison import Measure
 from tucker_cam.evaluation.controls import CONTROLS
+from tucker_cam.evaluation.metrics import Measure
 from tucker_cam.evaluation.results import Row
 from tucker_cam.evaluation.summary import BASELINE, Summary
 from tucker_cam.text import printable
 from tucker_cam.writing import complete_or_absent
 
-_FORMATS = (".png", ".jpg", ".pdf", ".svg")
+FORMATS = (".png", ".jpg", ".pdf", ".svg")
 PLACES = ("best", "median", "worst")
 _COLUMNS = 4
 _NAME_LENGTH = 22
@@ -53,12 +52,9 @@ def pick_examples(rows: Sequence[Row], measure: Measure) -> dict[str, dict[str, 
         By method, then by place, the picture's name and its value.
     """
     picked: dict[str, dict[str, tuple[str, float]]] = {}
-    for method in dict.fromkeys(row["method"] for row in rows):
-        scored = [
-            (row["picture"], float(row[measure.column]))
-            for row in rows
-            if row["method"] == method and row[measure.column]
-        ]
+    for method in dict.fromkeys(row.method for row in rows):
+        values = {row.picture: row.values[measure.name] for row in rows if row.method == method}
+        scored = [(picture, value) for picture, value in values.items() if not np.isnan(value)]
         ranked = sorted(scored, key=lambda pair: (pair[1], pair[0]), reverse=measure.better == "higher")
         if ranked:
             picked[method] = dict(zip(PLACES, (ranked[0], ranked[(len(ranked) - 1) // 2], ranked[-1]), strict=True))
@@ -72,43 +68,22 @@ def caption(picture: str, value: float) -> str:
     return f"{value:.3g}\n{short}"
 
 
-def check_format(path: Path) -> None:
-    """Refuse a path whose ending names no format.
-
-    Raises:
-        ValueError: it names none; the message holds those that can be written.
-    """
-    if path.suffix.lower() not in _FORMATS:
-        raise BadValueError(f"{path}: expected a figure's file, ending in {', '.join(_FORMATS)}")
-
-
 def write_report(
     path: Path,
     title: str,
     summaries: Mapping[str, Mapping[str, Summary]],
-    columns: Sequence[Measure],
+    measures: Sequence[Measure],
     examples: Mapping[str, Mapping[str, Example]],
     ranked_by: Measure,
 ) -> None:
-    """Draw the page and write it, in the format of the path's ending (PNG, PDF, SVG ...).
+    """Draw the page and write it, in the format of the path's ending; `ranked_by` is what the examples were chosen by.
 
-    Args:
-        path: the file.
-        title: above the page.
-        summaries: as of `summarise`.
-        columns: the measures, in order; those without values are left out.
-        examples: by method, then by place.
-        ranked_by: the measure by which the examples were chosen.
-
-    Raises:
-        ValueError: see `check_format`.
-        OSError: the file cannot be written.
+    Measures without values are left out, and the sheet of examples where there are none.
     """
-    check_format(path)
-    shown = [column for column in columns if any(column.column in of_method for of_method in summaries.values())]
+    shown = [each for each in measures if any(each.name in of_method for of_method in summaries.values())]
     bar_rows = -(-len(shown) // _COLUMNS)
     bar_height = 1.2 + 0.24 * len(summaries)
-    sheet_height = 2.6 * -(-len(examples) // 2) + 0.6
+    sheet_height = 2.6 * -(-len(examples) // 2) + 0.6 if examples else 0.01
     # File names may hold dollar signs, which are no formulas.
     with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(15, bar_rows * bar_height + sheet_height + 0.9), layout="constrained")
@@ -116,7 +91,8 @@ def write_report(
         halves = figure.add_gridspec(2, 1, height_ratios=[bar_rows * bar_height, sheet_height])
         bars, sheet = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
         _draw_bars(bars, summaries, shown, bar_rows)
-        _draw_examples(sheet, examples, ranked_by)
+        if examples:
+            _draw_examples(sheet, examples, ranked_by)
         with complete_or_absent(path) as unfinished:
             figure.savefig(unfinished, dpi=100, format=path.suffix.removeprefix(".").lower())
 
@@ -126,9 +102,9 @@ def _draw_bars(
 ) -> None:
     methods = list(summaries)
     grid = figure.subplots(rows, _COLUMNS, squeeze=False, sharey=True).flatten()
-    for axes, column in zip(grid, shown, strict=False):
+    for axes, measure in zip(grid, shown, strict=False):
         for position, method in enumerate(methods):
-            summary = summaries[method].get(column.column)
+            summary = summaries[method].get(measure.name)
             if summary is None:
                 # A bar of length 0 would look the same.
                 axes.text(0, position, " not scored", fontsize=7, color="gray", verticalalignment="center")
@@ -137,7 +113,7 @@ def _draw_bars(
             axes.barh(position, mean, color=_COLOURS[_kind(method)])
             if not np.isnan(low):
                 axes.plot([low, high], [position, position], color="black", linewidth=1.2)
-        axes.set_title(column.heading, fontsize=9)
+        axes.set_title(measure.heading, fontsize=9)
         axes.set_yticks(range(len(methods)), [printable(method) for method in methods])
         axes.locator_params(axis="x", nbins=5)
         axes.spines[["top", "right"]].set_visible(False)
@@ -152,7 +128,8 @@ def _draw_bars(
 
 
 def _draw_examples(figure: SubFigure, examples: Mapping[str, Mapping[str, Example]], ranked_by: Measure) -> None:
-    outlined = "; white: the object's outline" if _any_mask(examples) else ""
+    any_mask = any(example.mask.any() for by_place in examples.values() for example in by_place.values())
+    outlined = "; white: the object's outline" if any_mask else ""
     title = f"each method's best, median and worst picture by {ranked_by.title}{outlined}"
     figure.suptitle(title, fontsize=10)
     # Two methods side by side: a page that is not endless.
@@ -173,10 +150,6 @@ def _draw_example(axes: Axes, title: str, example: Example) -> None:
     if inner.any():
         axes.contour(inner, levels=[0.5], colors="white", linewidths=1.5)
     axes.set_title(title, fontsize=8)
-
-
-def _any_mask(examples: Mapping[str, Mapping[str, Example]]) -> bool:
-    return any(example.mask.any() for by_place in examples.values() for example in by_place.values())
 
 
 def _kind(method: str) -> str:

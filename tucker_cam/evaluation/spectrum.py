@@ -1,53 +1,85 @@
-"""Images and a layer in, how much each singular value holds of their sum: centred SVD against Tucker.
+"""Pictures and a model in, how much each singular value of the features holds of their sum out.
 
 The paper's Figures 2 and 3 (arXiv 2410.23072): where the first value holds nearly all, one vector says nearly all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import csv
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from tucker_cam.activations import ReshapeTransform
-from tucker_cam.cams import TSM
+from tucker_cam.activations import record
 from tucker_cam.decomposition.modes import channel_modes
-from tucker_cam.text import printable
+from tucker_cam.errors import BadValueError, Failure
+from tucker_cam.evaluation.inputs import Data, Model, Views, find_inputs, go_through, load_one_layer, on_device
+from tucker_cam.models import LoadedModel
+from tucker_cam.models.loading import Loading
+from tucker_cam.text import counted, printable
 from tucker_cam.writing import complete_or_absent
 
-DECOMPOSITIONS = ("SVD, centred", "Tucker")
+DECOMPOSITIONS = {"SVD, centred": True, "Tucker": False}
+HEADER = ["picture", "decomposition", "index", "share"]
+_VALUES = 10
 
 
 def spectrum(
-    model: nn.Module,
-    layer: nn.Module,
-    images: Tensor,
-    count: int,
-    reshape_transform: ReshapeTransform | None = None,
-) -> dict[str, NDArray[np.float64]]:
-    r"""Return $s_i / \sum_j s_j$ of the layer's features, of the SVD of $F_c$ and of the full-rank Tucker of F.
+    data: Data,
+    model: Model = "demo",
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    workers: int | None = 0,
+    progress: bool = True,
+    **loading: Unpack[Loading],
+) -> Spectrum:
+    """Decompose the features of pictures, by the SVD of $F_c$ and the full-rank Tucker of F. All as for `evaluate`.
+
+    Example:
+        >>> from torch import nn, rand
+        >>> found = spectrum(rand(2, 3, 24, 24), nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), layers=["0"])
+        >>> found.shares["Tucker"].shape
+        (2, 10)
+    """
+    inputs = find_inputs(data, "none" if isinstance(data, (str, Path)) else None, limit)
+    loaded = load_one_layer(model, **loading)
+    names: list[str] = []
+    parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in DECOMPOSITIONS}
+
+    def decompose(views: Views) -> None:
+        images, _ = on_device(views, loaded)
+        _, features = record(loaded.model, loaded.target_layers[0], images, loaded.reshape_transform)
+        for name, found in value_shares(features).items():
+            parts[name].append(found)
+        names.extend(views)
+
+    failures = go_through(inputs, loaded, decompose, "decomposing", batch_size, workers, shown=progress)
+    shares = {name: np.concatenate(each) for name, each in parts.items()}
+    if np.isnan(shares["Tucker"][:, 0]).all():
+        raise BadValueError(f"expected features of {loaded.layer_names[0]} with singular values, found only zeros")
+    return Spectrum(names, shares, failures, loaded)
+
+
+def value_shares(features: Tensor, count: int = _VALUES) -> dict[str, NDArray[np.float64]]:
+    r"""Return $s_i / \sum_j s_j$ of feature maps, of the SVD of $F_c$ and of the full-rank Tucker of F.
 
     Args:
-        model: the network.
-        layer: whose feature maps are decomposed.
-        images: the network's input, batch x channels x height x width.
+        features: batch x channels x spatial.
         count: of leading values that are wanted.
-        reshape_transform: as of the CAM classes.
 
     Returns:
         By decomposition, batch x `count`, descending, in [0, 1]; NaN where there are fewer values, or only zeros.
     """
-    with TSM(model, [layer], reshape_transform) as cam:
-        (tucker,) = cam.modes(images)
-        svd = channel_modes(cam.activations_and_grads.activations[0], center=True)
     shares = {}
-    for name, modes in zip(DECOMPOSITIONS, (svd, tucker), strict=True):
-        values = modes.values.double().cpu()
+    for name, center in DECOMPOSITIONS.items():
+        values = channel_modes(features, center=center).values.double().cpu()
         share = torch.full((len(values), count), torch.nan, dtype=torch.float64)
         leading = values[:, :count]
         share[:, : leading.shape[1]] = leading / values.sum(1, keepdim=True)
@@ -55,37 +87,60 @@ def spectrum(
     return shares
 
 
-def draw_spectrum(path: Path, title: str, shares: dict[str, NDArray[np.float64]]) -> None:
-    """Write box plots of each value's share, a panel for each decomposition: quartiles, whiskers at 5 and 95 %.
+@dataclass(frozen=True, repr=False, eq=False)
+class Spectrum:
+    """How much each of the first ten singular values holds.
 
-    Args:
-        path: of the PNG.
-        title: above it.
-        shares: by decomposition, pictures x values.
-
-    Raises:
-        OSError: it cannot be written.
+    Attributes:
+        names: of the pictures.
+        shares: by decomposition, pictures x values, as of `value_shares`.
+        failures: the pictures that could not be read or decomposed.
+        loaded: the model, with its layer.
     """
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    explained = "boxes: quartiles and median; whiskers: 5 and 95 %; points: pictures beyond"
-    figure.suptitle(f"{printable(title)}\n{explained}", fontsize=11, parse_math=False, wrap=True)
-    for axes, (name, share) in zip(figure.subplots(1, len(shares), sharey=True), shares.items(), strict=True):
-        finite = [column[np.isfinite(column)] for column in share.T]
-        axes.boxplot(finite, whis=(5, 95), flierprops={"markersize": 2})
-        axes.set_title(name)
-        axes.set_xlabel("index of the singular value")
-    # Last: a limit that is set ends the scaling of both panels, which share their axis.
-    figure.axes[0].set_ylim(bottom=0)
-    figure.axes[0].set_ylabel("share of the sum of all")
-    with complete_or_absent(path) as unfinished:
-        figure.savefig(unfinished, dpi=120, format="png")
 
+    names: list[str]
+    shares: dict[str, NDArray[np.float64]]
+    failures: list[Failure]
+    loaded: LoadedModel
 
-def rows_of_spectrum(
-    pictures: Sequence[str], shares: dict[str, NDArray[np.float64]]
-) -> Iterable[tuple[str, str, int, str]]:
-    """Yield picture, decomposition, index from 1 and share, for a CSV; NaN as nothing."""
-    for name, share in shares.items():
-        for picture, of_picture in zip(pictures, share, strict=True):
-            for index, value in enumerate(of_picture, start=1):
-                yield picture, name, index, "" if np.isnan(value) else f"{value:.6g}"
+    def to_csv(self, path: str | Path) -> None:
+        """Write picture, decomposition, index from 1 and share; NaN as nothing.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        with (
+            complete_or_absent(Path(path)) as unfinished,
+            unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+        ):
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(HEADER)
+            for name, share in self.shares.items():
+                for picture, of_picture in zip(self.names, share, strict=True):
+                    for index, value in enumerate(of_picture, start=1):
+                        writer.writerow([picture, name, index, "" if np.isnan(value) else f"{value:.6g}"])
+
+    def plot(self, path: str | Path) -> None:
+        """Write box plots of each value's share as PNG: quartiles, whiskers at 5 and 95 %.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        figure = Figure(figsize=(10, 3.8), layout="constrained")
+        title = f"{self.loaded.name}, {self.loaded.layer_names[0]}, {counted(len(self.names))}"
+        explained = "boxes: quartiles and median; whiskers: 5 and 95 %; points: pictures beyond"
+        figure.suptitle(f"{printable(title)}\n{explained}", fontsize=11, parse_math=False, wrap=True)
+        panels = figure.subplots(1, len(self.shares), sharey=True)
+        for axes, (name, share) in zip(panels, self.shares.items(), strict=True):
+            finite = [column[np.isfinite(column)] for column in share.T]
+            axes.boxplot(finite, whis=(5, 95), flierprops={"markersize": 2})
+            axes.set_title(name)
+            axes.set_xlabel("index of the singular value")
+        # Last: a limit that is set ends the scaling of both panels, which share their axis.
+        figure.axes[0].set_ylim(bottom=0)
+        figure.axes[0].set_ylabel("share of the sum of all")
+        with complete_or_absent(Path(path)) as unfinished:
+            figure.savefig(unfinished, dpi=120, format="png")
+
+    def __repr__(self) -> str:
+        return f"<Spectrum of {counted(len(self.names))}; {self.loaded.description}>"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
-from tucker_cam.evaluation.comparison import Measure
+from tucker_cam.evaluation.metrics import Measure
+from tucker_cam.evaluation.results import Row
 
 BASELINE = "eigencam"
 _RESAMPLES = 2000
@@ -38,35 +40,27 @@ class Summary(NamedTuple):
     difference: Interval | None
 
 
-def summarise(
-    rows: Iterable[Mapping[str, str]], columns: Sequence[Measure], *, seed: int = 0
-) -> dict[str, dict[str, Summary]]:
-    """Summarise the results of a run.
+def summarise(rows: Iterable[Row], measures: Sequence[Measure], *, seed: int = 0) -> dict[str, dict[str, Summary]]:
+    """Summarise rows by method, in their order, then by the measure's name.
 
-    Args:
-        rows: as of `ResultsFile`; an empty value is a picture that was not scored.
-        columns: the measures.
-        seed: of the resampling.
-
-    Returns:
-        By method, in the order of the rows, then by column. Intervals are percentile bootstraps over pictures, 2,000
-        resamples; a difference is taken picture by picture. Columns in which a method has no value are left out.
+    Intervals are percentile bootstraps over pictures, 2,000 resamples; a difference is taken picture by picture.
+    Measures of which a method has no value are left out.
     """
     values: dict[str, dict[str, dict[str, float]]] = {}
     for row in rows:
-        of_method = values.setdefault(row["method"], {})
-        for measure in columns:
-            if row[measure.column]:
-                of_method.setdefault(measure.column, {})[row["picture"]] = float(row[measure.column])
+        of_method = values.setdefault(row.method, {})
+        for measure in measures:
+            if not math.isnan(row.values[measure.name]):
+                of_method.setdefault(measure.name, {})[row.picture] = row.values[measure.name]
     summaries: dict[str, dict[str, Summary]] = {}
-    for method, by_column in values.items():
+    for method, by_measure in values.items():
         summaries[method] = {}
-        for column, scored in by_column.items():
+        for name, scored in by_measure.items():
             # In one order, whatever the order of the rows is: the resampling draws by position.
             by_picture = dict(sorted(scored.items()))
-            baseline = values.get(BASELINE, {}).get(column, {})
+            baseline = values.get(BASELINE, {}).get(name, {})
             paired = [number - baseline[picture] for picture, number in by_picture.items() if picture in baseline]
-            summaries[method][column] = Summary(
+            summaries[method][name] = Summary(
                 len(by_picture),
                 mean_interval(np.array([*by_picture.values()]), seed),
                 mean_interval(np.array(paired), seed) if paired and method != BASELINE else None,

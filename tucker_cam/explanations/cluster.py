@@ -23,9 +23,10 @@ from pytorch_grad_cam.base_cam import BaseCAM
 from ray.data.datasource import FilenameProvider
 
 from tucker_cam.errors import BadFileError, BadValueError, Failure
-from tucker_cam.explanations.explainer import CPU_BATCH, Explainer, in_batches, read_input
+from tucker_cam.explanations.explainer import CPU_BATCH, Explainer, read_input
 from tucker_cam.explanations.manifest import identity, not_of_a_run, place_of_run, versions
 from tucker_cam.models import LoadedModel
+from tucker_cam.pictures.ahead import in_batches
 from tucker_cam.pictures.sources import MANIFEST, Source
 from tucker_cam.text import counted
 from tucker_cam.writing import only_run

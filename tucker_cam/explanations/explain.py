@@ -8,18 +8,20 @@ from functools import partial
 from html import escape
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import nn
 
 from tucker_cam.errors import BadTypeError, BadValueError, Failure
-from tucker_cam.explanations.explainer import Explainer, in_batches
+from tucker_cam.explanations.explainer import CPU_BATCH, Explainer
 from tucker_cam.explanations.explanation import DEFAULT_LOOK, Explanation, Look
-from tucker_cam.explanations.folder import FolderWriter, check_writing, default_workers
+from tucker_cam.explanations.folder import FolderWriter, check_writing
 from tucker_cam.methods import method_named
-from tucker_cam.models import LoadedModel, Network, load_model
+from tucker_cam.models import Network, load_model
+from tucker_cam.models.loading import Loading
+from tucker_cam.pictures.ahead import check_batch_size, in_batches
 from tucker_cam.pictures.files import is_url
 from tucker_cam.pictures.held import Collection, Pictures, collect
 from tucker_cam.pictures.sources import Source
@@ -63,7 +65,7 @@ def explain(
         pictures: a file, a folder, a glob, a URL or a Parquet file; a PIL image; an array height x width x 3 (uint8, or
             floating point in [0, 1]); a list of these; a batch of network inputs, batch x channels x height x width; or
             an iterable of such batches, a DataLoader say, of which the first part of a tuple is taken.
-        model: a name or a module as for `load_model`, or what that returns. Random weights are the same every time.
+        model: a name or a module as for `load_model`, or what that returns.
         methods: names as on the command line; or classes of the host's kind, by a name of yours.
         out: a folder to write to, in this call; what an earlier one has written there stays, and what another model
             or layer has is not mixed with it: it gets a folder below. With ``ray`` it may be a URL.
@@ -110,14 +112,21 @@ def explain(
     chosen = dict(names) if isinstance(names, Mapping) else {each.name: each for each in map(method_named, names)}
     if not chosen:
         raise BadValueError("expected at least one method, got none")
-    if batch_size is not None and batch_size < 1:
-        raise BadValueError(f"expected a batch_size of at least 1, got {batch_size}")
+    check_batch_size(CPU_BATCH if batch_size is None else batch_size)
     look, local = Look(view, colormap, alpha), None if out is None or is_url(str(out)) else Path(out)
     check_writing(local, formats, look, chosen)
     collection = collect(pictures, out=local, limit=limit)
-    options = {"weights": weights, "pretrained": pretrained, "layers": layers, "device": device}
-    preprocessing = {"size": size, "crop": crop, "mean": mean, "std": std}
-    load = partial(_load, model, **options, **preprocessing)
+    loading: Loading = {
+        "weights": weights,
+        "pretrained": pretrained,
+        "layers": layers,
+        "device": device,
+        "size": size,
+        "crop": crop,
+        "mean": mean,
+        "std": std,
+    }
+    load = partial(load_model, model, **loading)
     if engine == "ray":
         if out is None or tuple(formats) != ("overlay",) or gallery:
             raise BadValueError("expected out, no formats and no gallery with Ray, which writes Parquet")
@@ -135,15 +144,6 @@ def explain(
         logger.info(loaded.description)
         explanations.save(out, formats, gallery=gallery, look=look, progress=progress)
     return explanations
-
-
-def _load(model: str | nn.Module | Network, **options: Any) -> LoadedModel:
-    if isinstance(model, LoadedModel):
-        return model
-    # Random weights are the same when a run is gone on with, and in every process.
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return load_model(model, **options)
 
 
 class Explanations:
@@ -168,9 +168,7 @@ class Explanations:
     def __iter__(self) -> Iterator[Explanation]:
         self.failures = list(self._pictures.failures)
         for part in self._pictures.parts():
-            batches = in_batches(part, self._batch_size)
-            workers = default_workers(batches) if self._workers is None else self._workers
-            for batch in self._explainer.explain_all(batches, workers):
+            for batch in self._explainer.explain_all(in_batches(part, self._batch_size), self._workers):
                 for picture, found in batch:
                     if isinstance(found, Exception):
                         self.failures.append(Failure(str(picture), found))

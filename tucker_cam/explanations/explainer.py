@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
-from typing import Any
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from tucker_cam.decomposition.modes import channel_modes
-from tucker_cam.errors import BadFileError
 from tucker_cam.explanations.explanation import Explanation
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import LoadedModel, Network
-from tucker_cam.models.families import preprocessed
+from tucker_cam.models.network import preprocessed
+from tucker_cam.pictures.ahead import read_ahead
 from tucker_cam.pictures.held import Held, Picture
 
 CPU_BATCH = 8
@@ -44,24 +41,21 @@ class Explainer:
     components: bool = False
 
     def explain_all(
-        self, batches: Sequence[Sequence[Picture]], workers: int = 0
+        self, batches: Sequence[Sequence[Picture]], workers: int | None = 0
     ) -> Iterator[list[tuple[Picture, Explanation | Exception]]]:
         """Yield each batch's explanations, or the errors for which there are none.
 
         Args:
             batches: of pictures.
-            workers: processes that read pictures ahead.
+            workers: see `read_ahead`.
 
         Raises:
-            OSError: one of these was killed.
+            OSError: see `read_ahead`.
         """
-        pictures = [picture for batch in batches for picture in batch]
-        ends = accumulate(map(len, batches))
-        indices = [list(range(end - len(batch), end)) for end, batch in zip(ends, batches, strict=True)]
-        loader = DataLoader(
-            _Inputs(pictures, self.loaded), batch_sampler=indices, collate_fn=_collate, num_workers=workers
-        )
-        for batch, inputs in zip(batches, _unless_killed(loader), strict=True):
+        # The model itself stays in this process.
+        network = Network(torch.nn.Identity(), self.loaded.preprocess, frames=self.loaded.frames)
+        read = read_ahead(batches, partial(_read_batch, network=network), workers)
+        for batch, inputs in zip(batches, read, strict=True):
             yield list(zip(batch, self.explain(batch, inputs), strict=True))
 
     def explain(
@@ -137,11 +131,6 @@ class Explainer:
         return int(min(max(free // 2 // each, 1), _LARGEST_BATCH))
 
 
-def in_batches(pictures: Sequence[Picture], size: int) -> list[Sequence[Picture]]:
-    """Cut the pictures into batches: alike in every run, so that a map does not depend on where one was stopped."""
-    return [pictures[start : start + size] for start in range(0, len(pictures), size)]
-
-
 def read_input(picture: Picture, network: Network) -> Tensor | Exception:
     """Return the network's input for a picture, or the error for which there is none."""
     try:
@@ -151,33 +140,11 @@ def read_input(picture: Picture, network: Network) -> Tensor | Exception:
         return error
 
 
-class _Inputs(Dataset[Any]):
-    def __init__(self, pictures: Sequence[Picture], loaded: LoadedModel) -> None:
-        # Without the model: a worker that is spawned gets a copy of this.
-        self.pictures, self.network = pictures, Network(torch.nn.Identity(), loaded.preprocess, frames=loaded.frames)
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> Tensor | Exception:
-        return read_input(self.pictures[index], self.network)
-
-
-def _collate(inputs: list[Tensor | Exception]) -> list[Tensor | Exception] | Tensor:
-    """Put inputs of one size into one tensor, which a worker hands over at once and not picture by picture."""
+def _read_batch(pictures: Sequence[Picture], network: Network) -> list[Tensor | Exception] | Tensor:
+    """Read a batch; inputs of one size in one tensor, which a process hands over at once and not one by one."""
+    inputs = [read_input(picture, network) for picture in pictures]
     try:
         return torch.stack(inputs)  # type: ignore[arg-type]
     except (TypeError, RuntimeError):
         # An error of a picture that cannot be read; another size.
         return inputs
-
-
-def _unless_killed(loader: DataLoader[Any]) -> Iterator[list[Tensor | Exception] | Tensor]:
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise BadFileError(
-            "a process that read pictures was killed, for want of memory perhaps: try workers=0"
-        ) from error

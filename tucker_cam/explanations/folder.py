@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tucker_cam.errors import BadFileError, BadValueError, Failure
-from tucker_cam.explanations.explainer import Explainer, in_batches
+from tucker_cam.explanations.explainer import Explainer
 from tucker_cam.explanations.explanation import Explanation, Look, picture_and_view
 from tucker_cam.explanations.gallery import write_gallery
 from tucker_cam.explanations.manifest import NOT_OURS, Manifest, folder_of_run, identity, not_of_a_run
@@ -28,6 +27,7 @@ from tucker_cam.explanations.outputs import (
     gallery_entries,
 )
 from tucker_cam.methods import check_name
+from tucker_cam.pictures.ahead import in_batches
 from tucker_cam.pictures.held import Collection, Picture
 from tucker_cam.pictures.sources import MANIFEST, safe_name
 from tucker_cam.progress import progress
@@ -35,16 +35,9 @@ from tucker_cam.text import counted
 from tucker_cam.writing import only_run
 
 _WRITERS = 4
-_MOST_WORKERS = 8
 # Of a stream, whose names are not known before, so many pictures are listed in the manifest at a time.
 _PART = 256
 logger = logging.getLogger("tucker_cam")
-
-
-def default_workers(batches: Sequence[object]) -> int:
-    """Return how many processes shall read: one fewer than there are cores, not too many, and none for one batch."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if len(batches) < 2 else min(max(cores - 1, 1), _MOST_WORKERS)
 
 
 def check_writing(out: Path | None, formats: Sequence[str], look: Look, methods: Iterable[str]) -> None:
@@ -76,7 +69,7 @@ class FolderWriter:
         gallery: write a page with all pictures too.
         look: of overlays.
         batch_size: how many pictures go through the network together.
-        workers: processes that read pictures ahead; None for what the machine has, and none for few pictures.
+        workers: see `read_ahead`.
         failures: what could not be read, explained or written.
     """
 
@@ -176,7 +169,6 @@ class FolderWriter:
         manifest: Manifest,
         advance: Callable[[int], None],
     ) -> None:
-        workers = default_workers(batches) if self.workers is None else self.workers
         writing: deque[tuple[Picture, Future[None]]] = deque()
 
         def write(explanation: Explanation) -> None:
@@ -192,7 +184,7 @@ class FolderWriter:
                 self._fail(picture, BadFileError(f"could not be written ({error})"))
 
         with ThreadPoolExecutor(_WRITERS) as writers:
-            for batch in self.explainer.explain_all(batches, workers):
+            for batch in self.explainer.explain_all(batches, self.workers):
                 for picture, found in batch:
                     if isinstance(found, Exception):
                         if missing.get(picture.key):

@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,8 +34,6 @@ _INERT: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
 ]
 
-# Not float8, which comes with scales in other entries.
-_FLOATS = frozenset([torch.float16, torch.bfloat16, torch.float32, torch.float64])
 # Of several whole backbones the averaged one is published, by timm, and by DINO whose teacher it is; a copy that
 # another one is trained against is not.
 _AVERAGED = frozenset(["ema", "swa"])
@@ -86,10 +83,7 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
     """
     own = model.state_dict()
     needed = {name for name in own if name.rpartition(".")[0] in backbone and not _is_counter(name)}
-    try:
-        states = list(_states(_read(file)))
-    except RecursionError as error:
-        raise BadValueError(f"{file}: expected a state dict, found dictionaries that hold themselves") from error
+    states = list(_states(_read(file)))
     if not states:
         raise BadValueError(f"{file}: expected a state dict, found no tensors with names in it")
     found: dict[str, dict[str, Tensor]] = {}
@@ -101,18 +95,16 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
             if len(needed & fitting.keys()) > len(needed & found.get(place, {}).keys()):
                 found[place] = fitting
     place, fitting = _best(file, found, needed)
-    missing = sorted(needed - fitting.keys())
-    if missing:
+    if missing := sorted(needed - fitting.keys()):
         raise BadValueError(
             f"{file}: expected the whole backbone of {type(model).__name__}, found "
             f"{len(needed) - len(missing)} of its {len(needed)} entries; missing or of another shape: "
             f"{_some(missing, _SHOWN)}; the file has {_some(sorted(states[0][1]), _SHOWN)}"
         )
-    broken = sorted(name for name in needed if not fitting[name].isfinite().all())
-    if broken:
+    if broken := sorted(name for name in needed if not fitting[name].isfinite().all()):
         raise BadValueError(f"{file}: expected finite weights, found NaN or Inf in {_some(broken, _SHOWN)}")
     model.load_state_dict(fitting, strict=False)
-    taken = {_memory(value) for value in fitting.values()}
+    taken = {value.data_ptr() for value in fitting.values()}
     return Report(
         place,
         loaded=list(fitting),
@@ -120,34 +112,23 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
             f"{container}{name}"
             for container, state in states
             for name, value in state.items()
-            if _memory(value) not in taken and not _is_counter(name)
+            if value.data_ptr() not in taken and not _is_counter(name)
         ],
         missing=[name for name in own if name not in fitting and not _is_counter(name)],
     )
 
 
 def _best(file: Path, found: Mapping[str, dict[str, Tensor]], needed: Collection[str]) -> tuple[str, dict[str, Tensor]]:
-    """Return the fullest of what was found; of several whole backbones the one that is published.
-
-    Raises:
-        ValueError: there are several, and no convention says which.
-    """
+    """Return the fullest of what was found; of several whole backbones the one that is published."""
     most = max((len(needed & fitting.keys()) for fitting in found.values()), default=0)
     fullest = {place: fitting for place, fitting in found.items() if len(needed & fitting.keys()) == most}
-    if not most or len(fullest) == 1:
+    if most < len(needed):
         return next(iter(fullest.items()), ("", {}))
     words = {place: _words(place) for place in fullest}
-    students = any("student" in each for each in words.values())
-
-    def rank(place: str) -> int:
-        if words[place] & _AVERAGED or (students and "teacher" in words[place]):
-            return 0
-        return 2 if words[place] & _COPIES else 1
-
-    first = min(map(rank, fullest))
-    chosen = [place for place in fullest if rank(place) == first]
-    tensors = {place: {_memory(fullest[place][name]) for name in needed} for place in chosen}
-    if any(tensors[place] != tensors[chosen[0]] for place in chosen):
+    averaged = _AVERAGED | {"teacher"} if any("student" in each for each in words.values()) else _AVERAGED
+    ranks = {place: 0 if each & averaged else 2 if each & _COPIES else 1 for place, each in words.items()}
+    chosen = [place for place, rank in ranks.items() if rank == min(ranks.values())]
+    if len({frozenset(fullest[place][name].data_ptr() for name in needed) for place in chosen}) > 1:
         raise BadValueError(
             f"{file}: expected one backbone, found several, in {', '.join(f'{place}*' for place in chosen)}: save the "
             "one that is meant by itself"
@@ -168,55 +149,38 @@ def _read(file: Path) -> object:
         raise BadValueError(f"{file}: expected weights, found a web page: the download went wrong")
     if start.startswith(b"version https://git-lfs"):
         raise BadValueError(f"{file}: expected weights, found a pointer of Git LFS: git lfs pull fetches them")
-    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
-
-
-def _read_pickle(file: Path) -> object:
     try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
         with safe_globals(_INERT):
             return torch.load(file, weights_only=True, map_location="cpu")
-    except UnpicklingError as error:
+    except Exception as error:
+        # A broken file makes both fail in many ways.
         foreign = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
         what = f"an object of {foreign}" if foreign else "something else, or a broken file"
         raise BadValueError(
-            f"{file}: expected tensors, found {what}; nothing in it was run. If you trust the file, save the "
-            "weights by themselves: torch.save(model.state_dict(), file)"
+            f"{file}: expected tensors, found {what}; nothing in it was run. If you trust the file, save the weights "
+            "by themselves: torch.save(model.state_dict(), file)"
         ) from error
-    except Exception as error:
-        # A broken file makes torch.load fail in many ways.
-        raise BadValueError(
-            f"{file}: expected weights written by torch.save, found something else or a broken file; nothing in it "
-            "was run"
-        ) from error
-
-
-def _read_safetensors(file: Path) -> object:
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except Exception as error:
-        # SafetensorError, or what an element type that this version does not know makes it raise.
-        raise BadValueError(f"{file}: expected safetensors, found something else or a broken file ({error})") from error
 
 
 def _states(content: object, place: str = "") -> Iterator[tuple[str, State]]:
     """Yield every dictionary of named tensors in a checkpoint, and where it is."""
     if not isinstance(content, Mapping):
         return
-    tensors = {name: value for name, value in content.items() if isinstance(name, str) and _is_whole(value)}
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and _is_plain(value)}
     if tensors:
         yield place, tensors
-    inner = [(str(name), value) for name, value in content.items() if isinstance(value, Mapping)]
-    for name, value in inner:
+    for name, value in content.items():
         # These repeat the parameters' names and shapes.
-        if not _words(name) & _SHADOWS:
+        if isinstance(value, Mapping) and not _words(str(name)) & _SHADOWS:
             yield from _states(value, f"{place}{name}/")
 
 
-def _is_whole(value: object) -> bool:
-    # A nested tensor has no shape that could be compared.
-    return isinstance(value, Tensor) and not value.is_nested
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested and not value.is_meta
 
 
 def _candidates(model: nn.Module, state: State, *, at_least: int) -> Iterator[tuple[str, State]]:
@@ -243,11 +207,11 @@ def _candidates(model: nn.Module, state: State, *, at_least: int) -> Iterator[tu
         if remap is not None:
             try:
                 renamed = remap(dict(inside), model)
-            except (KeyError, RuntimeError, AttributeError, IndexError, ValueError):
+            except Exception:  # noqa: S112 - timm's, on weights that may be of anything
                 continue
             # New names are taken, new numbers are not: it would also resize the weights of another patch size.
-            same = {_memory(value) for value in inside.values()}
-            yield prefix, {name: value for name, value in renamed.items() if _memory(value) in same}
+            same = {value.data_ptr() for value in inside.values()}
+            yield prefix, {name: value for name, value in renamed.items() if value.data_ptr() in same}
 
 
 def _named(name: str, children: list[str]) -> str:
@@ -269,19 +233,8 @@ def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z0-9]+", name.lower()))
 
 
-def _memory(tensor: Tensor) -> int:
-    """Return what tells a tensor from others, whatever name or shape it was given."""
-    return tensor.data_ptr() if tensor.layout == torch.strided and not tensor.is_meta else id(tensor)
-
-
-def _fits(value: object, own: Tensor) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.shape == own.shape
-        and value.layout == own.layout
-        and (value.dtype in _FLOATS if own.is_floating_point() else value.dtype == own.dtype)
-        and not value.is_meta
-    )
+def _fits(value: Tensor, own: Tensor) -> bool:
+    return value.shape == own.shape and value.is_floating_point() == own.is_floating_point()
 
 
 def _is_counter(name: str) -> bool:

@@ -6,13 +6,11 @@ Each family is an optional dependency, imported when it is asked for.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tucker_cam.errors import BadFileError, BadTypeError, BadValueError, MissingPackageError, TuckerCamError
 from tucker_cam.extras import install
 from tucker_cam.models.network import Network, preprocessed
+from tucker_cam.own_code import from_own_module
 from tucker_cam.text import one_line
 
 if TYPE_CHECKING:
@@ -290,19 +289,7 @@ def _torch_hub(name: str, pretrained: bool) -> Network:
 
 
 def _own(spec: str, _: bool) -> Network:
-    module_name, _colon, function_name = spec.partition(":")
-    # As python -m has it, and the command line's own script has not.
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise BadValueError(f"expected a model named {_USAGES}, and there is no module {error.name!r} here") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise BadValueError(f"{module_name} has no function {function_name!r}")
+    function: Any = from_own_module(spec)
     return _network(function(), spec)
 
 

@@ -65,7 +65,7 @@ class _Call(NamedTuple):
     Attributes:
         begun: how many modules had begun when it was done.
         layer: None if it has no spatial map.
-        follows: whether that follows the picture.
+        follows: whether that follows the picture; None if it is the same everywhere.
         role: a head turns maps into something else; queries are tokens on no grid; names are of maps in a mapping.
         means: over the positions of each map in its output, pictures x channels.
         took: the same of what it took, if it has no weights.
@@ -76,7 +76,7 @@ class _Call(NamedTuple):
     module: nn.Module
     begun: int
     layer: SpatialLayer | None
-    follows: bool
+    follows: bool | None
     role: Literal["head", "queries", "names", None]
     means: list[Tensor]
     took: list[Tensor]
@@ -165,10 +165,13 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
     for name, call in calls.items():
         reached = set(begun[: call.begun])
         upstream[name] = frozenset(reached | {name for name in silent if name.rpartition(".")[0] in reached})
+    target = body[-1].layer if body and body[-1].follows is not False else None
+    # Where none is chosen, what is the same everywhere is none to name either: a detector's queries can be so.
+    believed = (True,) if target is None else (True, None)
     return DryRun(
-        [call.layer for call in calls.values() if call.layer and call.follows],
-        [call.layer for call in calls.values() if call.layer and not call.follows],
-        body[-1].layer if body and body[-1].follows else None,
+        [call.layer for call in calls.values() if call.layer and call.follows in believed],
+        [call.layer for call in calls.values() if call.layer and call.follows not in believed],
+        target,
         upstream,
     )
 
@@ -202,7 +205,7 @@ def _observe(model: nn.Module, pictures: Tensor) -> tuple[list[str], dict[str, _
             module=module,
             begun=len(begun),
             layer=SpatialLayer(name, module, *found) if found else None,
-            follows=found is not None and follows(output, found[1]),
+            follows=follows(output, found[1]) if found else False,
             role=role,
             means=_means(output, pictures),
             took=begun[name],
@@ -291,15 +294,12 @@ def choose_layers(model: nn.Module, run: DryRun, layers: Sequence[str | int | nn
     # A name is an order: attention of random weights, to be replaced by a checkpoint's, follows nothing yet.
     by_name = {layer.name: layer for layer in (*run.layers, *run.doubtful)}
     parts = {name: module for name, module in model.named_modules() if name}
+    names = {module: name for name, module in reversed(parts.items())}
     chosen = []
     for layer in layers:
-        if isinstance(layer, nn.Module):
-            names = [name for name, module in parts.items() if module is layer]
-            if not names:
-                raise BadValueError(f"expected a layer that is part of the model, got a {type(layer).__name__}")
-            name = names[0]
-        else:
-            name = str(layer)
+        if isinstance(layer, nn.Module) and layer not in names:
+            raise BadValueError(f"expected a layer that is part of the model, got a {type(layer).__name__} that is not")
+        name = names[layer] if isinstance(layer, nn.Module) else str(layer)
         if name.startswith("-") and name[1:].isdecimal():
             if not 1 <= int(name[1:]) <= len(run.layers):
                 raise BadValueError(f"expected a layer's index from -{len(run.layers)} to -1, got {name}")

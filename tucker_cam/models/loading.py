@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,19 @@ class LoadedModel(Network):
         return digest.hexdigest()[:12]
 
 
+class Loading(TypedDict, total=False):
+    """What `load_model` takes beside the model."""
+
+    weights: str | Path | None
+    pretrained: bool
+    layers: Sequence[str | int | nn.Module]
+    device: str | torch.device | None
+    size: int | None
+    crop: bool
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+
+
 def load_model(
     model: str | nn.Module | Network,
     *,
@@ -99,8 +112,8 @@ def load_model(
             is put into eval mode; a `LoadedModel` is returned as it is where nothing else is asked for.
         weights: a checkpoint to load in place of the published weights, as self-supervised projects publish it; the
             backbone is found in it. Of ``torch.save``, or ``.safetensors``. No code in it is run.
-        pretrained: download the published weights; without them the weights are random. ``demo`` and your own
-            function have none to download, and take no False.
+        pretrained: download the published weights; without them the weights are random, the same every time. ``demo``
+            and your own function have none to download, and take no False.
         layers: dotted names of layers to explain, negative indices into all that have a spatial map (-1 is the last),
             or the modules; by default the one that `find_target_layer` finds.
         device: where the model shall run; None for a CUDA device if there is one, and for a model of yours where it is.
@@ -134,12 +147,6 @@ def load_model(
         raise BadValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
     network = _with_preprocessing(spec, network, size, crop, mean, std)
     module = network.model.eval()
-    tensors = (*module.named_parameters(), *module.named_buffers())
-    if absent := [name for name, tensor in tensors if tensor.is_meta]:
-        raise BadValueError(
-            f"{spec}: expected weights and buffers that hold numbers, found none in {', '.join(absent[:3])}: build the "
-            "model without torch.device('meta')"
-        )
     run = _dry_run(spec, network)
     chosen = choose_layers(module, run, layers) if layers else [target_of(module, run)]
     common_transform(chosen)
@@ -176,7 +183,10 @@ def _network_of(
     """Return a model's name for messages, the network, and the device where it shall run."""
     if isinstance(model, str):
         found = _device(device)
-        return model, build_network(model, pretrained=pretrained), found
+        # Random weights are the same when a run is gone on with, and in every process.
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return model, build_network(model, pretrained=pretrained), found
     if not isinstance(model, (nn.Module, Network)):
         raise BadTypeError(f"expected a model's name, a torch.nn.Module or a Network, got {type(model).__name__}")
     network = model if isinstance(model, Network) else Network(model)
@@ -225,10 +235,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.empty(1, device=found).item()
     except Exception as error:
-        # Each backend that is not there says so with an error of its own kind.
+        # Each backend that is not there says so with an error of its own kind; "meta" holds no numbers.
         raise BadValueError(f"there is no device {str(device)!r} here ({one_line(error)}): use cpu") from error
-    if found.type == "meta":
-        raise BadValueError("expected a device that holds numbers, got 'meta': use cpu")
     return found

@@ -31,32 +31,37 @@ def differing_pictures(example: Tensor) -> Tensor:
     return torch.stack([noise, upper_right, lower_left])
 
 
-def follows(output: Any, transform: ReshapeTransform | None) -> bool:
+def follows(output: Any, transform: ReshapeTransform | None) -> bool | None:
     """Tell whether a layer's maps change where the three pictures do.
 
     Of each position it is asked to which of the two corners it answers more: in a map that goes up and to the right,
-    as in the picture, whereas queries answer in an order of their own. Maps that are the same everywhere, as random
-    weights can have it, are believed: there is nothing in them to show in a wrong place.
+    as in the picture, whereas queries answer in an order of their own.
 
     Args:
         output: the layer's, for the `differing_pictures`.
         transform: of the output.
+
+    Returns:
+        None for maps that are the same everywhere, as random weights can have it: nothing in them is in a wrong place.
     """
+    maps = output if transform is None else transform(output)
+    noise = maps[0].float().flatten(1)
+    largest, spread = noise.abs().max(), (noise - noise.mean(1, keepdim=True)).abs().max()
+    if largest < _VANISHED or spread <= _BLANK * largest:
+        return None
+    place = _place(maps)
     if not isinstance(transform, TokensToMaps):
-        return _place(output if transform is None else transform(output)) >= _FOLLOWS
+        return place >= _FOLLOWS
     # Tokens after the patches, as a detector has them, must not be taken for tokens before them.
     lay_out, patches = TokensToMaps(0, transform.aspect), output.shape[1] - transform.prefix
-    places = [_place(lay_out(output[:, start : start + patches])) for start in range(transform.prefix + 1)]
-    return places[-1] == max(places) and places[-1] >= _FOLLOWS
+    places = [_place(lay_out(output[:, start : start + patches])) for start in range(transform.prefix)]
+    return place >= max([_FOLLOWS, *places])
 
 
 def _place(maps: Tensor) -> float:
     """Return the correlation of the maps' answers with up and with right, the smaller one."""
     maps = maps.float()
-    noise, changes = maps[0].flatten(1), maps[1:] - maps[:1]
-    largest, spread = noise.abs().max(), (noise - noise.mean(1, keepdim=True)).abs().max()
-    if largest < _VANISHED or spread <= _BLANK * largest:
-        return 1.0
+    changes = maps[1:] - maps[:1]
     first, second = (changes / changes.abs().max().clamp(min=_VANISHED)).square().sum(1)
     height, width = maps.shape[-2:]
     answers = ((first - second) / (first + second + 1e-6)).reshape(-1, height, width).mean(0)

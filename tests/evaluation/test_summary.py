@@ -1,0 +1,205 @@
+"""What is made of the rows: their file, their summary, the report's page, the controls and the spectrum."""
+
+import csv
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from networks import tiny_loaded_model
+from typer.testing import CliRunner
+
+from tucker_cam import evaluate
+from tucker_cam.cli import app
+from tucker_cam.evaluation.controls import CONTROLS, control_maps
+from tucker_cam.evaluation.metrics import MEASURES
+from tucker_cam.evaluation.report import Example, caption, pick_examples, write_report
+from tucker_cam.evaluation.results import Results, Row, rounded
+from tucker_cam.evaluation.spectrum import Spectrum, spectrum, value_shares
+from tucker_cam.evaluation.summary import summarise
+from tucker_cam.models import load_model
+from tucker_cam.pictures.files import open_picture
+
+MODEL = "networks:tiny_loaded_model"
+BY_NAME = {measure.name: measure for measure in MEASURES}
+CUT = BY_NAME["best_cut_iou"]
+NAN = float("nan")
+
+
+def rows_of(values, name="best_cut_iou"):
+    return [
+        Row(picture, method, {name: value})
+        for method, of_method in values.items()
+        for picture, value in of_method.items()
+    ]
+
+
+def example_of(mask):
+    return Example(np.ones((8, 8, 3), np.float32), np.ones((8, 8), np.float32), mask, caption("W" * 22, 0.12345))
+
+
+def test_the_report_shows_each_methods_best_median_and_worst_picture(data, tmp_path, drawn):
+    # A name that would be a formula, and one that would be markup.
+    for index, name in enumerate(("$x_{$.png", "[b]<script>.png")):
+        (data / "images" / f"{index}.png").rename(data / "images" / name)
+        (data / "annotations" / f"{index}.xml").rename((data / "annotations" / name).with_suffix(".xml"))
+    found = evaluate(data, MODEL, metrics="localisation")
+    found.report(tmp_path / "pages" / "report.png")
+    page = np.asarray(open_picture(tmp_path / "pages" / "report.png"))
+    assert page.shape[1] == 1500
+    assert page.std() > 20
+    titles = [axes.get_title().partition(":")[0] for axes in drawn[0].axes]
+    for method in {row.method for row in found.rows}:
+        assert {f"{method}, {place}" for place in ("best", "median", "worst")} <= {*titles}
+
+
+def test_no_two_texts_of_the_report_overlap_and_every_colour_is_named(tmp_path, drawn):
+    methods = ("eigencam", "tsm", "mtsm", "uniform")
+    rows = [
+        Row(picture, method, dict.fromkeys(BY_NAME, value))
+        for method in methods
+        for picture, value in (("a", 0.1), ("b", 0.25))
+    ]
+    examples = {method: dict.fromkeys(("best", "median", "worst"), example_of(np.eye(8) > 0)) for method in methods}
+    title = f"hf:{'a/long/path/' * 12}, {'a.layer.' * 12}: 2 pictures"
+    write_report(tmp_path / "r.png", title, summarise(rows, MEASURES), MEASURES, examples, CUT)
+    (page,) = drawn
+    (legend,) = (legend for part in page.subfigs for legend in part.legends)
+    titles = [axes.title for axes in page.axes] + [part._suptitle for part in (page, *page.subfigs)]
+    boxes = [each.get_window_extent() for each in (legend, *titles) if each is legend or (each and each.get_text())]
+    assert len(boxes) == len(MEASURES) + 12 + 3
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+    assert all(page.bbox.x0 <= box.x0 <= box.x1 <= page.bbox.x1 for box in boxes)
+    named = {patch.get_facecolor() for patch in legend.get_patches()}
+    assert named == {bar.get_facecolor() for axes in page.axes for bar in axes.patches}
+    assert len(named) == 3
+    assert [line.get_color() for line in legend.get_lines()] == ["black"]
+
+
+def test_an_objects_outline_is_closed_where_it_reaches_the_edge(tmp_path, drawn):
+    mask = np.arange(64).reshape(8, 8) % 8 > 3
+    summaries = summarise(rows_of({"eigencam": {"a": 0.1}}), [CUT])
+    # A title that is no UTF-8 is drawn too.
+    write_report(tmp_path / "r.png", "\udcff", summaries, [CUT], {"eigencam": {"best": example_of(mask)}}, CUT)
+    (outline,) = (path for axes in drawn[0].axes for each in axes.collections for path in each.get_paths())
+    np.testing.assert_array_equal(outline.vertices[0], outline.vertices[-1])
+
+
+def test_examples_are_the_best_the_median_and_the_worst():
+    values = {"tsm": {"a": 0.1, "b": 0.5, "c": 0.3, "d": NAN}}
+    higher = pick_examples(rows_of(values), CUT)["tsm"]
+    lower = pick_examples(rows_of(values, "similarity_drop"), BY_NAME["similarity_drop"])["tsm"]
+    assert {place: name for place, (name, _) in higher.items()} == {"best": "b", "median": "c", "worst": "a"}
+    assert {place: name for place, (name, _) in lower.items()} == {"best": "a", "median": "c", "worst": "b"}
+    assert caption("\udcff.png", 0.5) == "0.5\n\\udcff.png"
+    assert len(caption("\udcff" * 22, 0.5)) == len("0.5\n") + 22
+
+
+def test_summaries_agree_with_the_normal_approximation_and_pair_by_picture():
+    rng = np.random.default_rng(0)
+    difficulty = rng.normal(0, 1, 400)
+    eigencam, tsm = difficulty, difficulty + 0.5 + rng.normal(0, 0.1, 400)
+    names = [f"{index}" for index in range(400)]
+    values = {
+        "eigencam": dict(zip(names, eigencam.tolist(), strict=True)),
+        # In another order, and one picture was not scored.
+        "tsm": dict(zip(reversed(names), reversed(tsm.tolist()), strict=True)) | {"7": NAN},
+    }
+    summaries = summarise(rows_of(values), [CUT])
+    assert summarise(rows_of(values)[::-1], [CUT]) == summaries
+    summary = summaries["tsm"]["best_cut_iou"]
+    kept = np.delete(tsm, 7)
+    assert summary.pictures == 399
+    assert summary.value.mean == pytest.approx(kept.mean())
+    error = 1.96 * kept.std() / np.sqrt(399)
+    assert summary.value.high - summary.value.low == pytest.approx(2 * error, rel=0.1)
+    # Paired, the pictures' difficulty drops out.
+    assert summary.difference.mean == pytest.approx((kept - np.delete(eigencam, 7)).mean())
+    assert summary.difference.high - summary.difference.low == pytest.approx(4 * 0.098 / 20, rel=0.15)
+    assert summaries["eigencam"]["best_cut_iou"].difference is None
+
+
+def test_a_single_picture_has_a_mean_and_no_interval():
+    summary = summarise(rows_of({"tsm": {"a": 0.25}}), [CUT])["tsm"]["best_cut_iou"]
+    assert summary.value.mean == 0.25
+    assert np.isnan(summary.value.low)
+    assert summary.difference is None
+
+
+def test_rows_survive_names_of_any_kind_and_a_torn_one_is_thrown_away(tmp_path):
+    names = ["plain.jpg", 'quo"te,comma.jpg', "line\r\nbreak.jpg", b"\xff.jpg".decode("utf8", "surrogateescape")]
+    numbers = [0.5, NAN, rounded(1e-9), rounded(123456.7)]
+    rows = [Row(name, "tsm", {"a": number}) for name, number in zip(names, numbers, strict=True)]
+    out = tmp_path / "r.csv"
+    Results(out, {"model": "m"}, ["a"]).append(rows)
+    whole = out.read_bytes()
+    assert whole.count(b",m,") == 4
+    for cut in range(len(b"picture,method,model,a\r\n"), len(whole)):
+        out.write_bytes(whole[:cut])
+        results = Results(out, {"model": "m"}, ["a"])
+        results.append(rows)
+        assert out.read_bytes() == whole
+    assert [name for name, _ in results.rows] == names
+    assert [row.values["a"] for row in results.rows.values()] == [0.5, pytest.approx(NAN, nan_ok=True), 1e-9, 123457]
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_controls_know_nothing_but_the_pictures_name(name):
+    maps = control_maps(name, pictures=["a", "b", "a"], size=(20, 30), resolution=(3, 5))
+    assert maps.shape == (3, 20, 30)
+    assert maps.dtype == torch.float32
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    assert torch.equal(maps[0], maps[2])
+    assert torch.equal(maps[0], maps[1]) == (name != "random")
+
+
+def test_the_centre_gaussian_is_highest_in_the_centre_and_the_random_map_is_not_white():
+    centre = control_maps("centre-gaussian", pictures=["a"], size=(21, 31), resolution=(3, 5))[0]
+    assert centre.argmax() == 10 * 31 + 15
+    # A quarter of the side away from the centre, one deviation: exp(-1/2).
+    assert centre[10, 15 - 7] == pytest.approx(np.exp(-0.5 * (7 / 30 / 0.25) ** 2), rel=1e-5)
+    random_map = control_maps("random", pictures=["a"], size=(224, 224), resolution=(7, 7))[0]
+    assert random_map.diff(dim=0).abs().max() < 0.1
+    assert random_map.max() > 0.99
+
+
+def test_the_spectrum_is_that_of_numpy():
+    model, images = tiny_loaded_model().model.eval(), torch.randn(3, 3, 24, 24)
+    found = spectrum(images, MODEL)
+    with torch.no_grad():
+        features = model[:4](images)
+    shares = value_shares(features, count=20)
+    for name, centred in (("SVD, centred", True), ("Tucker", False)):
+        np.testing.assert_allclose(found.shares[name], shares[name][:, :10], atol=1e-5)
+        for image, share in zip(features.double().flatten(2).numpy(), shares[name], strict=True):
+            values = np.linalg.svd(image - centred * image.mean(1, keepdims=True), compute_uv=False)
+            np.testing.assert_allclose(share[:16], values / values.sum(), atol=1e-5)
+            assert np.isnan(share[16:]).all()
+
+
+def test_the_spectrum_is_plotted_and_written(data, tmp_path):
+    (data / "images" / "text.jpg").write_text("no picture")
+    out = tmp_path / "new" / "s.png"
+    result = CliRunner().invoke(app, ["spectrum", str(data), "--out", str(out), "--model", MODEL])
+    assert result.exit_code == 1
+    assert "text.jpg" in result.stderr
+    with out.with_suffix(".csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 * 2 * 10
+    for name in ("SVD, centred", "Tucker"):
+        of_one = [row for row in rows if (row["decomposition"], row["picture"]) == (name, "images/0.png")]
+        shares = [float(row["share"]) for row in of_one]
+        assert shares == sorted(shares, reverse=True)
+        assert f"{name}: the first value holds" in result.output
+    assert np.asarray(open_picture(out)).std() > 10
+
+
+def test_every_box_of_the_spectrum_lies_inside_its_panel(tmp_path, drawn):
+    low = np.random.default_rng(0).uniform(0.1, 0.2, (9, 3))
+    Spectrum([*"abcdefghi"], {"SVD, centred": low, "Tucker": low + 0.3}, [], load_model(MODEL)).plot(tmp_path / "s.png")
+    for axes in drawn[0].axes:
+        bottom, top = axes.get_ylim()
+        heights = np.concatenate([line.get_ydata() for line in axes.lines])
+        assert bottom == 0
+        assert heights.max() < top

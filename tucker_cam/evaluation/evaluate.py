@@ -1,0 +1,244 @@
+"""Pictures, a model, methods and metrics in, the scores of all methods and controls out: as rows, CSV and figures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Unpack
+
+from tucker_cam.errors import BadFileError, BadValueError, Failure
+from tucker_cam.evaluation.comparison import Builder, compare, one_pass_of, saliency_maps, score_names
+from tucker_cam.evaluation.controls import CONTROLS
+from tucker_cam.evaluation.inputs import (
+    BatchInputs,
+    Data,
+    FolderInputs,
+    Model,
+    Views,
+    find_inputs,
+    go_through,
+    load_one_layer,
+    on_device,
+)
+from tucker_cam.evaluation.metrics import Measure, choose_measures
+from tucker_cam.evaluation.report import FORMATS, Example, caption, pick_examples, write_report
+from tucker_cam.evaluation.results import Results, Row
+from tucker_cam.evaluation.summary import BASELINE, Summary, summarise
+from tucker_cam.methods import LABEL_DEPENDENT, METHODS, method_named
+from tucker_cam.models import LoadedModel
+from tucker_cam.models.loading import Loading
+from tucker_cam.pictures.ahead import check_batch_size
+from tucker_cam.pictures.annotations import Annotations, network_view
+from tucker_cam.text import counted
+from tucker_cam.writing import only_run
+
+logger = logging.getLogger("tucker_cam")
+_RANKED_BY = ("best_threshold_iou", "probability_drop_area_matched", "similarity_drop_area_matched", "mean_saliency")
+
+
+def evaluate(
+    data: Data,
+    model: Model = "demo",
+    methods: str | Sequence[str] | Mapping[str, Builder] | None = None,
+    *,
+    metrics: str | Measure | Sequence[str | Measure] = ("localisation", "drop"),
+    annotations: Annotations | None = None,
+    limit: int | None = None,
+    out: str | Path | None = None,
+    batch_size: int = 8,
+    workers: int | None = 0,
+    progress: bool = True,
+    **loading: Unpack[Loading],
+) -> Evaluation:
+    """Score methods on pictures, beside EigenCAM and controls that know nothing of the picture.
+
+    Where the network classifies, the host's GradCAM and SegEigenCAM for the predicted class are scored for reference.
+
+    Args:
+        data: a folder of pictures, see `find_samples`; or an iterable of batches of network inputs, batch x channels x
+            height x width, or of tuples of these and masks, bool, batch x height x width, a DataLoader say: these
+            pictures are named "000000" and so on.
+        model: a name or a module as for `load_model`, or what that returns.
+        methods: names as on the command line; or classes of the host's kind, by a name of yours. All by default.
+        metrics: of "localisation", "drop", "curves" and "road", and measures of yours.
+        annotations: score only pictures of the folder with these; see `find_samples`.
+        limit: take a random sample of so many pictures of the folder, or the first of the batches.
+        out: a CSV in which each batch's rows are as soon as they are known. What is there is gone on with; rows that
+            are there stay, also those of a picture that has changed since.
+        batch_size: how many pictures go through the network together.
+        workers: see `explain`.
+        progress: show a bar.
+        loading: see `load_model`; one layer is scored.
+
+    Returns:
+        The rows, and what failed.
+
+    Raises:
+        TypeError, ValueError: an unknown method, metric, model, layer or device; no pictures, or none that can be
+            scored; or results of another run in `out`.
+        ModuleNotFoundError: the model's package is missing.
+        OSError: its weights could not be had, `data` cannot be read, or `out` cannot be written.
+
+    Example:
+        >>> from torch import nn, rand
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        >>> evaluation = evaluate(rand(2, 3, 24, 24), network, "tsm", metrics="drop", layers=["0"])
+        >>> [row.method for row in evaluation.rows if row.picture == "000001"]
+        ['eigencam', 'tsm', 'random', 'uniform', 'centre-gaussian']
+    """
+    names = METHODS if methods is None else [methods] if isinstance(methods, str) else methods
+    given = dict(names) if isinstance(names, Mapping) else {each.name: each for each in map(method_named, names)}
+    # EigenCAM is what the others are compared with.
+    chosen: dict[str, Builder] = {BASELINE: METHODS[BASELINE], **given}
+    wanted = [metrics] if isinstance(metrics, (str, Measure)) else metrics
+    choose_measures(wanted, ())
+    check_batch_size(batch_size)
+    path = None if out is None else Path(out)
+    if path is not None:
+        check_output(path)
+    inputs = find_inputs(data, annotations, limit)
+    for remark in inputs.remarks:
+        logger.info(f"note: {remark}")
+    with nullcontext() if path is None else only_run(path):
+        loaded = load_one_layer(model, **loading)
+        if loaded.classifies:
+            chosen |= {name: method for name, method in LABEL_DEPENDENT.items() if method.is_there}
+        if inputs.annotations == "none":
+            wanted = [each for each in wanted if each != "localisation"]
+        measures = choose_measures(wanted, score_names(loaded))
+        run = {
+            "data": inputs.where,
+            "model": loaded.name,
+            "weights": loaded.digest(),
+            "layer": loaded.layer_names[0],
+            "annotations": inputs.annotations,
+        }
+        results = Results(path, run, [measure.name for measure in measures])
+        if isinstance(inputs, FolderInputs) and (others := {name for name, _ in results.rows} - inputs.samples.keys()):
+            raise BadValueError(
+                f"{path}: expected results of the {counted(len(inputs.samples))} of this run, found some of "
+                f"{min(others)}, which is not among them: give another file, or the limit it was written with"
+            )
+        count = "pictures" if inputs.total is None else counted(inputs.total)
+        logger.info(
+            f"{count}, annotations: {inputs.annotations}; {loaded.description}; embedding: {loaded.last_layer.name}, "
+            "pooled"
+        )
+        remarks: list[str] = []
+
+        def score(views: Views) -> None:
+            missing = [name for name in (*chosen, *CONTROLS) if any((each, name) not in results.rows for each in views)]
+            if missing:
+                these = {name: method for name, method in chosen.items() if name in missing}
+                rows, broken = compare(*on_device(views, loaded), list(views), loaded, these, measures)
+                results.append(rows)
+                remarks.extend(broken)
+            remarks.extend(remark for view in views.values() for remark in view.remarks)
+
+        failures = go_through(inputs, loaded, score, "scoring", batch_size, workers, shown=progress)
+    return Evaluation(results, measures, failures, remarks, loaded, chosen, inputs)
+
+
+def check_output(path: Path, *, data: Path | None = None, formats: Sequence[str] = ()) -> None:
+    """Refuse, before the work of hours, a file that cannot be written then; its folder is made.
+
+    Raises:
+        ValueError: it would be a picture of `data`, or its ending names none of the formats.
+        OSError: it is no file, or its folder cannot be made.
+    """
+    if formats and path.suffix.lower() not in formats:
+        raise BadValueError(f"{path}: expected a file ending in {', '.join(formats)}")
+    if data is not None and path.resolve().is_relative_to(data.resolve()):
+        raise BadValueError(f"{path}: expected an output outside of the data, {data}")
+    if path.exists() and not path.is_file():
+        raise BadFileError(f"{path}: expected a file to write, found a folder or a device")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Evaluation:
+    """What the measures say of each method on each picture.
+
+    Attributes:
+        measures: in order.
+        failures: the pictures that could not be read or scored.
+        remarks: what a user should know of others, a line each.
+        loaded: the model, with its layer.
+    """
+
+    _results: Results
+    measures: list[Measure]
+    failures: list[Failure]
+    remarks: list[str]
+    loaded: LoadedModel
+    _methods: Mapping[str, Builder]
+    _inputs: FolderInputs | BatchInputs
+
+    @property
+    def rows(self) -> list[Row]:
+        """A row for each picture and method: the label-free ones, those for reference, your own, and the controls."""
+        names = dict.fromkeys([*METHODS, *LABEL_DEPENDENT, *self._methods, *CONTROLS])
+        order = {name: place for place, name in enumerate(names)}
+        return sorted(self._results.rows.values(), key=lambda row: order.get(row.method, len(order)))
+
+    def summary(self, *, seed: int = 0) -> dict[str, dict[str, Summary]]:
+        """Return by method, then by measure, the mean with its interval, and the difference from EigenCAM."""
+        return summarise(self.rows, self.measures, seed=seed)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write the rows, as `out` does.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        self._results.to_csv(Path(path))
+
+    def report(self, path: str | Path) -> None:
+        """Draw a page of all means and, of a folder, of each method's best, median and worst picture.
+
+        Raises:
+            ValueError: the path's ending is none of .png, .jpg, .pdf and .svg.
+            OSError: it cannot be written.
+        """
+        check_output(Path(path), formats=FORMATS)
+        rows = self.rows
+        scored = {name for row in rows for name, value in row.values.items() if value == value}
+        ranked_by = next(each for name in _RANKED_BY for each in self.measures if each.name == name and name in scored)
+        examples = {
+            method: {place: example for place, each in by_place.items() if (example := self._example(method, *each))}
+            for method, by_place in pick_examples(rows, ranked_by).items()
+        }
+        title = f"{self.loaded.name}, {self.loaded.layer_names[0]}: {counted(self.scored)}"
+        write_report(Path(path), title, self.summary(), self.measures, examples, ranked_by)
+
+    def _example(self, method: str, picture: str, value: float) -> Example | None:
+        """Explain a picture again; None where it cannot be read any more, or another run knew the method."""
+        if not isinstance(self._inputs, FolderInputs) or method not in (*self._methods, *CONTROLS):
+            return None
+        try:
+            view = network_view(self._inputs.samples[picture], self._inputs.annotations, self.loaded)
+        except (OSError, ValueError):
+            return None
+        wanted = {name: build for name, build in self._methods.items() if name == method}
+        images, _ = on_device({picture: view}, self.loaded)
+        # Lazily: the controls come last, and are not made for a method's example.
+        with one_pass_of(self.loaded, images) as one_pass:
+            saliency = next(maps[0] for name, maps in saliency_maps(one_pass, [picture], wanted) if name == method)
+        seen = self.loaded.picture(view.network_input)
+        return Example(seen, saliency.cpu().numpy(), view.mask.numpy(), caption(picture, value))
+
+    @property
+    def run(self) -> Mapping[str, str]:
+        """What is the same in every row: the data, model, weights, layer and kind of annotations."""
+        return self._results.run
+
+    @property
+    def scored(self) -> int:
+        """How many pictures have rows."""
+        return len({row.picture for row in self._results.rows.values()})
+
+    def __repr__(self) -> str:
+        return f"<Evaluation of {counted(self.scored)} by {', '.join(self._methods)}; {self.loaded.description}>"

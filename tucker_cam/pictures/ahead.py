@@ -1,0 +1,67 @@
+"""Batches of what can be read in, what was read of each out: by processes that read ahead of the network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from torch.utils.data import DataLoader, Dataset
+
+from tucker_cam.errors import BadFileError, BadValueError
+
+Item = TypeVar("Item")
+Read = TypeVar("Read")
+_MOST_WORKERS = 8
+
+
+def check_batch_size(size: int) -> None:
+    """Raise ValueError if there are no batches of this size."""
+    if size < 1:
+        raise BadValueError(f"expected a batch_size of at least 1, got {size}")
+
+
+def in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Cut the items into batches: alike in every run, so that no figure depends on where one was stopped."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def read_ahead(
+    batches: Sequence[Sequence[Item]], read: Callable[[Sequence[Item]], Read], workers: int | None
+) -> Iterator[Read]:
+    """Yield what was read of each batch.
+
+    Args:
+        batches: as of `in_batches`.
+        read: reads one of them, in another process if there are workers.
+        workers: how many processes read; None for one fewer than there are cores, and none for a single batch.
+
+    Raises:
+        OSError: one of them was killed.
+    """
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = 0 if len(batches) < 2 else min(max(cores - 1, 1), _MOST_WORKERS)
+    try:
+        yield from DataLoader(_Reader(batches, read), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise BadFileError("a process that read pictures was killed, for want of memory perhaps: workers=0") from error
+
+
+@dataclass(frozen=True)
+class _Reader(Dataset[Read], Generic[Item, Read]):
+    batches: Sequence[Sequence[Item]]
+    read: Callable[[Sequence[Item]], Read]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Read:
+        return self.read(self.batches[index])
+
+
+def _as_it_is(read: Read) -> Read:
+    return read
