@@ -12,15 +12,19 @@ from tucker_cam.writing import complete_or_absent, only_run
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (KeyboardInterrupt(), ""),
+        (KeyboardInterrupt("key"), "key"),
         (OSError(errno.ENOSPC, "No space left"), r"No space left.*x\.png"),
         (OSError("odd"), "odd"),
     ],
 )
 def test_an_interrupted_write_leaves_nothing_and_a_full_disk_says_where(tmp_path, error, said):
-    with pytest.raises(type(error), match=said), complete_or_absent(tmp_path / "x.png") as unfinished:
-        unfinished.write_bytes(b"half")
-        raise error
+    def interrupted():
+        with complete_or_absent(tmp_path / "x.png") as unfinished:
+            unfinished.write_bytes(b"half")
+            raise error
+
+    with pytest.raises(type(error), match=said):
+        interrupted()
     assert not list(tmp_path.iterdir())
 
 
