@@ -347,6 +347,14 @@ def test_batches_of_another_kind_are_an_error_at_once(batch):
         evaluate([batch], MODEL)
 
 
+def test_rows_of_another_preprocessing_are_not_mixed_in(data, tmp_path):
+    options = {"metrics": "drop", "out": tmp_path / "r.csv", "progress": False}
+    found = evaluate(data, MODEL, "tsm", **options)
+    with pytest.raises(BadValueError, match="expected results of the model"):
+        evaluate(data, MODEL, "tsm", size=32, **options)
+    assert found.run["model"] == MODEL
+
+
 def test_bad_arguments_are_an_error():
     images = torch.rand(1, 3, 24, 24)
     video = load_model("networks:tiny_video_network")

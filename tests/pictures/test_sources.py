@@ -220,3 +220,9 @@ def test_a_sample_is_the_same_again_and_part_of_a_larger_one():
     assert random_sample(range(20), 100) == random_sample(range(20), None) == list(range(20))
     with pytest.raises(ValueError, match="at least 1 picture, got 0"):
         random_sample(range(20), 0)
+
+
+def test_a_16_bit_picture_keeps_its_greys(tmp_path):
+    greys = np.linspace(0, 65535, 256).reshape(16, 16)
+    Image.fromarray(greys.astype(np.uint16)).save(tmp_path / "deep.png")
+    np.testing.assert_allclose(np.asarray(open_picture(tmp_path / "deep.png"))[..., 0], greys / 257, atol=1)

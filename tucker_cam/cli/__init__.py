@@ -17,6 +17,7 @@ import typer
 from tucker_cam import __version__
 from tucker_cam.cli.lines import say
 from tucker_cam.errors import TuckerCamError
+from tucker_cam.evaluation import GROUPS
 from tucker_cam.explanations.outputs import FORMATS
 from tucker_cam.extras import install
 from tucker_cam.interrupts import INTERRUPTED, importing
@@ -69,8 +70,6 @@ Workers = Annotated[
     int | None,
     typer.Option("--workers", "-j", min=0, help="Processes that read pictures, or actors. (default: one core is left)"),
 ]
-# Of `Group`, those that can be asked for; its module is imported when there is something to score.
-_METRICS: tuple[Literal["localisation", "drop", "curves", "road"], ...] = ("localisation", "drop", "curves", "road")
 _DEBUG = ContextVar("debug", default=False)
 _USER_ERROR = 2
 _SOME_FAILED = 1
@@ -218,7 +217,7 @@ def evaluate(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"May be repeated: {', '.join(_METRICS)}; curves and road are slow. (default: localisation and drop)"
+            help=f"May be repeated: {', '.join(GROUPS)}; curves and road are slow. (default: localisation and drop)"
         ),
     ] = None,
     annotations: Annotated[
@@ -252,7 +251,7 @@ def evaluate(
     with _user_errors("evaluation", goes_on=True) as problems:
         for name in method or []:
             method_named(name)
-        groups = [check_name("metric", each, _METRICS) for each in metric or ["localisation", "drop"]]
+        groups = [check_name("metric", each, GROUPS) for each in metric or ["localisation", "drop"]]
         with importing():
             from tucker_cam.cli.evaluate import evaluate_folder
 

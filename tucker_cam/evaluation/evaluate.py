@@ -111,7 +111,7 @@ def evaluate(
         measures = choose_measures(wanted, score_names(loaded))
         run = {
             "data": inputs.where,
-            "model": loaded.name,
+            "model": loaded.name if loaded.preprocessing is None else f"{loaded.name}, {loaded.preprocessing}",
             "weights": loaded.digest(),
             "layer": loaded.layer_names[0],
             "annotations": inputs.annotations,

@@ -25,6 +25,7 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from tucker_cam.errors import BadTypeError, BadValueError
+from tucker_cam.evaluation import GROUPS
 from tucker_cam.methods import check_name
 
 Score = Callable[[Tensor], Tensor]
@@ -392,7 +393,6 @@ def _on_scores(metric: Callable[[Tensor, Tensor, Score], Tensor]) -> Callable[[J
     return lambda judged: metric(judged.images, judged.maps, judged.score)
 
 
-GROUPS = ("localisation", "drop", "curves", "road")
 _DROPS: tuple[tuple[str, str, Literal["higher", "lower"], Callable[[Judged], Tensor]], ...] = (
     ("drop", "drop, %", "lower", lambda judged: judged.change.drop),
     ("increase", "increase, %", "higher", lambda judged: judged.change.increase),
