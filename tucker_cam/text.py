@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 # Also what turns the direction of writing around.
 _CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
@@ -12,6 +13,11 @@ def printable(text: str) -> str:
     """Return a text as any terminal can show it: control characters, and bytes that are no UTF-8, become escapes."""
     shown = text.encode(errors="backslashreplace").decode()
     return re.sub(_CONTROL, lambda control: f"\\x{ord(control[0]):02x}", shown)
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line; nothing in it is a command to the terminal."""
+    print(printable(text), file=sys.stderr if error else sys.stdout)
 
 
 def one_line(error: Exception) -> str:

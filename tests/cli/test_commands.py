@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from tucker_cam import TSM, __version__
 from tucker_cam.__main__ import main
 from tucker_cam.cli import app
-from tucker_cam.cli.lines import say
 from tucker_cam.console import PlainConsole
 from tucker_cam.models import load_model
 from tucker_cam.pictures.files import open_picture
+from tucker_cam.text import say
 
 TINY = ("-m", "networks:tiny_loaded_model")
 

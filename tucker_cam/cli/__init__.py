@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tucker_cam import __version__
-from tucker_cam.cli.lines import say
 from tucker_cam.errors import TuckerCamError
 from tucker_cam.evaluation import GROUPS
 from tucker_cam.explanations.outputs import FORMATS
@@ -23,7 +22,7 @@ from tucker_cam.extras import install
 from tucker_cam.interrupts import INTERRUPTED, importing
 from tucker_cam.methods import METHODS, check_name, method_named
 from tucker_cam.models.families import FAMILIES
-from tucker_cam.text import printable
+from tucker_cam.text import printable, say
 
 # What a command needs is imported in it: PyTorch and the host take seconds, which help and a mistyped name need not.
 if TYPE_CHECKING:
@@ -38,14 +37,8 @@ app = typer.Typer(
 
 OutputFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if it is missing.")]
 DataFolder = Annotated[Path, typer.Argument(help="Folder of pictures, at any depth.", show_default=False)]
-ModelName = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        help=f"{', '.join(family.usage for family in FAMILIES.values())} or your own MODULE:CALLABLE.",
-    ),
-]
+_MODELS = ", ".join(family.usage for family in FAMILIES.values())
+ModelName = Annotated[str, typer.Option("--model", "-m", help=f"{_MODELS}, the last one your own function.")]
 _LAYER_HELP = (
     "Dotted name of the layer to explain, or its negative index in `tucker-cam layers`. "
     "(default: the last one with a spatial map)"
@@ -117,9 +110,7 @@ def demo(out: OutputFolder = Path("tucker-cam-out")) -> None:
 def explain(
     images: Annotated[
         list[str],
-        typer.Argument(
-            help="Pictures, folders, globs, Parquet files with a column image; or URLs.", show_default=False
-        ),
+        typer.Argument(help="Pictures, folders, globs, Parquet files (column image), URLs.", show_default=False),
     ],
     method: Annotated[
         list[str] | None,
@@ -133,10 +124,7 @@ def explain(
     limit: Limit = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option(
-            "--format",
-            help=f"May be repeated: {', '.join(FORMATS)}; maps as .npy or one Zarr store. (default: overlay)",
-        ),
+        typer.Option("--format", help=f"May be repeated: {', '.join(FORMATS)}. (default: overlay)"),
     ] = None,
     gallery: Annotated[
         bool, typer.Option("--gallery", help="Write one page with all pictures, to open alone.")
@@ -227,12 +215,7 @@ def evaluate(
     limit: Limit = None,
     out: Annotated[
         Path,
-        typer.Option(
-            "--out",
-            "-o",
-            help="The rows, as CSV; a run that was interrupted goes on. Rows that are there stay, also those of a "
-            "picture that has changed since.",
-        ),
+        typer.Option("--out", "-o", help="The rows, as CSV; what is there stays, and a run that was stopped goes on."),
     ] = Path("tucker-cam-out/results.csv"),
     report: Annotated[
         Path | None, typer.Option(help="Write a figure page too: .png, .jpg, .pdf or .svg.", show_default=False)

@@ -18,11 +18,11 @@ from pytorch_grad_cam.utils.image import show_cam_on_image
 from rich.table import Table
 from threadpoolctl import threadpool_limits
 
-from tucker_cam.cli.lines import say
 from tucker_cam.console import PlainConsole
 from tucker_cam.methods import METHODS
 from tucker_cam.models import load_model
 from tucker_cam.pictures.files import open_picture
+from tucker_cam.text import say
 from tucker_cam.writing import complete_or_absent
 
 _SHOWN = ("eigencam", "tsm", "multivec-eigencam", "mtsm")

@@ -9,14 +9,13 @@ from typing import Any
 
 from rich.table import Table
 
-from tucker_cam.cli.lines import say
 from tucker_cam.console import PlainConsole
 from tucker_cam.errors import BadValueError
 from tucker_cam.evaluation.evaluate import check_output, evaluate
 from tucker_cam.evaluation.metrics import Measure
 from tucker_cam.evaluation.report import FORMATS
 from tucker_cam.evaluation.summary import BASELINE, Interval, Summary
-from tucker_cam.text import counted
+from tucker_cam.text import counted, say
 
 _TABLE_COLUMNS = 4
 # Of fewer pictures a percentile bootstrap's interval leaves 0 out far too often.

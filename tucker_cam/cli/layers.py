@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 
 from rich.table import Table
 
-from tucker_cam.cli.lines import say
 from tucker_cam.console import PlainConsole
 from tucker_cam.models import NoLayerError, SpatialLayer, load_model
 from tucker_cam.models.loading import Loading
+from tucker_cam.text import say
 
 _UNBOUNDED = 10_000
 """Of no terminal a line is a row, whatever its length."""

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from tucker_cam.cli.lines import say
 from tucker_cam.errors import BadValueError
 from tucker_cam.evaluation.evaluate import check_output
 from tucker_cam.evaluation.spectrum import HEADER, spectrum
+from tucker_cam.text import say
 
 
 def write_spectrum(data: Path, model: str, out: Path, **options: Any) -> list[str]:
