@@ -86,7 +86,7 @@ def test_the_rows_hold_what_the_metrics_say(data):
         def similarity(these, images=images):
             return torch.cosine_similarity(*(model[:4](each).mean((2, 3)).detach() for each in (these, images)))
 
-        localisation = ("energy_in_mask", "pointing_game", "best_threshold_iou", "best_cut_iou", "otsu_iou")
+        localisation = [measure.name for measure in metrics.MEASURES if measure.group == "localisation"]
         expected = {name: getattr(metrics, name)(maps, masks) for name in localisation}
         expected |= {name: getattr(metrics, name)(maps) for name in ("mean_saliency", "energy_in_top")}
         blurred, grey = metrics.blurred(images), metrics.mean_colour(images)
