@@ -35,14 +35,10 @@ def one_pass_of(loaded: LoadedModel, images: Tensor) -> OnePass:
 def score_of(loaded: LoadedModel, one_pass: OnePass) -> Score:
     """Return a score of images by what the network makes of them, against what it makes of a pass's whole ones.
 
-    Returns:
-        batch x `score_names`: where the network classifies, the softmax probability of the class predicted for the
-        whole image, in [0, 1]; and, which needs no label, the cosine similarity of the embedding with the whole
-        image's, in [-1, 1]. The embedding is the mean over positions of the last layer with a spatial map, whatever
-        layer is explained, so that the scores of two layers compare. Both come from one forward pass.
-
-    Raises:
-        TypeError: the network shall classify, and returns no logits.
+    It gives, batch x `score_names`, of one forward pass: where the network classifies, the softmax probability of the
+    class predicted for the whole image, in [0, 1]; and, which needs no label, the cosine similarity of the embedding
+    with the whole image's, in [-1, 1]. The embedding is the mean over positions of the last layer with a spatial map,
+    whatever layer is explained, so that the scores of two layers compare.
     """
     whole, layer = one_pass.images, loaded.last_layer
     if layer.module is loaded.target_layers[0] and layer.reshape_transform == loaded.reshape_transform:
@@ -92,10 +88,9 @@ def saliency_maps(
             maps = torch.full_like(images[:, 0], torch.nan)
         yield name, maps
     _, (features,) = one_pass.output_and_features()
-    height, width = features.shape[-2:]
-    size = (images.shape[-2], images.shape[-1])
+    size, resolution = ((each.shape[-2], each.shape[-1]) for each in (images, features))
     for name in CONTROLS:
-        yield name, control_maps(name, pictures=names, size=size, resolution=(height, width)).to(images.device)
+        yield name, control_maps(name, pictures=names, size=size, resolution=resolution).to(images.device)
 
 
 def compare(
@@ -118,25 +113,25 @@ def compare(
         score = score_of(loaded, one_pass)
         whole = score(images)
         for method, maps in saliency_maps(one_pass, names, methods):
-            broken = ~maps.flatten(1).isfinite().all(1)
+            broken = ~maps.isfinite().flatten(1).all(1)
             maps = maps.masked_fill(broken[:, None, None], 0)
             judged = Judged(maps, masks, images, names, score, score_names(loaded), whole)
-            values = _values(judged, measures)
-            for index, (name, is_broken) in enumerate(zip(names, broken.tolist(), strict=True)):
-                if is_broken:
-                    remarks.append(f"{name}: {method} gave a map with NaN or Inf, or none, so not scored")
-                of_picture = {column: np.nan if is_broken else rounded(each[index]) for column, each in values.items()}
-                rows.append(Row(name, method, of_picture))
+            values = {
+                name: each.masked_fill(broken.cpu(), torch.nan) for name, each in _values(judged, measures).items()
+            }
+            rows += [
+                Row(picture, method, {name: rounded(each[index].item()) for name, each in values.items()})
+                for index, picture in enumerate(names)
+            ]
+            unscored = [name for name, is_broken in zip(names, broken, strict=True) if is_broken]
+            remarks += [f"{name}: {method} gave a map with NaN or Inf, or none, so not scored" for name in unscored]
     return rows, remarks
 
 
-def _values(judged: Judged, measures: Sequence[Measure]) -> dict[str, list[float]]:
+def _values(judged: Judged, measures: Sequence[Measure]) -> dict[str, Tensor]:
     # Insertion of both scores, say, comes from the same passes.
-    found = {function: function(judged) for function in dict.fromkeys(measure.function for measure in measures)}
-    values = {}
-    for measure in measures:
-        of_measure = found[measure.function]
-        if measure.score:
-            of_measure = of_measure[:, judged.score_names.index(measure.score)]
-        values[measure.name] = of_measure.tolist()
-    return values
+    found = {function: function(judged).float().cpu() for function in dict.fromkeys(each.function for each in measures)}
+    return {
+        each.name: found[each.function][:, judged.score_names.index(each.score)] if each.score else found[each.function]
+        for each in measures
+    }

@@ -9,20 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
 
+from torch import Tensor
+
 from tucker_cam.errors import BadFileError, BadValueError, Failure
 from tucker_cam.evaluation.comparison import Builder, compare, one_pass_of, saliency_maps, score_names
 from tucker_cam.evaluation.controls import CONTROLS
-from tucker_cam.evaluation.inputs import (
-    BatchInputs,
-    Data,
-    FolderInputs,
-    Model,
-    Views,
-    find_inputs,
-    go_through,
-    load_one_layer,
-    on_device,
-)
+from tucker_cam.evaluation.inputs import Data, Inputs, Model, find_inputs, go_through, load_one_layer
 from tucker_cam.evaluation.metrics import Measure, choose_measures
 from tucker_cam.evaluation.report import FORMATS, Example, caption, pick_examples, write_report
 from tucker_cam.evaluation.results import Results, Row
@@ -58,9 +50,9 @@ def evaluate(
     Where the network classifies, the host's GradCAM and SegEigenCAM for the predicted class are scored for reference.
 
     Args:
-        data: a folder of pictures, see `find_samples`; or an iterable of batches of network inputs, batch x channels x
-            height x width, or of tuples of these and masks, bool, batch x height x width, a DataLoader say: these
-            pictures are named "000000" and so on.
+        data: a folder of pictures, see `find_samples`; or batches of network inputs, batch x channels x height x
+            width, or of tuples of these and masks, bool, batch x height x width, from a DataLoader say: their pictures
+            are named "000000" and so on.
         model: a name or a module as for `load_model`, or what that returns.
         methods: names as on the command line; or classes of the host's kind, by a name of yours. All by default.
         metrics: of "localisation", "drop", "curves" and "road", and measures of yours.
@@ -117,29 +109,31 @@ def evaluate(
             "annotations": inputs.annotations,
         }
         results = Results(path, run, [measure.name for measure in measures])
-        if isinstance(inputs, FolderInputs) and (others := {name for name, _ in results.rows} - inputs.samples.keys()):
+        pictures = inputs.samples
+        if pictures is not None and (others := {name for name, _ in results.rows} - pictures.keys()):
             raise BadValueError(
-                f"{path}: expected results of the {counted(len(inputs.samples))} of this run, found some of "
-                f"{min(others)}, which is not among them: give another file, or the limit it was written with"
+                f"{path}: expected results of the {counted(len(pictures))} of this run, found some of {min(others)}, "
+                "which is not among them: give another file, or the limit it was written with"
             )
-        count = "pictures" if inputs.total is None else counted(inputs.total)
+        count = "batches" if pictures is None else counted(len(pictures))
         logger.info(
             f"{count}, annotations: {inputs.annotations}; {loaded.description}; embedding: {loaded.last_layer.name}, "
             "pooled"
         )
-        remarks: list[str] = []
+        broken: list[str] = []
 
-        def score(views: Views) -> None:
-            missing = [name for name in (*chosen, *CONTROLS) if any((each, name) not in results.rows for each in views)]
+        def score(names: Sequence[str], images: Tensor, masks: Tensor) -> None:
+            missing = [each for each in (*chosen, *CONTROLS) if any((name, each) not in results.rows for name in names)]
             if missing:
                 these = {name: method for name, method in chosen.items() if name in missing}
-                rows, broken = compare(*on_device(views, loaded), list(views), loaded, these, measures)
+                rows, unscored = compare(images, masks, names, loaded, these, measures)
                 results.append(rows)
-                remarks.extend(broken)
-            remarks.extend(remark for view in views.values() for remark in view.remarks)
+                broken.extend(unscored)
 
-        failures = go_through(inputs, loaded, score, "scoring", batch_size, workers, shown=progress)
-    return Evaluation(results, measures, failures, remarks, loaded, chosen, inputs)
+        failures, remarks = go_through(
+            inputs, loaded, score, "scoring", batch_size=batch_size, workers=workers, shown=progress
+        )
+    return Evaluation(results, measures, failures, remarks + broken, loaded, chosen, inputs)
 
 
 def check_output(path: Path, *, data: Path | None = None, formats: Sequence[str] = ()) -> None:
@@ -175,7 +169,7 @@ class Evaluation:
     remarks: list[str]
     loaded: LoadedModel
     _methods: Mapping[str, Builder]
-    _inputs: FolderInputs | BatchInputs
+    _inputs: Inputs
 
     @property
     def rows(self) -> list[Row]:
@@ -216,16 +210,15 @@ class Evaluation:
 
     def _example(self, method: str, picture: str, value: float) -> Example | None:
         """Explain a picture again; None where it cannot be read any more, or another run knew the method."""
-        if not isinstance(self._inputs, FolderInputs) or method not in (*self._methods, *CONTROLS):
+        if self._inputs.samples is None or method not in (*self._methods, *CONTROLS):
             return None
         try:
             view = network_view(self._inputs.samples[picture], self._inputs.annotations, self.loaded)
         except (OSError, ValueError):
             return None
         wanted = {name: build for name, build in self._methods.items() if name == method}
-        images, _ = on_device({picture: view}, self.loaded)
         # Lazily: the controls come last, and are not made for a method's example.
-        with one_pass_of(self.loaded, images) as one_pass:
+        with one_pass_of(self.loaded, view.network_input[None].to(self.loaded.device)) as one_pass:
             saliency = next(maps[0] for name, maps in saliency_maps(one_pass, [picture], wanted) if name == method)
         seen = self.loaded.picture(view.network_input)
         return Example(seen, saliency.cpu().numpy(), view.mask.numpy(), caption(picture, value))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tucker_cam.errors import BadFileError, BadValueError
 from tucker_cam.models import Network
-from tucker_cam.models.families import preprocessed
+from tucker_cam.models.network import preprocessed
 from tucker_cam.pictures.files import open_image, open_picture
 from tucker_cam.pictures.sources import PICTURES, files_below, random_sample, without_results
 
@@ -84,17 +84,15 @@ def find_samples(
         folder: where the pictures are.
         annotations: which to take; then pictures without one are left out. None takes boxes if there are any, or
             masks, and all pictures.
-        limit: take a random sample of so many pictures, see `random_sample`.
+        limit: see `random_sample`.
         seed: of the sample.
 
     Raises:
         OSError: there is no such folder.
-        ValueError: there are no pictures in it, or no annotations of the kind that was asked for; or the limit is
-            below 1.
+        ValueError: there are no pictures in it, or no annotations of the kind that was asked for.
     """
     if not folder.is_dir():
-        what = "a file" if folder.exists() else "nothing of that name"
-        raise BadFileError(f"{folder}: expected a folder of pictures, found {what}")
+        raise BadFileError(f"{folder}: expected a folder of pictures, found none of that name")
     files: dict[Annotations, list[Path]] = {"boxes": [], "masks": [], "none": []}
     for path in sorted(without_results(files_below(folder, PICTURES | {".xml"}), folder)):
         above = path.relative_to(folder).parts[:-1]
@@ -139,20 +137,18 @@ def network_view(sample: Sample, annotations: Annotations, network: Network) -> 
         return NetworkView(network_input, nothing, [remark])
     with open_image(sample.picture) as stored:
         sizes, orientation = (picture.size, stored.size), stored.getexif().get(_ORIENTATION, 1)
-    drawn, remarks = (_draw_boxes if annotations == "boxes" else _read_mask)(sample.annotation, sizes)
+    drawn = (_draw_boxes if annotations == "boxes" else _read_mask)(sample.annotation, sizes)
     black_and_white = Image.fromarray(drawn.astype(np.uint8) * 255)
     if black_and_white.size != picture.size:
         # Drawn on the file as it is stored: turned as the photograph was.
         black_and_white.getexif()[_ORIENTATION] = orientation
         black_and_white = ImageOps.exif_transpose(black_and_white)
-    elif orientation != 1 and len(set(sizes)) == 1:
-        remarks.append(f"{sample.annotation}: taken to be drawn on {sample.picture.name} as its EXIF data turns it")
     mask_input = preprocessed(network.preprocess, black_and_white.convert("RGB"), str(sample.annotation))
     mask = torch.from_numpy(network.picture(mask_input)[..., 0] > 0.5)
-    if not mask.any():
-        why = "its object is cropped away or too small for the network" if drawn.any() else "without an object"
-        remarks.append(f"{sample.annotation}: {why}, so not scored on localisation")
-    return NetworkView(network_input, mask, remarks)
+    if mask.any():
+        return NetworkView(network_input, mask, [])
+    why = "its object is cropped away or too small for the network" if drawn.any() else "without an object"
+    return NetworkView(network_input, mask, [f"{sample.annotation}: {why}, so not scored on localisation"])
 
 
 def _annotation(picture: Path, folder: Path, kind: Annotations, by_name: Mapping[Path, Path]) -> Path | None:
@@ -192,7 +188,7 @@ def _mode(picture: Path) -> str | None:
     return None
 
 
-def _draw_boxes(file: Path, sizes: _Sizes) -> tuple[NDArray[np.bool_], list[str]]:
+def _draw_boxes(file: Path, sizes: _Sizes) -> NDArray[np.bool_]:
     """Return the union of the boxes of a Pascal VOC file, whose pixels are counted from 1 with both ends inside."""
     try:
         root = ElementTree.parse(file).getroot()
@@ -203,19 +199,17 @@ def _draw_boxes(file: Path, sizes: _Sizes) -> tuple[NDArray[np.bool_], list[str]
     if not width or not height:
         width, height = sizes[0]
     _check_size(file, (width, height), sizes)
-    drawn, remarks = np.zeros((height, width), dtype=bool), []
+    drawn = np.zeros((height, width), dtype=bool)
     for left, top, right, bottom in boxes:
         inside = drawn[max(top - 1, 0) : max(bottom, 0), max(left - 1, 0) : max(right, 0)]
         if not inside.size:
             where = f"{left}, {top} to {right}, {bottom}"
             raise BadValueError(f"{file}: expected boxes inside the picture, {width} x {height}, found {where}")
-        if left < 0 or top < 0 or right > width or bottom > height:
-            remarks.append(f"{file}: a box reaches beyond the picture, and was cut off at its edge")
         inside[:] = True
-    return drawn, remarks
+    return drawn
 
 
-def _read_mask(file: Path, sizes: _Sizes) -> tuple[NDArray[np.bool_], list[str]]:
+def _read_mask(file: Path, sizes: _Sizes) -> NDArray[np.bool_]:
     """Return where a mask is not black; in one of colour numbers, as VOC's, where these are neither 0 nor 255, void.
 
     JPEG blurs the edges of what was drawn: there the brighter half is the object.
@@ -229,15 +223,15 @@ def _read_mask(file: Path, sizes: _Sizes) -> tuple[NDArray[np.bool_], list[str]]
     except Exception as error:
         # Pillow's decoders raise nearly anything.
         raise BadFileError(f"{file}: expected a mask as a picture, found none or a broken one ({error})") from error
-    drawn = np.asarray(values > least)
+    drawn = values > least
     if mode == "P":
         drawn &= values != _VOID
     elif mode.endswith("A"):
         drawn = drawn[..., :-1] & drawn[..., -1:]
-    return np.asarray(drawn.any(-1)), []
+    return np.asarray(drawn.any(-1))
 
 
 def _check_size(file: Path, found: tuple[int, int], sizes: _Sizes) -> None:
     if found not in sizes:
-        expected, other = (f"{width} x {height}" for width, height in (sizes[0], found))
+        expected, other = ("{} x {}".format(*size) for size in (sizes[0], found))
         raise BadValueError(f"{file}: expected an annotation of a picture of {expected}, found one of {other}")

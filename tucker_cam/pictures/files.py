@@ -43,14 +43,9 @@ def open_file(path: str) -> BinaryIO:
     """
     if is_url(path):
         return _open_url(path)
-    # Unlike pathlib's, these tell no from yes for a name that no file can have, too.
+    # Unlike pathlib's, this tells no from yes for a name that no file can have, too.
     if not os.path.isfile(path):
-        found = "no such file, or none that may be read"
-        if os.path.islink(path) and not os.path.exists(path):
-            found = "a link that leads nowhere"
-        elif os.path.isdir(path):
-            found = "a folder" if os.access(path, os.R_OK) else "a folder that may not be entered"
-        raise BadFileError(f"{path}: expected a file to read, found {found}")
+        raise BadFileError(f"{path}: expected a file to read, found none, or what may not be read")
     return Path(path).open("rb")
 
 

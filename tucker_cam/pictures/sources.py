@@ -103,11 +103,8 @@ def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[
 
     Returns:
         The pictures, in the order of the arguments, and of the names in each, none twice; and the arguments and tables
-        that cannot be used, each with an error whose message names it.
-
-    Raises:
-        ValueError: none can be used: each names what is not there, a folder, glob or table without pictures, or `out`,
-            or needs a package.
+        that cannot be used, since they name what is not there, nothing but `out`, no picture, or need a package: each
+        with an error whose message names it.
     """
     found: dict[str, Source] = {}
     failures: list[Failure] = []
@@ -125,8 +122,6 @@ def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[
                 failures.append(Failure(path, error))
             else:
                 found |= {source.key: source for source in sources}
-    if not found:
-        raise BadValueError("; ".join(str(failure.error) for failure in failures))
     return list(found.values()), failures
 
 
@@ -140,9 +135,7 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
     for parent, folders, names in os.walk(folder, onerror=closed.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         shown = [Path(parent, name) for name in names if not name.startswith(".")]
-        # A link that leads nowhere, and whose name does not say to what, may have been to a folder of pictures.
-        lost = [path for path in shown if not (path.suffix or os.path.exists(path))]
-        found += [path for path in shown if path.suffix.lower() in suffixes] + lost
+        found += [path for path in shown if path.suffix.lower() in suffixes]
     return found + [Path(error.filename) for error in closed]
 
 
@@ -231,17 +224,14 @@ def _is_wanted(relative: str) -> bool:
 
 
 def _rows(path: str, stem: str) -> list[Source]:
-    rows = [
-        Source(safe_name(name or f"{stem}-{group}-{row}"), path, (group, row))
-        for (group, row), name in row_names(path).items()
-    ]
-    if not rows:
+    names = row_names(path)
+    if not names:
         raise BadValueError(f"{path}: expected pictures or Parquet files with rows, found none")
-    return rows
+    return [Source(safe_name(name or f"{stem}-{row[0]}-{row[1]}"), path, row) for row, name in names.items()]
 
 
 def _holds_results(folder: Path) -> bool:
     file = folder / MANIFEST
     with suppress(OSError):
-        return file.is_file() and '"tucker-cam"' in file.read_text(encoding="utf-8", errors="replace")
+        return file.is_file() and b'"tucker-cam"' in file.read_bytes()
     return False
