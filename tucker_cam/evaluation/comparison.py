@@ -65,10 +65,9 @@ def _embedding(features: Tensor) -> Tensor:
 
 def _logits(output: object) -> Tensor:
     if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
-        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise BadTypeError(
-            f"expected logits, batch x classes, of two classes at least from the model, got {found}: for a model that "
-            "does not classify set classifies=False in its Network"
+            "expected logits of two classes or more from the model: if it does not classify, set classifies=False in "
+            "its Network"
         )
     return output.float()
 
@@ -103,9 +102,7 @@ def compare(
 ) -> tuple[list[Row], list[str]]:
     """Score the methods, then the controls, on pictures of one size.
 
-    Returns:
-        A row for each method and picture, all NaN where the map has values that are not finite; and a line on each of
-        these.
+    Values are NaN where the map's are not finite; on each such map there is a line.
     """
     rows: list[Row] = []
     remarks: list[str] = []

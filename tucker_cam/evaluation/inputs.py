@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor, nn
 
-from tucker_cam.errors import BadTypeError, BadValueError, Failure
+from tucker_cam.errors import BadValueError, Failure
 from tucker_cam.models import LoadedModel, Network, load_model
 from tucker_cam.models.loading import Loading
 from tucker_cam.pictures.ahead import in_batches, read_ahead
@@ -28,14 +28,9 @@ _Read = tuple[str, NetworkView | Exception]
 
 
 class Inputs(NamedTuple):
-    """The pictures of a run.
+    """The pictures of a run: of a folder, then with `samples` by their names, or of batches.
 
-    Attributes:
-        where: the folder, or what stands for it.
-        annotations: of which kind they are.
-        remarks: on files that were not taken.
-        samples: the pictures of a folder, by their names; None of batches.
-        batches: yields what was read, from a network, the size of a batch and the number of workers.
+    `batches` yields what was read, for a network, by so many together and by so many workers.
     """
 
     where: str
@@ -102,11 +97,6 @@ def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, Tensor, Tensor | 
     for names, images, others in named_inputs(batches):
         # A data set's labels are of no use here.
         masks = others[0] if others and isinstance(others[0], Tensor) and others[0].dim() > 1 else None
-        if masks is not None and (masks.dtype != torch.bool or (len(images), *images.shape[-2:]) != masks.shape):
-            raise BadTypeError(
-                f"expected masks of bool, batch x height x width, for images {tuple(images.shape)}, got {masks.dtype}, "
-                f"{tuple(masks.shape)}"
-            )
         yield from zip(names, images, [None] * len(images) if masks is None else masks, strict=True)
 
 
@@ -120,14 +110,9 @@ def go_through(
     workers: int | None,
     shown: bool,
 ) -> tuple[list[Failure], list[str]]:
-    """Read the pictures, and hand those of a batch and of one size to `work`.
+    """Hand the pictures of a batch and of one size to `work`; return what failed, and a line on each that is odd.
 
-    Returns:
-        The pictures that failed, and a line on each that is odd.
-
-    Raises:
-        ValueError: all failed.
-        OSError: of `work`; all others cost the pictures that they were raised on, one by one.
+    ValueError if all failed. An OSError of `work` comes through; all others cost the pictures that they were raised on.
     """
     failures: list[Failure] = []
     remarks: list[str] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,46 +23,40 @@ from tucker_cam.text import printable
 from tucker_cam.writing import complete_or_absent
 
 FORMATS = (".png", ".jpg", ".pdf", ".svg")
-PLACES = ("best", "median", "worst")
+_COLOURS = {BASELINE: "tab:orange"} | dict.fromkeys(CONTROLS, "tab:gray")
+_OTHERS = "tab:blue"
+_MEANINGS = {
+    "tab:orange": f"mean of {BASELINE}",
+    _OTHERS: "mean of another method",
+    "tab:gray": "mean of a control, which knows nothing of the picture",
+}
 _COLUMNS = 4
+# Two methods side by side: a page that is not endless.
+_EXAMPLES = 6
 _NAME_LENGTH = 22
 
 
 class Example(NamedTuple):
-    """An overlay to be shown.
+    """What stands above it, what the network saw, height x width x 3 in [0, 1], its map, and the object's mask."""
 
-    Attributes:
-        picture: what the network saw, height x width x 3 in [0, 1].
-        saliency: the map, height x width in [0, 1].
-        mask: bool, height x width; its outline is drawn.
-        caption: the picture's score, and below it its name.
-    """
-
+    title: str
     picture: NDArray[np.float32]
     saliency: NDArray[np.float32]
     mask: NDArray[np.bool_]
-    caption: str
 
 
-def pick_examples(rows: Sequence[Row], measure: Measure) -> dict[str, dict[str, tuple[str, float]]]:
-    """Return by method, then by place, the best, the median and the worst picture by a measure, and its value."""
-    scored: dict[str, list[tuple[float, str]]] = {}
-    for row in rows:
-        if not np.isnan(value := row.values[measure.name]):
-            scored.setdefault(row.method, []).append((value, row.picture))
-    picked = {}
-    for method, of_method in scored.items():
-        ranked = sorted(of_method, reverse=measure.better == "higher")
-        places = (ranked[0], ranked[(len(ranked) - 1) // 2], ranked[-1])
-        picked[method] = {place: (name, value) for place, (value, name) in zip(PLACES, places, strict=True)}
-    return picked
-
-
-def caption(picture: str, value: float) -> str:
-    """Return a picture's value, and below it its name, cut to what fits above an overlay."""
-    shown = printable(picture)
-    short = shown if len(shown) <= _NAME_LENGTH else f"...{shown[-_NAME_LENGTH + 3 :]}"
-    return f"{value:.3g}\n{short}"
+def pick_examples(rows: Sequence[Row], measure: Measure) -> Iterator[tuple[str, str, str]]:
+    """Yield each method with its best, its median and its worst picture by a measure, and what to write above it."""
+    for method in dict.fromkeys(row.method for row in rows):
+        values = ((row.values[measure.name], row.picture) for row in rows if row.method == method)
+        ranked = sorted((each for each in values if not np.isnan(each[0])), reverse=measure.better == "higher")
+        if ranked:
+            for place, chosen in ("best", 0), ("median", (len(ranked) - 1) // 2), ("worst", -1):
+                value, picture = ranked[chosen]
+                shown = printable(picture)
+                # Cut to what fits above an overlay.
+                short = shown if len(shown) <= _NAME_LENGTH else f"...{shown[-_NAME_LENGTH + 3 :]}"
+                yield method, picture, f"{printable(method)}, {place}: {value:.3g}\n{short}"
 
 
 def write_report(
@@ -70,7 +64,7 @@ def write_report(
     title: str,
     summaries: Mapping[str, Mapping[str, Summary]],
     measures: Sequence[Measure],
-    examples: Mapping[str, Mapping[str, Example]],
+    examples: Sequence[Example],
     ranked_by: Measure,
 ) -> None:
     """Draw the page and write it, in the format of the path's ending; `ranked_by` is what the examples were chosen by.
@@ -79,12 +73,12 @@ def write_report(
     """
     shown = [each for each in measures if any(each.name in of_method for of_method in summaries.values())]
     bars_height = -(-len(shown) // _COLUMNS) * (1.2 + 0.24 * len(summaries))
-    sheet_height = 2.6 * -(-len(examples) // 2) + 0.6 if examples else 0.01
+    sheet_height = 2.6 * -(-len(examples) // _EXAMPLES) + 0.6 if examples else 0.01
     # File names may hold dollar signs, which are no formulas.
     with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(15, bars_height + sheet_height + 0.9), layout="constrained")
         figure.suptitle(printable(title), wrap=True)
-        bars, sheet = figure.subfigures(2, 1, height_ratios=[bars_height, sheet_height])
+        (bars,), (sheet,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[bars_height, sheet_height])
         _draw_bars(bars, summaries, shown)
         if examples:
             _draw_examples(sheet, examples, ranked_by)
@@ -94,12 +88,12 @@ def write_report(
 
 def _draw_bars(figure: SubFigure, summaries: Mapping[str, Mapping[str, Summary]], shown: Sequence[Measure]) -> None:
     places = range(len(summaries))
-    kinds = [_kind(method) for method in summaries]
+    colours = [_COLOURS.get(method, _OTHERS) for method in summaries]
     grid = figure.subplots(-(-len(shown) // _COLUMNS), _COLUMNS, squeeze=False, sharey=True).flatten()
     for axes, measure in zip(grid, shown, strict=False):
         found = [of_method.get(measure.name) for of_method in summaries.values()]
         means, lows, highs = np.transpose([(np.nan,) * 3 if each is None else each.value for each in found])
-        axes.barh(places, means, color=[_COLOURS[kind] for kind in kinds])
+        axes.barh(places, means, color=colours)
         axes.hlines(places, lows, highs, color="black", linewidth=1.2)
         for place in np.flatnonzero(np.isnan(means)):
             # A bar of length 0 would look the same.
@@ -111,34 +105,19 @@ def _draw_bars(figure: SubFigure, summaries: Mapping[str, Mapping[str, Summary]]
     for axes in grid[len(shown) :]:
         axes.axis("off")
     grid[0].invert_yaxis()
-    handles: list[Artist] = [Patch(color=_COLOURS[kind], label=f"mean of {kind}") for kind in dict.fromkeys(kinds)]
+    handles: list[Artist] = [Patch(color=each, label=_MEANINGS[each]) for each in dict.fromkeys(colours)]
     handles.append(Line2D([], [], color="black", linewidth=1.2, label="95 % bootstrap interval"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
 
 
-def _draw_examples(figure: SubFigure, examples: Mapping[str, Mapping[str, Example]], ranked_by: Measure) -> None:
+def _draw_examples(figure: SubFigure, examples: Sequence[Example], ranked_by: Measure) -> None:
     title = f"each method's best, median and worst picture by {ranked_by.title}; white: the object's outline, if any"
     figure.suptitle(title, fontsize=10)
-    # Two methods side by side: a page that is not endless.
-    grid = figure.subplots(-(-len(examples) // 2), 2 * len(PLACES), squeeze=False)
-    for axes in grid.flatten():
+    grid = figure.subplots(-(-len(examples) // _EXAMPLES), _EXAMPLES, squeeze=False).flatten()
+    for axes in grid:
         axes.axis("off")
-    for slot, (method, by_place) in zip(grid.reshape(-1, len(PLACES)), examples.items(), strict=False):
-        for axes, (place, example) in zip(slot, by_place.items(), strict=False):
-            axes.set_title(f"{printable(method)}, {place}: {example.caption}", fontsize=8)
-            axes.imshow(show_cam_on_image(example.picture, example.saliency, use_rgb=True))
-            if example.mask.any() and not example.mask.all():
-                axes.contour(example.mask, levels=[0.5], colors="white", linewidths=1.5)
-
-
-def _kind(method: str) -> str:
-    if method in CONTROLS:
-        return "a control, which knows nothing of the picture"
-    return BASELINE if method == BASELINE else "another method"
-
-
-_COLOURS = {
-    BASELINE: "tab:orange",
-    "another method": "tab:blue",
-    "a control, which knows nothing of the picture": "tab:gray",
-}
+    for axes, example in zip(grid, examples, strict=False):
+        axes.set_title(example.title, fontsize=8)
+        axes.imshow(show_cam_on_image(example.picture, example.saliency, use_rgb=True))
+        if example.mask.any() and not example.mask.all():
+            axes.contour(example.mask, levels=[0.5], colors="white", linewidths=1.5)

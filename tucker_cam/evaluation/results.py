@@ -19,13 +19,7 @@ _TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newl
 
 @dataclass(frozen=True)
 class Row:
-    """What the measures say of a method's map of a picture.
-
-    Attributes:
-        picture: its name.
-        method: its name.
-        values: by the measure's name, to six digits; NaN where it was not scored.
-    """
+    """What the measures say of a method's map of a picture: by their names, to six digits, NaN where not scored."""
 
     picture: str
     method: str
@@ -40,16 +34,8 @@ def rounded(number: float) -> float:
 class Results:
     """The rows of a run; with a file, on the disk as soon as they are known.
 
-    What a killed run left is read and gone on with; a last line that it left unfinished is thrown away.
-
-    Args:
-        path: the file; it is made when there is a row. None for none.
-        run: columns that are the same in every row of the run: the model, the layer ...
-        measures: names of the columns of numbers.
-
-    Raises:
-        ValueError: the file holds something else than results, or results of another run.
-        OSError: it cannot be read.
+    What a killed run left is read and gone on with; a last line that it left unfinished is thrown away. `run` holds
+    the columns that are the same in every row, the model and so on. ValueError if the file holds something else.
     """
 
     def __init__(self, path: Path | None, run: Mapping[str, str], measures: Sequence[str]) -> None:

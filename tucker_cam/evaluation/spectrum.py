@@ -16,10 +16,11 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tucker_cam.activations import record
 from tucker_cam.decomposition.modes import channel_modes
-from tucker_cam.errors import BadValueError, Failure
+from tucker_cam.errors import Failure
 from tucker_cam.evaluation.inputs import Data, Model, find_inputs, go_through, load_one_layer
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.loading import Loading
@@ -64,41 +65,25 @@ def spectrum(
         inputs, loaded, decompose, "decomposing", batch_size=batch_size, workers=workers, shown=progress
     )
     shares = {name: np.concatenate(each) for name, each in parts.items()}
-    if np.isnan(shares["Tucker"][:, 0]).all():
-        raise BadValueError(f"expected features of {loaded.layer_names[0]} with singular values, found only zeros")
     return Spectrum(pictures, shares, failures, loaded)
 
 
 def value_shares(features: Tensor, count: int = _VALUES) -> dict[str, NDArray[np.float64]]:
     r"""Return $s_i / \sum_j s_j$ of feature maps, of the SVD of $F_c$ and of the full-rank Tucker of F.
 
-    Args:
-        features: batch x channels x spatial.
-        count: of leading values that are wanted.
-
-    Returns:
-        By decomposition, batch x `count`, descending, in [0, 1]; NaN where there are fewer values, or only zeros.
+    By decomposition, batch x `count`, descending, in [0, 1]; NaN where there are fewer values, or only zeros.
     """
     shares = {}
     for name, center in DECOMPOSITIONS.items():
         values = channel_modes(features, center=center).values.double().cpu()
-        share = torch.full((len(values), count), torch.nan, dtype=torch.float64)
-        leading = values[:, :count]
-        share[:, : leading.shape[1]] = leading / values.sum(1, keepdim=True)
-        shares[name] = share.numpy()
+        share = (values / values.sum(1, keepdim=True))[:, :count]
+        shares[name] = pad(share, (0, count - share.shape[1]), value=torch.nan).numpy()
     return shares
 
 
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, eq=False)
 class Spectrum:
-    """How much each of the first ten singular values holds.
-
-    Attributes:
-        names: of the pictures.
-        shares: by decomposition, pictures x values, as of `value_shares`.
-        failures: the pictures that could not be read or decomposed.
-        loaded: the model, with its layer.
-    """
+    """How much each of the first ten singular values of each picture holds, as of `value_shares`; and what failed."""
 
     names: list[str]
     shares: dict[str, NDArray[np.float64]]
@@ -133,6 +118,3 @@ class Spectrum:
         panels[0].set(ylim=(0, None), ylabel="share of the sum of all")
         with complete_or_absent(Path(path)) as unfinished:
             figure.savefig(unfinished, dpi=120, format="png")
-
-    def __repr__(self) -> str:
-        return f"<Spectrum of {counted(len(self.names))}; {self.loaded.description}>"

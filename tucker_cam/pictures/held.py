@@ -87,8 +87,9 @@ def collect(pictures: Pictures, *, out: Path | None = None, limit: int | None = 
             "expected pictures as a path, a PIL image, an array, a list of these, a tensor, or batches of tensors, got "
             f"{type(pictures).__name__}"
         )
+    failures: list[Failure] = []
     if isinstance(pictures, Tensor):
-        found, failures = next(_of_batches([pictures])), []
+        found = next(_of_batches([pictures]))
     elif isinstance(pictures, (list, tuple)) and not any(isinstance(each, Tensor) for each in pictures):
         found, failures = _of_list(pictures, out)
     elif limit is not None:
@@ -141,7 +142,7 @@ def _of_list(pictures: Sequence[Any], out: Path | None) -> tuple[list[Picture], 
     return [*found.values()], failures
 
 
-def _as_picture(given: object, index: int) -> Image.Image:
+def _as_picture(given: Any, index: int) -> Image.Image:
     if isinstance(given, Image.Image):
         return ImageOps.exif_transpose(given).convert("RGB")
     if not isinstance(given, np.ndarray):
