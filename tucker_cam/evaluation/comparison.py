@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import numpy as np
 import torch
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor
@@ -75,17 +74,10 @@ def _logits(output: object) -> Tensor:
 def saliency_maps(
     one_pass: OnePass, names: Sequence[str], methods: Mapping[str, Builder]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the maps of each method, in order, then those of the controls; float32 in [0, 1], on the images' device.
-
-    A method that fails on these features, since its decomposition does not converge, gives NaN.
-    """
+    """Yield the maps of each method, in order, then those of the controls; float32 in [0, 1], on the images' device."""
     images = one_pass.images
     for name, build in methods.items():
-        try:
-            maps = torch.as_tensor(one_pass.maps(build), device=images.device)
-        except (np.linalg.LinAlgError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-            maps = torch.full_like(images[:, 0], torch.nan)
-        yield name, maps
+        yield name, torch.as_tensor(one_pass.maps(build), device=images.device)
     _, (features,) = one_pass.output_and_features()
     size, resolution = ((each.shape[-2], each.shape[-1]) for each in (images, features))
     for name in CONTROLS:
@@ -99,13 +91,9 @@ def compare(
     loaded: LoadedModel,
     methods: Mapping[str, Builder],
     measures: Sequence[Measure],
-) -> tuple[list[Row], list[str]]:
-    """Score the methods, then the controls, on pictures of one size.
-
-    Values are NaN where the map's are not finite; on each such map there is a line.
-    """
+) -> list[Row]:
+    """Score the methods, then the controls, on pictures of one size; NaN where a map is not finite."""
     rows: list[Row] = []
-    remarks: list[str] = []
     with one_pass_of(loaded, images) as one_pass:
         score = score_of(loaded, one_pass)
         whole = score(images)
@@ -120,9 +108,7 @@ def compare(
                 Row(picture, method, {name: rounded(each[index].item()) for name, each in values.items()})
                 for index, picture in enumerate(names)
             ]
-            unscored = [name for name, is_broken in zip(names, broken, strict=True) if is_broken]
-            remarks += [f"{name}: {method} gave a map with NaN or Inf, or none, so not scored" for name in unscored]
-    return rows, remarks
+    return rows
 
 
 def _values(judged: Judged, measures: Sequence[Measure]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -117,20 +118,22 @@ def evaluate(
             f"{count}, annotations: {inputs.annotations}; {loaded.description}; embedding: {loaded.last_layer.name}, "
             "pooled"
         )
-        broken: list[str] = []
 
         def score(names: Sequence[str], images: Tensor, masks: Tensor) -> None:
             missing = [each for each in (*chosen, *CONTROLS) if any((name, each) not in results.rows for name in names)]
             if missing:
                 these = {name: method for name, method in chosen.items() if name in missing}
-                rows, unscored = compare(images, masks, names, loaded, these, measures)
-                results.append(rows)
-                broken.extend(unscored)
+                results.append(compare(images, masks, names, loaded, these, measures))
 
         failures, remarks = go_through(
             inputs, loaded, score, "scoring", batch_size=batch_size, workers=workers, shown=progress
         )
-    return Evaluation(results, measures, failures, remarks + broken, loaded, chosen, inputs)
+    remarks += [
+        f"{row.picture}: {row.method} gave a map with NaN or Inf, so not scored"
+        for row in results.rows.values()
+        if math.isnan(row.values["mean_saliency"])
+    ]
+    return Evaluation(results, measures, failures, remarks, loaded, chosen, inputs)
 
 
 def check_output(path: Path, *, data: Path | None = None, formats: Sequence[str] = ()) -> None:
@@ -181,7 +184,7 @@ class Evaluation:
         """
         check_output(Path(path), formats=FORMATS)
         rows = self.rows
-        scored = {name for row in rows for name, value in row.values.items() if value == value}
+        scored = {name for row in rows for name, value in row.values.items() if not math.isnan(value)}
         ranked_by = next(each for name in _RANKED_BY for each in self.measures if each.name == name and name in scored)
         known = () if self._inputs.samples is None else (*self._methods, *CONTROLS)
         examples = [self._example(*each) for each in pick_examples(rows, ranked_by) if each[0] in known]

@@ -22,6 +22,7 @@ import torch
 from pytorch_grad_cam.metrics.road import ROADCombined
 from skimage.filters import threshold_otsu
 from torch import Tensor
+from torch.nn.functional import pad
 from torchvision.transforms.functional import gaussian_blur
 
 from tucker_cam.errors import BadTypeError, BadValueError
@@ -70,9 +71,8 @@ def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
     object.
     """
     maps = _checked(maps, masks)
-    maxima = (maps == maps.amax((1, 2), keepdim=True)).flatten(1).float()
-    hits = (maxima * masks.flatten(1)).sum(1) / maxima.sum(1)
-    return _undefined_without_object(hits, masks)
+    maxima = (maps == maps.amax((1, 2), keepdim=True)).float()
+    return _undefined_without_object(_energy_share(maxima * masks, maxima), masks)
 
 
 def best_threshold_iou(maps: Tensor, masks: Tensor, thresholds: Sequence[float] = TENTHS) -> Tensor:
@@ -101,8 +101,7 @@ def best_cut_iou(maps: Tensor, masks: Tensor) -> Tensor:
     selected = torch.arange(1, values.shape[1] + 1, device=maps.device)
     iou = hits / (selected + hits[:, -1:] - hits)
     # Of pixels of the same value only the last ends a set.
-    ends = torch.ones_like(values, dtype=torch.bool)
-    ends[:, :-1] = values[:, :-1] > values[:, 1:]
+    ends = pad(values[:, :-1] > values[:, 1:], (0, 1), value=True)
     return _undefined_without_object(iou.masked_fill(~ends, 0).amax(1), masks)
 
 
@@ -200,8 +199,8 @@ def deletion_auc(
 def blurred(images: Tensor) -> Tensor:
     """Return the images without their details: a Gaussian of a sixteenth of the longer side, in pixels, deviation."""
     deviation = max(images.shape[-2:]) / 16
-    reach = [min(2 * round(2 * deviation) + 1, 2 * side - 1) for side in reversed(images.shape[-2:])]
-    soft: Tensor = gaussian_blur(images, reach, [deviation, deviation])
+    reach = 2 * round(2 * deviation) + 1
+    soft: Tensor = gaussian_blur(images, [reach, reach], [deviation, deviation])
     return soft
 
 
@@ -368,11 +367,7 @@ def _change(kind: str, suffix: str) -> Callable[[Judged], Tensor]:
     return lambda judged: getattr(judged.change_area_matched if suffix else judged.change, kind)
 
 
-_CHANGES: tuple[tuple[str, Literal["higher", "lower"]], ...] = (
-    ("drop", "lower"),
-    ("increase", "higher"),
-    ("gain", "higher"),
-)
+_CHANGES: dict[str, Literal["higher", "lower"]] = {"drop": "lower", "increase": "higher", "gain": "higher"}
 _INSERTION, _DELETION, _ROAD = _on_scores(insertion_auc), _on_scores(deletion_auc), _on_scores(road)
 MEASURES = (
     Measure("energy_in_mask", _on_object(energy_in_mask), "energy in the object", "higher", "localisation"),
@@ -384,7 +379,7 @@ MEASURES = (
         Measure(f"{score}_{kind}{suffix}", _change(kind, suffix), f"{words}: {kind}, %{how}", better, "drop", score)
         for score, words in (("probability", "probability"), ("similarity", "embedding"))
         for suffix, how in (("", ""), ("_area_matched", ", area-matched"))
-        for kind, better in _CHANGES
+        for kind, better in _CHANGES.items()
         # An image's similarity with itself is 1 already: it can neither increase nor gain.
         if score == "probability" or kind == "drop"
     ),
@@ -400,11 +395,7 @@ MEASURES = (
 
 
 def choose_measures(metrics: Collection[str | Measure], score_names: Collection[str]) -> list[Measure]:
-    """Return the measures of these groups that the scores allow, the map's statistics, and those given.
-
-    Raises:
-        ValueError: there is no such group; or two measures have one name.
-    """
+    """Return the measures of these groups that the scores allow, the map's statistics, and those given."""
     groups = {check_name("metric", each, GROUPS) for each in metrics if isinstance(each, str)} | {"statistics"}
     known = [measure for measure in MEASURES if measure.group in groups]
     chosen = [*known, *(each for each in metrics if isinstance(each, Measure))]

@@ -67,10 +67,7 @@ def write_report(
     examples: Sequence[Example],
     ranked_by: Measure,
 ) -> None:
-    """Draw the page and write it, in the format of the path's ending; `ranked_by` is what the examples were chosen by.
-
-    Measures without values are left out, and the sheet of examples where there are none.
-    """
+    """Draw the page and write it, in the format of the path's ending, without measures that have no values."""
     shown = [each for each in measures if any(each.name in of_method for of_method in summaries.values())]
     bars_height = -(-len(shown) // _COLUMNS) * (1.2 + 0.24 * len(summaries))
     sheet_height = 2.6 * -(-len(examples) // _EXAMPLES) + 0.6 if examples else 0.01

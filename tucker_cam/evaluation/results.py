@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tucker_cam.errors import BadValueError
 from tucker_cam.writing import complete_or_absent
@@ -50,18 +50,16 @@ class Results:
         """Add the rows of pictures and methods that have none yet; OSError if the file cannot be written."""
         added = {(row.picture, row.method): row for row in rows if (row.picture, row.method) not in self.rows}
         self.rows |= added
-        if self.path is None or not added:
-            return
-        if self._ends_with_a_whole_row:
-            self._write(self.path, "a", self._lines(added.values()))
-        else:
+        if self.path is not None and self._ends_with_a_whole_row:
+            self._write(self.path, "a", added.values())
+        elif self.path is not None:
             self.to_csv(self.path)
             self._ends_with_a_whole_row = True
 
     def to_csv(self, path: Path) -> None:
         """Write all rows, NaN as nothing; OSError if the file cannot be written."""
         with complete_or_absent(path) as unfinished:
-            self._write(unfinished, "w", [self._header, *self._lines(self.rows.values())])
+            self._write(unfinished, "w", self.rows.values())
 
     def _read(self, path: Path) -> None:
         with path.open(**_TEXT) as file:
@@ -87,13 +85,11 @@ class Results:
                 raise BadValueError(f"{path}: expected numbers, found others ({error}): give another file") from error
             self.rows[line["picture"], line["method"]] = Row(line["picture"], line["method"], values)
 
-    def _lines(self, rows: Iterable[Row]) -> list[list[str]]:
-        return [[row.picture, row.method, *self.run.values(), *map(_written, row.values.values())] for row in rows]
-
-    def _write(self, path: Path, mode: str, lines: Iterable[Sequence[str]]) -> None:
+    def _write(self, path: Path, mode: Literal["w", "a"], rows: Iterable[Row]) -> None:
         with path.open(mode, **_TEXT) as file:
-            csv.writer(file).writerows(lines)
-
-
-def _written(number: float) -> str:
-    return "" if math.isnan(number) else f"{number:.6g}"
+            writer = csv.writer(file)
+            if mode == "w":
+                writer.writerow(self._header)
+            for row in rows:
+                numbers = ["" if math.isnan(each) else f"{each:.6g}" for each in row.values.values()]
+                writer.writerow([row.picture, row.method, *self.run.values(), *numbers])
