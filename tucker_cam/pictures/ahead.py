@@ -29,15 +29,9 @@ def in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 def read_ahead(
     batches: Sequence[Sequence[Item]], read: Callable[[Sequence[Item]], Read], workers: int | None
 ) -> Iterator[Read]:
-    """Yield what was read of each batch.
+    """Yield what was read of each batch, by so many processes; OSError if one was killed.
 
-    Args:
-        batches: as of `in_batches`.
-        read: reads one of them, in another process if there are workers.
-        workers: how many processes read; None for one fewer than there are cores, and none for a single batch.
-
-    Raises:
-        OSError: one of them was killed.
+    `workers` of None are one fewer than there are cores, and none for a single batch.
     """
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

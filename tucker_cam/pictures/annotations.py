@@ -71,9 +71,7 @@ class NetworkView(NamedTuple):
     remarks: list[str]
 
 
-def find_samples(
-    folder: Path, *, annotations: Annotations | None = None, limit: int | None = None, seed: int = 0
-) -> Samples:
+def find_samples(folder: Path, *, annotations: Annotations | None = None, limit: int | None = None) -> Samples:
     """Find the pictures of a folder, at any depth, and their annotations.
 
     The layouts of torchvision's `ImageFolder`, `VOCDetection` and `VOCSegmentation` are read as they are: boxes are
@@ -85,7 +83,6 @@ def find_samples(
         annotations: which to take; then pictures without one are left out. None takes boxes if there are any, or
             masks, and all pictures.
         limit: see `random_sample`.
-        seed: of the sample.
 
     Raises:
         OSError: there is no such folder.
@@ -109,23 +106,21 @@ def find_samples(
         found[each] = {picture: _annotation(picture, folder, each, by_name) for picture in pictures}
     used = {annotation for by_picture in found.values() for annotation in by_picture.values()}
     remarks = _overlooked(pictures, [path for paths in files.values() for path in paths if path not in used])
-    fitting: list[Annotations] = [kind for kind in files if any(found[kind].values())]
-    kind = annotations or [*fitting, "none"][0]
+    kind: Annotations = annotations or next((each for each in files if any(found[each].values())), "none")
     samples = [Sample(path.relative_to(folder).as_posix(), path, found[kind].get(path)) for path in pictures]
     if annotations in files:
         samples = [sample for sample in samples if sample.annotation is not None]
-        if not samples:
-            said = "; ".join([f"{folder}: expected pictures with {kind}, found none among {len(pictures)}", *remarks])
-            raise BadValueError(said)
-    return Samples(random_sample(samples, limit, seed=seed), kind, remarks)
+    if not samples:
+        said = "; ".join([f"{folder}: expected pictures with {kind}, found none among {len(pictures)}", *remarks])
+        raise BadValueError(said)
+    return Samples(random_sample(samples, limit), kind, remarks)
 
 
 def network_view(sample: Sample, annotations: Annotations, network: Network) -> NetworkView:
     """Read a sample and preprocess it for the network, and its annotation with it.
 
     Raises:
-        OSError: the picture or its mask cannot be read.
-        ValueError: the annotation is none, or does not fit the picture; or the preprocessing failed on it.
+        OSError, ValueError: one of them cannot be read, they do not fit, or the preprocessing failed.
     """
     picture = open_picture(sample.picture)
     network_input = preprocessed(network.preprocess, picture, str(sample.picture))

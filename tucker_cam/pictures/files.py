@@ -19,12 +19,7 @@ _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVI
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Open a picture as RGB, turned as its EXIF data says.
-
-    Raises:
-        OSError: the file is missing, no picture, broken, of 32-bit numbers, or too large to be meant (Pillow's limit
-            against decompression bombs).
-    """
+    """Open a picture as RGB, turned as its EXIF data says."""
     with open_file(str(path)) as file:
         (picture,) = decode_frames(file, str(path), 1)
     return picture
@@ -36,11 +31,7 @@ def is_url(path: str) -> bool:
 
 
 def open_file(path: str) -> BinaryIO:
-    """Open a file to read, local or at a URL that fsspec knows.
-
-    Raises:
-        OSError: it cannot be opened.
-    """
+    """Open a file to read, local or at a URL that fsspec knows."""
     if is_url(path):
         return _open_url(path)
     # Unlike pathlib's, this tells no from yes for a name that no file can have, too.
@@ -67,11 +58,7 @@ def _open_url(url: str) -> BinaryIO:
 def decode_frames(file: BinaryIO, name: str, count: int) -> list[Image.Image]:
     """Decode a picture as so many RGB frames, evenly spread, turned as its EXIF data says; one is the first.
 
-    Of fewer frames (of a GIF, WebP, PNG or TIFF) some are shown more than once: a still picture is a clip in which
-    nothing moves.
-
-    Raises:
-        OSError: see `open_picture`.
+    Of fewer frames some are shown more than once: a still picture is a clip in which nothing moves.
     """
     try:
         with open_image(file) as picture:

@@ -22,12 +22,7 @@ Pictures = str | Path | Image.Image | NDArray[Any] | Tensor | Iterable[Any]
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A picture, or a network's input, that the program holds; it is read as a `Source` is.
-
-    Attributes:
-        name: its place among the others.
-        content: channels x height x width if it is a network's input.
-    """
+    """A picture, or a network's input, that the program holds; it is read as a `Source` is, and named by its place."""
 
     name: str
     content: Image.Image | Tensor
@@ -56,13 +51,7 @@ Picture = Source | Held
 
 
 class Collection(NamedTuple):
-    """Pictures to explain.
-
-    Attributes:
-        parts: yields them, in lists; again when it is called again.
-        number: how many there are; None where that is not known.
-        failures: what cannot be used.
-    """
+    """Pictures to explain: `parts` yields them in lists, again when called again; their number, if that is known."""
 
     parts: Callable[[], Iterator[Sequence[Picture]]]
     number: int | None
@@ -70,16 +59,7 @@ class Collection(NamedTuple):
 
 
 def collect(pictures: Pictures, *, out: Path | None = None, limit: int | None = None) -> Collection:
-    """Return the pictures that were named or given, as `explain` takes them.
-
-    Args:
-        pictures: see `explain`.
-        out: see `find_sources`.
-        limit: see `random_sample`.
-
-    Raises:
-        TypeError, ValueError: what was given holds no pictures.
-    """
+    """Return the pictures that were named or given, as `explain` takes them; TypeError or ValueError if none were."""
     if isinstance(pictures, (str, Path, Image.Image, np.ndarray)):
         pictures = [pictures]
     if not isinstance(pictures, Iterable):
@@ -102,11 +82,7 @@ def collect(pictures: Pictures, *, out: Path | None = None, limit: int | None = 
 
 
 def named_inputs(batches: Iterable[Any]) -> Iterator[tuple[list[str], Tensor, list[Any]]]:
-    """Yield each batch of network inputs with their names, their places among all, and with what else came with it.
-
-    Raises:
-        TypeError, ValueError: a batch is none of network inputs.
-    """
+    """Yield the names of a batch's inputs, their places among all, the inputs, and what else came with them."""
     done = 0
     for batch in batches:
         images, *others = batch if isinstance(batch, (list, tuple)) else (batch,)

@@ -47,12 +47,9 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a picture is.
+    """A picture in a file, local or at a URL; or a Parquet file's row group and row in it.
 
-    Attributes:
-        name: for people and for files: its path below the folder that was named, without the suffix.
-        path: of the file, local or a URL.
-        row: in a Parquet file, the row group and the row in it; None for a picture file.
+    The name, for people and for files, is its path below the folder that was named, without the suffix.
     """
 
     name: str
@@ -81,11 +78,7 @@ class Source:
         return Stamp(found.st_mtime_ns, found.st_size)
 
     def read(self, frames: int | None = None) -> Image.Image | list[Image.Image]:
-        """Return the picture as RGB, or for a video network that many frames of it.
-
-        Raises:
-            OSError: it cannot be read; the message is one line for a user.
-        """
+        """Return the picture as RGB, or for a video network that many frames of it; OSError if it cannot be read."""
         with open_file(self.path) if self.row is None else io.BytesIO(encoded_picture(self.path, *self.row)) as file:
             pictures = decode_frames(file, str(self), frames or 1)
         return pictures[0] if frames is None else pictures
@@ -94,17 +87,12 @@ class Source:
 def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[list[Source], list[Failure]]:
     """Find the pictures: each file that is named, and those in folders (at any depth), globs and Parquet files.
 
-    Hidden files in folders are left out, and so are folders that are links, and local folders of results. A file of a
-    folder that cannot be read stays in the list: reading it says so. For tables see `tables`.
-
-    Args:
-        arguments: as they were typed.
-        out: a folder for results; what is found in it is an earlier run's, and left out.
+    Hidden files in folders are left out, and so are folders that are links, and folders of results, such as `out`. A
+    file of a folder that cannot be read stays in the list: reading it says so. For tables see `tables`.
 
     Returns:
         The pictures, in the order of the arguments, and of the names in each, none twice; and the arguments and tables
-        that cannot be used, since they name what is not there, nothing but `out`, no picture, or need a package: each
-        with an error whose message names it.
+        that cannot be used, each with an error whose message names it.
     """
     found: dict[str, Source] = {}
     failures: list[Failure] = []
@@ -115,13 +103,10 @@ def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[
             failures.append(Failure(argument, error))
             continue
         for path, name in files:
-            stem = os.path.splitext(name)[0]
             try:
-                sources = _rows(path, stem) if path.lower().endswith(_TABLE) else [Source(safe_name(stem), path)]
+                found |= {source.key: source for source in _in_file(path, os.path.splitext(name)[0])}
             except TuckerCamError as error:
                 failures.append(Failure(path, error))
-            else:
-                found |= {source.key: source for source in sources}
     return list(found.values()), failures
 
 
@@ -146,17 +131,13 @@ def without_results(files: Sequence[Path], root: Path, out: Path | None = None) 
     return [file for file in files if results.isdisjoint(file.parents)]
 
 
-def random_sample(items: Sequence[Item], limit: int | None, *, seed: int = 0) -> list[Item]:
-    """Return a random sample in the order of the items: the same in every run, and part of any larger one.
-
-    Raises:
-        ValueError: the limit is below 1.
-    """
+def random_sample(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """Return a random sample in the order of the items: the same in every run, and part of any larger one."""
     if limit is None:
         return list(items)
     if limit < 1:
         raise BadValueError(f"expected a limit of at least 1 picture, got {limit}")
-    places = random.Random(seed).sample(range(len(items)), len(items))[:limit]  # noqa: S311
+    places = random.Random(0).sample(range(len(items)), len(items))[:limit]  # noqa: S311
     return [items[place] for place in sorted(places)]
 
 
@@ -223,7 +204,9 @@ def _is_wanted(relative: str) -> bool:
     return suffix in PICTURES | {_TABLE} and not any(part.startswith(".") for part in relative.split("/"))
 
 
-def _rows(path: str, stem: str) -> list[Source]:
+def _in_file(path: str, stem: str) -> list[Source]:
+    if not path.lower().endswith(_TABLE):
+        return [Source(safe_name(stem), path)]
     names = row_names(path)
     if not names:
         raise BadValueError(f"{path}: expected pictures or Parquet files with rows, found none")

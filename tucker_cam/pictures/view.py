@@ -35,16 +35,10 @@ class View(NamedTuple):
 
 
 def view_of(preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: int | None = None) -> View | None:
-    """Return what a network sees of pictures of a size; it is remembered.
+    """Return what a network sees of pictures of a width and a height; it is remembered.
 
-    Args:
-        preprocess: as of `Network`.
-        size: width and height.
-        frames: as of `Network`.
-
-    Returns:
-        None where the preprocessing does more than resizing, cropping and padding, or mixes colours, so that no such
-        box is found; or where it takes only the pictures that it is made for.
+    None where the preprocessing does more than resizing, cropping and padding, or mixes colours, so that no such box is
+    found; or where it takes only the pictures that it is made for.
     """
     # Bound methods are told apart by whose they are: a preprocessing need not be hashable.
     return _view(preprocess.__call__, size, frames)  # type: ignore[operator]
