@@ -106,7 +106,8 @@ def find_samples(folder: Path, *, annotations: Annotations | None = None, limit:
         found[each] = {picture: _annotation(picture, folder, each, by_name) for picture in pictures}
     used = {annotation for by_picture in found.values() for annotation in by_picture.values()}
     remarks = _overlooked(pictures, [path for paths in files.values() for path in paths if path not in used])
-    kind: Annotations = annotations or next((each for each in files if any(found[each].values())), "none")
+    first: Annotations = next((each for each in files if any(found[each].values())), "none")
+    kind = annotations or first
     samples = [Sample(path.relative_to(folder).as_posix(), path, found[kind].get(path)) for path in pictures]
     if annotations in files:
         samples = [sample for sample in samples if sample.annotation is not None]
