@@ -1,12 +1,11 @@
 """What a network sees of a picture, read off its preprocessing: one call a size, whatever the preprocessing."""
 
-import json
 from dataclasses import dataclass
 
 import pytest
 from torchvision import transforms
 
-from tucker_cam.pictures.view import View, view_of
+from tucker_cam.pictures.view import view_of
 
 
 @dataclass
@@ -61,6 +60,4 @@ def test_a_clip_has_the_view_of_its_frames():
     def preprocess(pictures):
         return transforms.ToTensor()(pictures[0])[:, None].expand(-1, len(pictures), -1, -1)
 
-    view = view_of(preprocess, (160, 120), 4)
-    assert view == pytest.approx((0, 0, 160, 120), abs=1)
-    assert View(*json.loads(json.dumps(view))) == view
+    assert view_of(preprocess, (160, 120), 4) == pytest.approx((0, 0, 160, 120), abs=1)

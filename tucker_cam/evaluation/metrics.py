@@ -46,9 +46,6 @@ class ConfidenceChange(NamedTuple):
     gain: Tensor
 
 
-# Localisation
-
-
 def energy_in_mask(maps: Tensor, masks: Tensor) -> Tensor:
     r"""Return the share of the map's energy that lies on the object, $\sum_{p \in M} m_p / \sum_p m_p$.
 
@@ -116,9 +113,6 @@ def otsu_iou(maps: Tensor, masks: Tensor) -> Tensor:
     return _undefined_without_object(_iou(maps > thresholds[:, None, None], masks), masks)
 
 
-# The map itself
-
-
 def mean_saliency(maps: Tensor) -> Tensor:
     """Return the map's mean: how much of the picture it keeps, in [0, 1]; neither high nor low is better."""
     return _checked(maps).flatten(1).mean(1)
@@ -148,9 +142,6 @@ def area_matched(maps: Tensor) -> Tensor:
     first, last = _ranks(maps)
     matched: Tensor = 1 - (first + last) / (2 * maps[0].numel())
     return matched
-
-
-# Faithfulness
 
 
 def confidence_change(images: Tensor, maps: Tensor, score: Score, *, whole: Tensor | None = None) -> ConfidenceChange:
@@ -232,9 +223,6 @@ def road(images: Tensor, maps: Tensor, score: Score, *, percentiles: Sequence[in
     return result
 
 
-# What the above share
-
-
 def _iou(selected: Tensor, masks: Tensor) -> Tensor:
     return (selected & masks).flatten(1).sum(1) / (selected | masks).flatten(1).sum(1).clamp_min(1)
 
@@ -286,9 +274,6 @@ def _checked(maps: Tensor, masks: Tensor | None = None, *, images: Tensor | None
 
 def _described(given: object) -> str:
     return f"{given.dtype}, {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
-
-
-# The columns of an evaluation
 
 
 @dataclass(frozen=True, eq=False)

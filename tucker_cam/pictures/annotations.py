@@ -1,8 +1,4 @@
-"""A folder in, its pictures out, with the object's mask as the network sees it where boxes or masks are given.
-
-Boxes and masks go through the model's own preprocessing, as a black and white picture of the photograph's size, and so
-follow its resizing and cropping to the pixel.
-"""
+"""A folder in, its pictures out, with the object's mask as the network sees it where boxes or masks are given."""
 
 from __future__ import annotations
 
@@ -34,16 +30,11 @@ _FOLDERS: dict[Annotations, tuple[str, ...]] = {
     "boxes": ("annotations", "Annotations"),
     "masks": ("masks", "Masks", "SegmentationClass"),
 }
-# VOC's masks of single objects.
-_NOT_NEEDED = "SegmentationObject"
 _WHERE = (
     "those of a picture's name are found, boxes beside it or in a folder annotations, masks in masks or "
     "SegmentationClass"
 )
-_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _ORIENTATION = 0x0112
-_MODES_OF_MASKS = ("1", "L", "P")
-_VOID = 255
 
 
 @dataclass(frozen=True)
@@ -85,8 +76,7 @@ def find_samples(folder: Path, *, annotations: Annotations | None = None, limit:
         limit: see `random_sample`.
 
     Raises:
-        OSError: there is no such folder.
-        ValueError: there are no pictures in it, or no annotations of the kind that was asked for.
+        OSError, ValueError: there is no such folder, or no picture in it, or none with these annotations.
     """
     if not folder.is_dir():
         raise BadFileError(f"{folder}: expected a folder of pictures, found none of that name")
@@ -95,7 +85,8 @@ def find_samples(folder: Path, *, annotations: Annotations | None = None, limit:
         above = path.relative_to(folder).parts[:-1]
         if path.suffix.lower() == ".xml":
             files["boxes"].append(path)
-        elif _NOT_NEEDED not in above:
+        # VOC's masks of single objects are not needed.
+        elif "SegmentationObject" not in above:
             files["none" if set(above).isdisjoint(_FOLDERS["boxes"] + _FOLDERS["masks"]) else "masks"].append(path)
     pictures = files.pop("none")
     if not pictures:
@@ -118,22 +109,17 @@ def find_samples(folder: Path, *, annotations: Annotations | None = None, limit:
 
 
 def network_view(sample: Sample, annotations: Annotations, network: Network) -> NetworkView:
-    """Read a sample and preprocess it for the network, and its annotation with it.
-
-    Raises:
-        OSError, ValueError: one of them cannot be read, they do not fit, or the preprocessing failed.
-    """
+    """Read and preprocess a sample and its annotation; OSError or ValueError if one fails, or they do not fit."""
     picture = open_picture(sample.picture)
     network_input = preprocessed(network.preprocess, picture, str(sample.picture))
-    nothing = torch.zeros(network_input.shape[-2:], dtype=torch.bool)
-    if annotations == "none":
-        return NetworkView(network_input, nothing, [])
-    if sample.annotation is None:
+    if sample.annotation is None or annotations == "none":
         remark = f"{sample.picture}: without {annotations}, so not scored on localisation"
-        return NetworkView(network_input, nothing, [remark])
+        nothing = torch.zeros(network_input.shape[-2:], dtype=torch.bool)
+        return NetworkView(network_input, nothing, [] if annotations == "none" else [remark])
     with open_image(sample.picture) as stored:
         sizes, orientation = (picture.size, stored.size), stored.getexif().get(_ORIENTATION, 1)
     drawn = (_draw_boxes if annotations == "boxes" else _read_mask)(sample.annotation, sizes)
+    # Sent through the model's own preprocessing, it follows its resizing and cropping to the pixel.
     black_and_white = Image.fromarray(drawn.astype(np.uint8) * 255)
     if black_and_white.size != picture.size:
         # Drawn on the file as it is stored: turned as the photograph was.
@@ -159,10 +145,7 @@ def _annotation(picture: Path, folder: Path, kind: Annotations, by_name: Mapping
 
 
 def _overlooked(pictures: Sequence[Path], unused: Sequence[Path]) -> list[str]:
-    """Return a line on annotations of no picture, and one on each folder that looks like masks.
-
-    Its pictures are grey or of colour numbers, and another folder has pictures of all their names in colour.
-    """
+    """Return a line on annotations of no picture, and on each grey folder with all names in another in colour."""
     remarks = []
     if unused:
         remarks.append(f"XML files or masks that belong to no picture: {len(unused)}, {unused[0]} among them: {_WHERE}")
@@ -172,7 +155,7 @@ def _overlooked(pictures: Sequence[Path], unused: Sequence[Path]) -> list[str]:
     first = {parent: _mode(next(iter(by_name.values()))) for parent, by_name in in_folder.items()}
     coloured = [in_folder[parent].keys() for parent, mode in first.items() if mode == "RGB"]
     for parent, mode in first.items():
-        if mode in _MODES_OF_MASKS and any(in_folder[parent].keys() <= names for names in coloured):
+        if mode in ("1", "L", "P") and any(in_folder[parent].keys() <= names for names in coloured):
             remarks.append(f"{parent}: taken for pictures, though these look like masks of others: {_WHERE}")
     return remarks
 
@@ -189,7 +172,8 @@ def _draw_boxes(file: Path, sizes: _Sizes) -> NDArray[np.bool_]:
     try:
         root = ElementTree.parse(file).getroot()
         width, height = (round(float(root.findtext(f"size/{name}") or 0)) for name in ("width", "height"))
-        boxes = [[round(float(box.findtext(name, ""))) for name in _CORNERS] for box in root.iterfind("object/bndbox")]
+        corners = ("xmin", "ymin", "xmax", "ymax")
+        boxes = [[round(float(box.findtext(name, ""))) for name in corners] for box in root.iterfind("object/bndbox")]
     except (ParseError, ValueError, LookupError, OverflowError) as error:
         raise BadValueError(f"{file}: expected boxes as Pascal VOC XML, found something else ({error})") from error
     if not width or not height:
@@ -221,7 +205,7 @@ def _read_mask(file: Path, sizes: _Sizes) -> NDArray[np.bool_]:
         raise BadFileError(f"{file}: expected a mask as a picture, found none or a broken one ({error})") from error
     drawn = values > least
     if mode == "P":
-        drawn &= values != _VOID
+        drawn &= values != 255
     elif mode.endswith("A"):
         drawn = drawn[..., :-1] & drawn[..., -1:]
     return np.asarray(drawn.any(-1))
@@ -229,5 +213,5 @@ def _read_mask(file: Path, sizes: _Sizes) -> NDArray[np.bool_]:
 
 def _check_size(file: Path, found: tuple[int, int], sizes: _Sizes) -> None:
     if found not in sizes:
-        expected, other = ("{} x {}".format(*size) for size in (sizes[0], found))
-        raise BadValueError(f"{file}: expected an annotation of a picture of {expected}, found one of {other}")
+        expected = "{} x {}, found one of {} x {}".format(*sizes[0], *found)
+        raise BadValueError(f"{file}: expected an annotation of a picture of {expected}")

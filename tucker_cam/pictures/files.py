@@ -33,26 +33,21 @@ def is_url(path: str) -> bool:
 def open_file(path: str) -> BinaryIO:
     """Open a file to read, local or at a URL that fsspec knows."""
     if is_url(path):
-        return _open_url(path)
+        import fsspec
+
+        try:
+            if "::" not in path:
+                return fsspec.open(path, "rb").open()  # type: ignore[no-any-return]
+            # An archive is closed with its file system, which nobody would hold.
+            with fsspec.open(path, "rb") as file:
+                return io.BytesIO(file.read())
+        except Exception as error:
+            # A file system of another kind fails in its own ways.
+            raise BadFileError(f"{path}: could not be opened ({one_line(error)})") from error
     # Unlike pathlib's, this tells no from yes for a name that no file can have, too.
     if not os.path.isfile(path):
         raise BadFileError(f"{path}: expected a file to read, found none, or what may not be read")
     return Path(path).open("rb")
-
-
-def _open_url(url: str) -> BinaryIO:
-    import fsspec
-
-    try:
-        if "::" in url:
-            # An archive is closed with its file system, which nobody would hold.
-            with fsspec.open(url, "rb") as file:
-                return io.BytesIO(file.read())
-        opened: BinaryIO = fsspec.open(url, "rb").open()
-    except Exception as error:
-        # A file system of another kind fails in its own ways.
-        raise BadFileError(f"{url}: could not be opened ({one_line(error)})") from error
-    return opened
 
 
 def decode_frames(file: BinaryIO, name: str, count: int) -> list[Image.Image]:

@@ -23,9 +23,8 @@ from tucker_cam.text import one_line
 
 Item = TypeVar("Item")
 PICTURES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
-"""How the names of pictures end, in any case."""
 MANIFEST = "manifest.json"
-"""What tells a folder of results; see `outputs`."""
+"""What tells a folder of results."""
 _TABLE = ".parquet"
 _MAGIC = re.compile(r"[*?[]")
 _EXPECTED = "expected pictures or Parquet files, found none"
@@ -111,7 +110,7 @@ def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[
 
 
 def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """Return the files in a folder, at any depth, whose names end so in any case; hidden ones are left out.
+    """Return the files in a folder, at any depth, whose names end so in any case, but for hidden ones.
 
     A folder that may not be entered stands for what is in it: opening it says so.
     """
@@ -186,7 +185,8 @@ def _files_at_url(argument: str) -> list[tuple[str, str]]:
         if _MAGIC.search(path):
             found, root = filesystem.glob(path), _MAGIC.split(path)[0].rpartition("/")[0]
         elif filesystem.isdir(path):
-            found, root = [file for file in filesystem.find(path) if _is_wanted(file.removeprefix(path))], path
+            below = [file for file in filesystem.find(path) if "/." not in f"/{file.removeprefix(path)}"]
+            found, root = [file for file in below if file.lower().endswith((*PICTURES, _TABLE))], path
         else:
             return itself
     except ImportError as error:
@@ -197,11 +197,6 @@ def _files_at_url(argument: str) -> list[tuple[str, str]]:
     if not found:
         raise BadValueError(f"{argument}: {_EXPECTED}")
     return sorted((filesystem.unstrip_protocol(file) + outside, file.removeprefix(root)) for file in found)
-
-
-def _is_wanted(relative: str) -> bool:
-    suffix = PurePosixPath(relative).suffix.lower()
-    return suffix in PICTURES | {_TABLE} and not any(part.startswith(".") for part in relative.split("/"))
 
 
 def _in_file(path: str, stem: str) -> list[Source]:

@@ -1,8 +1,4 @@
-"""A Parquet file in, the names of its rows and the encoded pictures in them out.
-
-It has a column ``image`` (encoded pictures, or Hugging Face's struct of bytes and path) and may have a column ``name``.
-What cannot be read is an OSError.
-"""
+"""A Parquet file in, the names of its rows (column ``name``) and the encoded pictures in them (``image``) out."""
 
 from __future__ import annotations
 

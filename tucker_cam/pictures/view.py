@@ -1,7 +1,6 @@
 """A preprocessing and a picture's size in, the part of the picture that the network looks at out.
 
-It is read off a picture whose red and green are coordinates, sent through the preprocessing itself: so it holds for any
-resizing, cropping and padding, also for one that somebody else wrote.
+It is read off a picture whose red and green are coordinates, sent through the preprocessing itself, whoever wrote it.
 """
 
 from __future__ import annotations
