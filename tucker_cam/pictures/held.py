@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -37,10 +36,7 @@ class Held:
     @property
     def stamp(self) -> Stamp:
         """What tells whether it is another one than that of an earlier run."""
-        if isinstance(self.content, Tensor):
-            numbers = self.content.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        else:
-            numbers = np.asarray(self.content)
+        numbers = np.asarray(self.content.detach().cpu().float() if isinstance(self.content, Tensor) else self.content)
         return Stamp(zlib.crc32(numbers.tobytes()), numbers.nbytes)
 
     def read(self, frames: int | None = None) -> Image.Image | list[Image.Image] | Tensor:
