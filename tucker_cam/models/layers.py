@@ -6,8 +6,8 @@ which is the one that is explained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -47,14 +47,14 @@ class DryRun(NamedTuple):
     """What a forward pass showed of a model.
 
     Attributes:
-        layers: all whose maps follow the picture, in the order in which they were done: those that are listed.
-        doubtful: those that put out something of a map's shape which did not follow.
+        layers: all whose maps follow the picture, in the order in which they were done.
+        named: by name, also those whose output has a map's shape and did not follow.
         target: the last layer before the head; None if it does not follow the picture, or there is none.
         upstream: by layer, the names of all modules that had begun when it was done: what its maps can depend on.
     """
 
     layers: list[SpatialLayer]
-    doubtful: list[SpatialLayer]
+    named: dict[str, SpatialLayer]
     target: SpatialLayer | None
     upstream: dict[str, frozenset[str]]
 
@@ -107,16 +107,13 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
     Feature maps, channels-last maps (Swin), tokens (ViT, with class and register tokens) and feature pyramids
     count, if they follow the picture: change a corner, and the map answers there. A detector's queries do not.
     What comes after it is a head: a small part that turns maps into numbers; all that follows a backbone which
-    returns its maps by name, as in segmentation and detection; or a part that predicts the model's own output.
-
-    A small part predicts, in distinction from a backbone's last layers, if its output is (part of) the model's own
-    and it ends in a linear layer that narrows what it took, has the picture's size, or takes several maps; or if it
-    is a twin of the layer that puts out the classes.
+    returns its maps by name; or a small part that predicts the model's own output. Such a one ends in a linear layer
+    that narrows what it took, has the picture's size, or takes several maps; or it is a twin of the layer that puts
+    out the classes.
 
     Args:
         model: its train and eval flags are left as they were.
-        example: one input, batch x channels x height x width, or batch x channels x time x height x width. Noise of
-            its shape is looked at.
+        example: one input, batch x channels x (time x) height x width. Noise of its shape is looked at.
 
     Raises:
         NoLayerError: a ValueError that holds the layers that could be named instead.
@@ -170,7 +167,7 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
     believed = (True,) if target is None else (True, None)
     return DryRun(
         [call.layer for call in calls.values() if call.layer and call.follows in believed],
-        [call.layer for call in calls.values() if call.layer and call.follows not in believed],
+        {name: call.layer for name, call in calls.items() if call.layer},
         target,
         upstream,
     )
@@ -213,18 +210,12 @@ def _observe(model: nn.Module, pictures: Tensor) -> tuple[list[str], dict[str, _
             several=several,
         )
 
-    with torch.no_grad(), _hooked(model, begin, end):
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(partial(begin, name)))
+            hooks.enter_context(module.register_forward_hook(partial(end, name)))
         output = model(pictures)
     return list(begun), calls, output
-
-
-@contextmanager
-def _hooked(model: nn.Module, begin: Any, end: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            stack.enter_context(module.register_forward_pre_hook(partial(begin, name)))
-            stack.enter_context(module.register_forward_hook(partial(end, name)))
-        yield
 
 
 def _means(output: object, pictures: Tensor) -> list[Tensor]:
@@ -266,15 +257,13 @@ def _predictions(
 
 def _twins(small: set[str], calls: Mapping[str, _Call]) -> set[str]:
     """Return the small linear layers that are like the one for the classes: VOLO classifies its tokens too."""
-
-    def shapes(call: _Call) -> list[torch.Size]:
-        return [each.shape for each in _own(call.module)]
-
     linear = {name: call for name, call in calls.items() if isinstance(call.module, _LINEAR)}
-    last = next((call for call in reversed(linear.values()) if call.layer is None), None)
-    return {
-        name for name in small & linear.keys() if last and linear[name].layer and shapes(linear[name]) == shapes(last)
-    }
+    classes = next((_shapes(call.module) for call in reversed(linear.values()) if call.layer is None), None)
+    return {name for name in small & linear.keys() if linear[name].layer and _shapes(linear[name].module) == classes}
+
+
+def _shapes(module: nn.Module) -> list[torch.Size]:
+    return [each.shape for each in _own(module)]
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
@@ -289,40 +278,26 @@ def choose_layers(model: nn.Module, run: DryRun, layers: Sequence[str | int | nn
     """Return these layers: modules, dotted names, or negative indices into ``run.layers`` (-1 is the last).
 
     Raises:
-        ValueError: there is no such layer (the message holds the nearest names), or it has no spatial map.
+        ValueError: there is no such layer with a spatial map; the message holds the nearest names.
     """
     # A name is an order: attention of random weights, to be replaced by a checkpoint's, follows nothing yet.
-    by_name = {layer.name: layer for layer in (*run.layers, *run.doubtful)}
-    parts = {name: module for name, module in model.named_modules() if name}
-    names = {module: name for name, module in reversed(parts.items())}
+    known = run.named | {str(index): layer for index, layer in enumerate(run.layers, start=-len(run.layers))}
+    names = {module: name for name, module in model.named_modules()}
     chosen = []
     for layer in layers:
-        if isinstance(layer, nn.Module) and layer not in names:
-            raise BadValueError(f"expected a layer that is part of the model, got a {type(layer).__name__} that is not")
-        name = names[layer] if isinstance(layer, nn.Module) else str(layer)
-        if name.startswith("-") and name[1:].isdecimal():
-            if not 1 <= int(name[1:]) <= len(run.layers):
-                raise BadValueError(f"expected a layer's index from -{len(run.layers)} to -1, got {name}")
-            chosen.append(run.layers[int(name)])
-        elif name in by_name:
-            chosen.append(by_name[name])
-        elif name in parts:
+        name = names.get(layer, type(layer).__name__) if isinstance(layer, nn.Module) else str(layer)
+        if name not in known:
+            near = get_close_matches(name, known, n=3, cutoff=0.4) or list(known)[-3:]
             raise BadValueError(
-                f"expected a layer with a spatial map, and `{name}` has none (or is not reached): "
-                "`load_model(...).spatial_layers` holds those that have"
+                f"{type(model).__name__} has no layer {name!r} with a spatial map; near it: {', '.join(near)}; "
+                "`load_model(...).spatial_layers` holds all"
             )
-        else:
-            near = get_close_matches(name, parts, n=3, cutoff=0.4) or list(parts)[-3:]
-            raise BadValueError(f"{type(model).__name__} has no layer {name!r}; near it: {', '.join(near)}")
+        chosen.append(known[name])
     return chosen
 
 
 def common_transform(layers: Sequence[SpatialLayer]) -> ReshapeTransform | None:
-    """Return the one reshape transform of these layers, as the host takes one for all.
-
-    Raises:
-        ValueError: they need different ones.
-    """
+    """Return the one reshape transform of these layers, as the host takes one for all; ValueError if they differ."""
     transforms = [layer.reshape_transform for layer in layers]
     if any(transform != transforms[0] for transform in transforms):
         kinds = ", ".join(f"`{layer.name}` {layer.shape}" for layer in layers)
