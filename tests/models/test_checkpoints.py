@@ -270,7 +270,7 @@ def test_of_several_backbones_that_no_convention_tells_apart_none_is_loaded(tmp_
 
 def test_a_layer_behind_the_default_one_needs_its_weights_too(tmp_path):
     source = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 1)
-    torch.save({"backbone.weight": source[0].weight, "backbone.bias": source[0].bias}, tmp_path / "w.pth")
-    assert load_model("networks:dense_model", weights=tmp_path / "w.pth").layer_names == ["backbone"]
+    torch.save({"backbone.conv.weight": source[0].weight, "backbone.conv.bias": source[0].bias}, tmp_path / "w.pth")
+    assert load_model("networks:dense_model", weights=tmp_path / "w.pth").layer_names == ["backbone.conv"]
     with pytest.raises(ValueError, match=r"found 2 of its 4 entries; .*: head\.bias, head\.weight"):
         load_model("networks:dense_model", weights=tmp_path / "w.pth", layers=["head"])
