@@ -1,6 +1,5 @@
 """Tiny seeded networks, one for each habit of a model that a label-free method has to put up with."""
 
-import sys
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -154,10 +153,6 @@ def raises():
     raise RuntimeError("no weights today")
 
 
-def exits():
-    sys.exit()
-
-
 def no_model():
     return "a model"
 
@@ -177,17 +172,6 @@ def detector():
     parts = {"first": nn.Conv2d(3, 24, 3, 2, 1), "second": nn.Conv2d(24, 24, 3, 2, 1)}
     heads = {"classes": on_levels(nn.Conv2d(24, 90, 1)), "boxes": on_levels(nn.Conv2d(24, 4, 1))}
     return Wired(run, **parts, neck=on_levels(nn.Conv2d(24, 24, 3, padding=1)), **heads)
-
-
-def token_labels():
-    """Return a classifier that adds to its logits those of its strongest token, by a second head."""
-
-    def run(self, x):
-        tokens = self.norm(self.patches(x).flatten(2).mT)
-        return self.head(tokens.mean(1)) + self.auxiliary(tokens).max(1).values
-
-    heads = {"head": nn.Linear(16, 20), "auxiliary": nn.Linear(16, 20)}
-    return Wired(run, patches=nn.Conv2d(3, 16, 8, 8), norm=nn.LayerNorm(16), **heads)
 
 
 def enlarging(classes):

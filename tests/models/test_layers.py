@@ -10,7 +10,6 @@ from networks import (
     detector,
     enlarging,
     shuffling,
-    token_labels,
     with_positions,
 )
 from timm.models import SwinTransformer, VisionTransformer
@@ -215,7 +214,6 @@ def normalised():
         pytest.param(lambda: enlarging(3), "decoder", id="the shape of a picture"),
         pytest.param(lambda: enlarging(5), "decoder", id="enlarged outside"),
         pytest.param(detector, "neck", id="a head for levels"),
-        pytest.param(token_labels, "norm", id="a head for tokens"),
         pytest.param(pyramid, "backbone", id="what follows maps by name"),
         pytest.param(
             lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), attention_pool()), "1", id="attention pooling"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _FRAMES = 16
+_NO_MEAN, _NO_STD = (0.0,) * 3, (1.0,) * 3
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,6 @@ class Family:
     packages: tuple[str, ...] = ()
     extra: str = "models"
     random: bool = True
-
-    @property
-    def name(self) -> str:
-        """What stands before the colon."""
-        return self.usage.partition(":")[0]
 
 
 def family_of(spec: str) -> Family:
@@ -80,14 +76,13 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
         raise MissingPackageError(
             f"the model {spec} needs the package {error.name}: {install(family.extra)}", name=error.name
         ) from error
-    except (Exception, SystemExit) as error:
-        # Libraries, repositories and one's own function fail in many ways; a script may end the program.
+    except Exception as error:
+        # Libraries, repositories and one's own function fail in many ways.
         if isinstance(error, (OSError, UnpicklingError)) and pretrained and family.random:
             raise BadFileError(
-                f"the weights of {spec} could not be had ({one_line(error)}): pretrained=False runs it with random ones"
+                f"{spec} could not be had ({one_line(error)}); pretrained=False needs no published weights"
             ) from error
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise BadValueError(f"{spec} could not be built ({reason})") from error
+        raise BadValueError(f"{spec} could not be built ({type(error).__name__}: {one_line(error)})") from error
 
 
 def _demo(_: str, pretrained: bool) -> Network:
@@ -149,7 +144,7 @@ def _torchvision(name: str, pretrained: bool) -> Network:
     model = models.get_model(name, weights=weights if pretrained else None, **arguments)
     transform: Any = weights.transforms()
     # Detectors normalise inside.
-    mean, std = getattr(transform, "mean", (0.0,) * 3), getattr(transform, "std", (1.0,) * 3)
+    mean, std = getattr(transform, "mean", _NO_MEAN), getattr(transform, "std", _NO_STD)
     if kind == "video":
         return Network(model, partial(_clip, transform), mean, std, classifies=True, frames=_FRAMES)
     return Network(model, transform, mean, std, classifies=not dense)
@@ -165,9 +160,9 @@ def _clip(transform: Callable[[Tensor], Tensor], frames: Sequence[Image.Image]) 
 
 @contextmanager
 def _no_questions() -> Iterator[None]:
-    """Make transformers answer "no" itself where it would ask on standard input whether to run a repository's code.
+    """Make transformers answer "no" itself where it asks on standard input whether to run a repository's code.
 
-    It asks where it was told nothing, and where one repository names another it forgets what it was told.
+    Where one repository names another it forgets that it was told.
     """
     from transformers import dynamic_module_utils
 
@@ -205,21 +200,12 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
             f"hf:{name} needs code of a repository, and none is run: if you trust it, load the model in a function of "
             "your own and give MODULE:CALLABLE"
         ) from error
-    except OSError as error:
-        raise BadFileError(
-            f"hf:{name} could not be had: expected a repository of the hub, or a folder with a model and its processor "
-            f"({one_line(error)})"
-        ) from error
     if hasattr(config, "vision_config"):
         # Of a model of pictures and texts, such as CLIP, the part that sees the picture.
         model = getattr(model, "vision_model", model)
-    normalises = getattr(processor, "do_normalize", False)
-    return Network(
-        model,
-        partial(_processed, processor),
-        tuple(processor.image_mean) if normalises else (0.0,) * 3,
-        tuple(processor.image_std) if normalises else (1.0,) * 3,
-    )
+    if not getattr(processor, "do_normalize", False):
+        return Network(model, partial(_processed, processor), _NO_MEAN, _NO_STD)
+    return Network(model, partial(_processed, processor), tuple(processor.image_mean), tuple(processor.image_std))
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -243,13 +229,7 @@ def _torch_hub(name: str, pretrained: bool) -> Network:
         raise BadValueError(
             f"expected hub:OWNER/REPOSITORY:ENTRY, or hub:FOLDER:ENTRY of a folder with a hubconf.py, got 'hub:{name}'"
         )
-    load = partial(torch.hub.load, repository, entry, source=source, trust_repo=True, verbose=False)
-    try:
-        built = load(pretrained=pretrained)
-    except TypeError as error:
-        if "pretrained" not in str(error):
-            raise
-        built = load()
+    built = torch.hub.load(repository, entry, source=source, trust_repo=True, verbose=False, pretrained=pretrained)
     return _network(built, f"hub:{name}")
 
 
@@ -281,7 +261,7 @@ _OWN = Family(
     random=False,
 )
 FAMILIES = {
-    family.name: family
+    family.usage.partition(":")[0]: family
     for family in (
         Family(
             "demo",

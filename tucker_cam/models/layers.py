@@ -108,8 +108,7 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
     count, if they follow the picture: change a corner, and the map answers there. A detector's queries do not.
     What comes after it is a head: a small part that turns maps into numbers; all that follows a backbone which
     returns its maps by name; or a small part that predicts the model's own output. Such a one ends in a linear layer
-    that narrows what it took, has the picture's size, or takes several maps; or it is a twin of the layer that puts
-    out the classes.
+    that narrows what it took, has the picture's size, or takes several maps.
 
     Args:
         model: its train and eval flags are left as they were.
@@ -127,7 +126,7 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
 
 
 def target_of(model: nn.Module, run: DryRun) -> SpatialLayer:
-    """Return the layer to explain that a dry run found, or raise NoLayerError."""
+    """Return the layer that a dry run found, or raise NoLayerError."""
     if run.target is None:
         raise NoLayerError(type(model).__name__, run.layers)
     return run.target
@@ -146,9 +145,8 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
     # What is most of the network is no head, but a body with its head.
     most = _size(model) / 2
     small = {name for name, call in calls.items() if _size(call.module) < most}
-    heads, passing = _predictions(small, calls, output, pictures)
-    heads |= {name for name in small if calls[name].role == "head"} | _twins(small, calls)
-    inside = tuple(f"{name}." for name in heads)
+    passing = _passing_on(small, calls, output, pictures)
+    inside = tuple(f"{name}." for name in small if name in passing or calls[name].role == "head")
     path = list(calls.items())
     named = [index for index, (_, call) in enumerate(path) if call.role == "names"]
     body = [
@@ -226,11 +224,8 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and float((first - second).abs().max()) <= _EQUAL * float(second.abs().max())
 
 
-def _predictions(
-    small: set[str], calls: Mapping[str, _Call], output: object, pictures: Tensor
-) -> tuple[set[str], set[str]]:
-    """Return those small parts that predict the model's own output, and all that pass it on."""
-    heads: set[str] = set()
+def _passing_on(small: set[str], calls: Mapping[str, _Call], output: object, pictures: Tensor) -> set[str]:
+    """Return all that puts out the model's own output, where a small part predicts it."""
     passing: set[str] = set()
     for own in positions_in(output, pictures):
         wanted, makers = own.float().flatten(2).mean(2), []
@@ -241,29 +236,15 @@ def _predictions(
                 wanted = call.took[0] if len(call.took) == 1 else wanted
         # Of random weights the normalisation after a convolution changes nothing, and the convolution seems the last.
         last = next((calls[name].module for name in makers if _own(calls[name].module)), None)
-        found = set()
+        enlarged = own.shape[2:] == pictures.shape[2:]
         for name in small.intersection(makers):
             width = calls[name].width
             inside = [call.module for part, call in calls.items() if f"{part}.".startswith(f"{name}.")]
             weighty = [module for module in inside if _own(module)]
             narrows = width is not None and wanted.shape[1] < width and isinstance(last, _LINEAR)
-            enlarged = own.shape[2:] == pictures.shape[2:]
             if weighty and (enlarged or calls[name].several or (narrows and weighty[-1] is last)):
-                found.add(name)
-        heads |= found
-        passing |= set(makers) if found else set()
-    return heads, passing
-
-
-def _twins(small: set[str], calls: Mapping[str, _Call]) -> set[str]:
-    """Return the small linear layers that are like the one for the classes: VOLO classifies its tokens too."""
-    linear = {name: call for name, call in calls.items() if isinstance(call.module, _LINEAR)}
-    classes = next((_shapes(call.module) for call in reversed(linear.values()) if call.layer is None), None)
-    return {name for name in small & linear.keys() if linear[name].layer and _shapes(linear[name].module) == classes}
-
-
-def _shapes(module: nn.Module) -> list[torch.Size]:
-    return [each.shape for each in _own(module)]
+                passing.update(makers)
+    return passing
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:

@@ -185,12 +185,10 @@ def _network_of(model: object, *, pretrained: bool) -> tuple[str, Network]:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return model, build_network(model, pretrained=pretrained)
-    if isinstance(model, LoadedModel):
-        return model.name, model
     if not isinstance(model, (nn.Module, Network)):
         raise BadTypeError(f"expected a model's name, a torch.nn.Module or a Network, got {type(model).__name__}")
     network = model if isinstance(model, Network) else Network(model)
-    return type(network.model).__name__, network
+    return network.name if isinstance(network, LoadedModel) else type(network.model).__name__, network
 
 
 def _with_preprocessing(

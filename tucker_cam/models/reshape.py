@@ -29,10 +29,6 @@ class TokensToMaps:
     Attributes:
         prefix: tokens before the patches (class, distillation, registers); they are left out.
         aspect: the picture's height over its width.
-
-    Example:
-        >>> TokensToMaps(prefix=1, aspect=1.0)(torch.zeros(2, 197, 768)).shape
-        torch.Size([2, 768, 14, 14])
     """
 
     prefix: int
@@ -78,9 +74,8 @@ def spatial_output(output: object, pictures: Tensor) -> tuple[tuple[int, ...], R
     if isinstance(output, Tensor):
         if not _is_map(output, pictures):
             return None
-        if output.dim() == 3:
-            return (1, *output.shape[1:]), _tokens_to_maps(output, pictures)
-        return (1, *output.shape[1:]), channels_last_to_maps if _is_channels_last(output, pictures) else None
+        channels_last = channels_last_to_maps if _is_channels_last(output, pictures) else None
+        return (1, *output.shape[1:]), _tokens_to_maps(output, pictures) if output.dim() == 3 else channels_last
     levels = _maps_in(output)
     if not all(_is_map(level, pictures) and not _is_channels_last(level, pictures) for level in levels):
         return None
