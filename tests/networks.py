@@ -174,6 +174,17 @@ def detector():
     return Wired(run, **parts, neck=on_levels(nn.Conv2d(24, 24, 3, padding=1)), **heads)
 
 
+def token_labels():
+    """Return a classifier that adds to its logits those of its strongest token, by a second head."""
+
+    def run(self, x):
+        tokens = self.norm(self.patches(x).flatten(2).mT)
+        return self.head(tokens.mean(1)) + self.auxiliary(tokens).max(1).values
+
+    heads = {"head": nn.Linear(16, 20), "auxiliary": nn.Linear(16, 20)}
+    return Wired(run, patches=nn.Conv2d(3, 16, 8, 8), norm=nn.LayerNorm(16), **heads)
+
+
 def enlarging(classes):
     """Return encoder, decoder and a head at a quarter of the size, whose output is enlarged."""
     return Wired(

@@ -4,24 +4,23 @@ import numpy as np
 import pytest
 import torch
 from networks import (
-    SmallVolumeCNN,
     Wired,
     dense,
     detector,
     enlarging,
     shuffling,
+    token_labels,
     with_positions,
 )
-from timm.models import SwinTransformer, VisionTransformer
+from timm.models import VisionTransformer
 from torch import nn
-from transformers import AutoModel, DetrConfig, Dinov2Config, HieraConfig, ResNetConfig, SwinConfig, YolosConfig
+from transformers import AutoModel, DetrConfig, HieraConfig, ResNetConfig, SwinConfig, YolosConfig
 
 from tucker_cam import TSM
 from tucker_cam.models import NoLayerError, find_target_layer, load_model
 from tucker_cam.models.layers import choose_layers, common_transform, dry_run
 from tucker_cam.models.reshape import (
     TokensToMaps,
-    channels_last_to_maps,
     only_map,
     pyramid_to_maps,
     spatial_output,
@@ -32,24 +31,9 @@ def vit(**options):
     return VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, **options)
 
 
-def swin():
-    return SwinTransformer(img_size=28, patch_size=2, window_size=7, embed_dim=24, depths=(1, 1), num_heads=(2, 2))
-
-
-def dinov2():
-    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
-    return AutoModel.from_config(config)
-
-
 def swin_with_tokens():
     return AutoModel.from_config(
         SwinConfig(image_size=32, patch_size=2, embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4)
-    )
-
-
-def hugging_face_resnet():
-    return AutoModel.from_config(
-        ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
     )
 
 
@@ -60,12 +44,9 @@ def hugging_face_resnet():
         (lambda: vit(reg_tokens=4), 32, "norm", (1, 21, 16), TokensToMaps(5, 1.0)),
         (lambda: vit(class_token=False, global_pool="avg"), 32, "norm", (1, 16, 16), TokensToMaps(0, 1.0)),
         (lambda: vit(class_token=False, global_pool="map"), 32, "norm", (1, 16, 16), TokensToMaps(0, 1.0)),
-        (swin, 28, "norm", (1, 7, 7, 48), channels_last_to_maps),
-        (dinov2, 28, "layernorm", (1, 5, 16), TokensToMaps(1, 1.0)),
         (swin_with_tokens, 32, "layernorm", (1, 64, 24), TokensToMaps(0, 1.0)),
-        (hugging_face_resnet, 32, "encoder.stages.1", (1, 12, 4, 4), None),
     ],
-    ids=["ViT", "registers", "no class token", "attention pooling", "Swin", "DINOv2", "Swin in tokens", "HF ResNet"],
+    ids=["ViT", "registers", "no class token", "attention pooling", "Swin in tokens"],
 )
 def test_the_last_layer_with_a_spatial_map_is_found_with_its_transform(model, size, name, shape, transform):
     layer = find_target_layer(model(), torch.rand(1, 3, size, size))
@@ -214,6 +195,7 @@ def normalised():
         pytest.param(lambda: enlarging(3), "decoder", id="the shape of a picture"),
         pytest.param(lambda: enlarging(5), "decoder", id="enlarged outside"),
         pytest.param(detector, "neck", id="a head for levels"),
+        pytest.param(token_labels, "norm", id="a head for tokens"),
         pytest.param(pyramid, "backbone", id="what follows maps by name"),
         pytest.param(
             lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), attention_pool()), "1", id="attention pooling"
@@ -243,11 +225,6 @@ def test_a_head_is_not_explained_but_the_layer_before_it(model, name):
 )
 def test_what_is_no_head_keeps_its_last_layer(model, name):
     assert find_target_layer(model(), torch.rand(1, 3, 32, 32)).name == name
-
-
-def test_a_video_networks_last_volume_is_found():
-    layer = find_target_layer(SmallVolumeCNN(), torch.rand(1, 1, 4, 6, 6))
-    assert (layer.name, layer.shape) == ("conv", (1, 6, 4, 6, 6))
 
 
 def test_a_square_number_of_queries_is_no_grid_of_patches_larger_than_any_networks():

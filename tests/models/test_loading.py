@@ -144,18 +144,6 @@ def test_ones_own_bare_module_is_taken_to_have_imagenets_preprocessing():
     assert Network(loaded.model).mean == loaded.mean
 
 
-def test_weights_replace_the_models_own(tmp_path):
-    trained = load_model("networks:tiny_loaded_model").model
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            parameter.add_(1)
-    torch.save(trained.state_dict(), tmp_path / "w.pt")
-    loaded = load_model("networks:tiny_loaded_model", weights=tmp_path / "w.pt")
-    assert loaded.name == "networks:tiny_loaded_model with w.pt"
-    for key, value in loaded.model.state_dict().items():
-        assert torch.equal(value, trained.state_dict()[key])
-
-
 @pytest.mark.usefixtures("repositories")
 @pytest.mark.parametrize(
     ("name", "error", "message"),

@@ -108,7 +108,7 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
     count, if they follow the picture: change a corner, and the map answers there. A detector's queries do not.
     What comes after it is a head: a small part that turns maps into numbers; all that follows a backbone which
     returns its maps by name; or a small part that predicts the model's own output. Such a one ends in a linear layer
-    that narrows what it took, has the picture's size, or takes several maps.
+    that narrows what it took, has the picture's size, or takes several maps; or is like the layer for the classes.
 
     Args:
         model: its train and eval flags are left as they were.
@@ -146,7 +146,8 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
     most = _size(model) / 2
     small = {name for name, call in calls.items() if _size(call.module) < most}
     passing = _passing_on(small, calls, output, pictures)
-    inside = tuple(f"{name}." for name in small if name in passing or calls[name].role == "head")
+    heads = {name for name in small if name in passing or calls[name].role == "head"} | _twins(small, calls)
+    inside = tuple(f"{name}." for name in heads)
     path = list(calls.items())
     named = [index for index, (_, call) in enumerate(path) if call.role == "names"]
     body = [
@@ -245,6 +246,14 @@ def _passing_on(small: set[str], calls: Mapping[str, _Call], output: object, pic
             if weighty and (enlarged or calls[name].several or (narrows and weighty[-1] is last)):
                 passing.update(makers)
     return passing
+
+
+def _twins(small: set[str], calls: Mapping[str, _Call]) -> set[str]:
+    """Return the small linear layers that are like the one for the classes: VOLO classifies its tokens too."""
+    linear = {name: call for name, call in calls.items() if isinstance(call.module, _LINEAR)}
+    shapes = {name: [each.shape for each in _own(call.module)] for name, call in linear.items()}
+    classes = next((shapes[name] for name in reversed(linear) if linear[name].layer is None), None)
+    return {name for name in small & linear.keys() if linear[name].layer and shapes[name] == classes}
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:

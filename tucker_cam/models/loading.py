@@ -158,7 +158,8 @@ def load_model(
     if device is None and isinstance(model, str) and torch.cuda.is_available():
         device = "cuda"
     try:
-        module.to(network.device if device is None else device)
+        if device is not None:
+            module.to(device)
     except Exception as error:
         # Each backend that is not there says so with an error of its own kind.
         raise BadValueError(f"the model cannot run on {str(device)!r} ({one_line(error)}): use cpu") from error
@@ -214,7 +215,7 @@ def _dry_run(spec: str, network: Network) -> DryRun:
     except Exception as error:
         # Whatever a model raises that takes something else than a picture: text, several pictures, another size.
         size = "x".join(map(str, example.shape[1:]))
-        reason = f"{type(error).__name__}: {one_line(error)}"
         raise BadValueError(
-            f"{spec}: expected a network that takes one picture, and it failed on one of {size} ({reason})"
+            f"{spec}: expected a network that takes one picture, and it failed on one of {size} "
+            f"({type(error).__name__}: {one_line(error)})"
         ) from error
