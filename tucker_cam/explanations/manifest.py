@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from tucker_cam import __version__
-from tucker_cam.errors import BadFileError, BadValueError
+from tucker_cam.errors import BadValueError
 from tucker_cam.models import LoadedModel
 from tucker_cam.pictures.held import Picture
 from tucker_cam.pictures.sources import MANIFEST, Stamp, safe_name
@@ -61,7 +61,7 @@ class Manifest:
         self.look: dict[str, Any] = {}
         self.is_new = not self.path.exists()
         if not self.is_new:
-            content = read_manifest(_text(self.path), str(folder))
+            content = read_manifest(self.path.read_text("utf-8", "surrogateescape"), str(folder))
             self.run = dict(run or content)
             try:
                 self._take(content)
@@ -142,7 +142,11 @@ def folder_of_run(out: Path, run: Mapping[str, Any]) -> Path:
         ValueError: a manifest is none.
     """
     manifests = [out / MANIFEST, *sorted(out.glob(f"*/{MANIFEST}"))]
-    place = place_of_run(str(out), run, {str(each.parent): _text(each) for each in manifests if each.is_file()})
+    place = place_of_run(
+        str(out),
+        run,
+        {str(each.parent): each.read_text("utf-8", "surrogateescape") for each in manifests if each.is_file()},
+    )
     return Path(place)
 
 
@@ -204,13 +208,6 @@ def _no_manifest(folder: str) -> BadValueError:
     return BadValueError(
         f"{folder}: expected {MANIFEST} of an earlier run, found something else: choose another folder"
     )
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise BadFileError(f"{path}: could not be read ({error.strerror})") from error
 
 
 def _apart_from(suffixes: tuple[str, ...], name: str) -> str:
