@@ -141,13 +141,9 @@ def folder_of_run(out: Path, run: Mapping[str, Any]) -> Path:
     Raises:
         ValueError: a manifest is none.
     """
-    manifests = [out / MANIFEST, *sorted(out.glob(f"*/{MANIFEST}"))]
-    place = place_of_run(
-        str(out),
-        run,
-        {str(each.parent): each.read_text("utf-8", "surrogateescape") for each in manifests if each.is_file()},
-    )
-    return Path(place)
+    manifests = [path for path in (out / MANIFEST, *sorted(out.glob(f"*/{MANIFEST}"))) if path.is_file()]
+    texts = {str(path.parent): path.read_text("utf-8", "surrogateescape") for path in manifests}
+    return Path(place_of_run(str(out), run, texts))
 
 
 def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, str]) -> str:
