@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from tucker_cam import __version__
 from tucker_cam.errors import BadValueError
 from tucker_cam.models import LoadedModel
 from tucker_cam.pictures.held import Picture
@@ -25,7 +24,7 @@ from tucker_cam.writing import complete_or_absent
 NOT_OURS = Stamp(-1, None)
 """Stands in a manifest for a picture whose files were there before, and are somebody else's."""
 Engine = Literal["torch", "ray"]
-_PACKAGES = ("torch", "numpy", "grad-cam", "pillow")
+_PACKAGES = ("tucker-cam", "torch", "numpy", "grad-cam", "pillow")
 _LONGEST_FOLDER = 100
 
 
@@ -195,9 +194,7 @@ def not_of_a_run(taken: Path | str) -> BadValueError:
 
 def versions() -> dict[str, str]:
     """Return the versions of what computed the maps."""
-    return {"tucker-cam": __version__, "python": platform.python_version()} | {
-        name: version(name) for name in _PACKAGES
-    }
+    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
 
 
 def _no_manifest(folder: str) -> BadValueError:
