@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tucker_cam.errors import BadFileError, BadValueError
 from tucker_cam.models import Network
-from tucker_cam.models.families import preprocessed
+from tucker_cam.models.network import preprocessed
 from tucker_cam.pictures.files import open_image, open_picture
 from tucker_cam.pictures.sources import PICTURES, files_below, random_sample, without_results
 
