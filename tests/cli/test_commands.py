@@ -209,6 +209,10 @@ def test_an_error_shows_where_it_was_raised_only_if_that_is_asked_for(tmp_path):
     assert shown.exit_code == 2
     assert "Traceback" in shown.stderr
     assert shown.stderr.splitlines()[-1].startswith("error: ")
+    (tmp_path / "broken.png").write_text("no picture")
+    shown = run("--debug", "explain", tmp_path / "broken.png", "-m", "networks:tiny_loaded_model", "-o", tmp_path / "o")
+    assert shown.exit_code == 1
+    assert "UnidentifiedImageError" in shown.stderr
 
 
 def test_short_options_and_a_sample_that_is_the_same_again(tmp_path):

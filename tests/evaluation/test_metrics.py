@@ -32,18 +32,10 @@ def bright_where(mask):
     return images, lambda these: (these[:, 0] * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
 
 
-@pytest.mark.parametrize(
-    ("metric", "expected"),
-    [
-        (metrics.energy_in_mask, 2.8 / 3.1),
-        (metrics.pointing_game, 1.0),
-        (metrics.best_threshold_iou, 1.0),
-        (metrics.best_cut_iou, 1.0),
-        # Otsu's threshold lies between 0.2 and 0.4.
-        (metrics.otsu_iou, 1.0),
-    ],
-)
-def test_localisation_agrees_with_a_case_computed_by_hand(metric, expected):
+@pytest.mark.parametrize("metric", LOCALISATION)
+def test_localisation_agrees_with_a_case_computed_by_hand(metric):
+    # Otsu's threshold lies between 0.2 and 0.4.
+    expected = 2.8 / 3.1 if metric is metrics.energy_in_mask else 1.0
     torch.testing.assert_close(metric(MAP, MASK), torch.tensor([expected]))
 
 
@@ -125,11 +117,6 @@ def test_area_matching_keeps_the_order_and_gives_every_map_the_same_values():
     torch.testing.assert_close(metrics.area_matched(1 - maps), 1 - matched)
 
 
-def test_area_matching_gives_equal_values_their_mean_rank():
-    maps = torch.tensor([[[0.0, 0.0, 0.0, 1.0]]])
-    torch.testing.assert_close(metrics.area_matched(maps), torch.tensor([[[0.375, 0.375, 0.375, 0.875]]]))
-
-
 def test_confidence_change_agrees_with_a_case_computed_by_hand():
     # Scores of the whole images, and of the masked ones, whose map is 0.5 everywhere.
     images = torch.tensor([0.8, 0.4, 0.2]).reshape(3, 1, 1, 1)
@@ -141,23 +128,6 @@ def test_confidence_change_agrees_with_a_case_computed_by_hand():
     torch.testing.assert_close(change.gain, torch.tensor([0.0, 0.0, 50.0]))
 
 
-def test_confidence_change_falls_when_the_map_is_inverted():
-    images, score = bright_where(MASK)
-    right = metrics.confidence_change(images, MAP, score)
-    wrong = metrics.confidence_change(images, 1 - MAP, score)
-    assert wrong.drop > right.drop + 20
-
-    # A score that gains where what lies outside of the object is hidden.
-    def distracted(these):
-        return 0.5 + 0.5 * (these[:, 0] * MASK).mean((1, 2)) - 0.4 * (these[:, 0] * ~MASK).mean((1, 2))
-
-    everywhere = torch.ones(1, 1, 4, 4)
-    right, wrong = (metrics.confidence_change(everywhere, m, distracted) for m in (MAP, 1 - MAP))
-    assert right.increase == 100
-    assert wrong.increase == 0
-    assert right.gain > wrong.gain
-
-
 def test_a_score_of_one_cannot_gain_and_one_of_zero_cannot_drop():
     images = torch.zeros(2, 1, 1, 1)
     scores = iter([torch.tensor([0.0, 1 - 6e-8]), torch.tensor([0.5, 1.0])])
@@ -165,16 +135,6 @@ def test_a_score_of_one_cannot_gain_and_one_of_zero_cannot_drop():
     assert change.drop.isnan().tolist() == [True, False]
     assert change.gain[0] == 50
     assert change.gain[1] < 10
-
-
-def test_half_precision_maps_are_scored_in_float32():
-    ones = torch.ones(1, 600, 600, dtype=torch.float16)
-    masks = torch.zeros(1, 600, 600, dtype=torch.bool)
-    masks[:, :300] = True
-    for metric in LOCALISATION[:4]:
-        assert metric(ones, masks) == 0.5
-        assert metric(ones, masks).dtype == torch.float32
-    assert metrics.energy_in_top(ones.bfloat16().requires_grad_()).item() == pytest.approx(0.1)
 
 
 def by_torchcam(make_metric, images):
@@ -225,13 +185,7 @@ def test_insertion_and_deletion_agree_with_a_case_computed_by_hand():
     deletion = metrics.deletion_auc(images, MAP, score, baseline=nothing, steps=4)
     torch.testing.assert_close(insertion, torch.tensor([(0 / 2 + 1 + 1 + 1 + 1 / 2) / 4]))
     torch.testing.assert_close(deletion, torch.tensor([(1 / 2 + 0 + 0 + 0 + 0 / 2) / 4]))
-
-
-def test_insertion_and_deletion_worsen_when_the_map_is_inverted_and_equal_pixels_fade_in_together():
-    images, score = bright_where(MASK)
-    nothing = torch.zeros_like(images)
-    assert metrics.insertion_auc(images, 1 - MAP, score, baseline=nothing) < 0.2
-    assert metrics.deletion_auc(images, 1 - MAP, score, baseline=nothing) > 0.8
+    # Equal pixels fade in together.
     halves = metrics.insertion_auc(images, torch.full_like(MAP, 0.3), score, baseline=nothing, steps=5)
     torch.testing.assert_close(halves, torch.tensor([0.5]))
 
@@ -249,7 +203,7 @@ def test_the_baselines_keep_the_colour_and_lose_the_details():
     torch.testing.assert_close(soft.mean((2, 3)), images.mean((2, 3)), atol=0.02, rtol=0)
 
 
-def test_road_agrees_with_the_host_and_changes_sign_when_the_map_is_inverted():
+def test_road_agrees_with_the_host_changes_sign_when_the_map_is_inverted_and_scores_no_constant_map():
     mask = torch.zeros(2, 16, 16, dtype=torch.bool)
     mask[:, 4:12, 4:12] = True
     maps = mask + 0.2 * torch.rand(2, 16, 16)
@@ -265,16 +219,9 @@ def test_road_agrees_with_the_host_and_changes_sign_when_the_map_is_inverted():
     torch.testing.assert_close(right, torch.as_tensor((least - most) / 2).to(right), atol=0.02, rtol=0)
     # The two halves of ROADCombined change places, but for its small noise.
     torch.testing.assert_close(wrong, -right, atol=0.02, rtol=0)
-
-
-def test_road_scores_several_scores_at_once_and_no_constant_map():
-    maps = torch.stack([torch.rand(12, 12), torch.ones(12, 12)])
-    images = torch.rand(2, 3, 12, 12)
-    state = torch.random.get_rng_state()
-    result = metrics.road(images, maps, lambda these: these.mean((2, 3))[:, :2], percentiles=(50,))
-    assert result.shape == (2, 2)
-    assert result[0].isfinite().all()
-    assert result[1].isnan().all()
+    maps[1], state = 1, torch.random.get_rng_state()
+    result = metrics.road(images, maps, lambda these: these.mean((2, 3)).expand(-1, 2))
+    assert result.isnan().tolist() == [[False, False], [True, True]]
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -299,18 +246,13 @@ def test_the_score_is_the_probability_beside_the_embeddings_similarity(layer):
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: metrics.energy_in_mask(MAP.numpy(), MASK), TypeError, "torch.as_tensor"),
-        (lambda: metrics.energy_in_mask(MAP[0], MASK), ValueError, "batch x height x width, got (4, 4)"),
+        (lambda: metrics.energy_in_mask(MAP.numpy(), MASK), TypeError, "batch x height x width, got ndarray"),
+        (lambda: metrics.energy_in_mask(MAP[0], MASK), TypeError, "batch x height x width, got torch.float32, (4, 4)"),
         (lambda: metrics.energy_in_mask(MAP, MASK.float()), TypeError, "masks > 0"),
-        (lambda: metrics.energy_in_mask(MAP, MASK[:, :2]), ValueError, "(1, 4, 4), got (1, 2, 4)"),
+        (lambda: metrics.energy_in_mask(MAP, MASK[:, :2]), TypeError, "(1, 4, 4), got torch.bool, (1, 2, 4)"),
         (lambda: metrics.area_matched(MAP / 0), ValueError, "finite"),
         (lambda: metrics.area_matched(MAP * 255), ValueError, "in [0, 1], got values from 0 to 255"),
-        (lambda: metrics.area_matched(-MAP), ValueError, "in [0, 1], got values from -1 to"),
-        (
-            lambda: metrics.confidence_change(torch.rand(1, 3, 5, 4), MAP, lambda x: x),
-            ValueError,
-            "(1, 4, 4), got (1, 3, 5, 4)",
-        ),
+        (lambda: metrics.road(torch.rand(1, 3, 5, 4), MAP, None), ValueError, "(1, 4, 4), got (1, 3, 5, 4)"),
     ],
 )
 def test_bad_input_is_one_clear_error(call, error, words):

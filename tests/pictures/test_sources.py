@@ -12,9 +12,10 @@ import pytest
 from annotated import write_picture
 from PIL import Image
 
-from tucker_cam.errors import BadFileError, BadValueError, MissingPackageError
+from tucker_cam.errors import BadFileError, BadValueError
 from tucker_cam.pictures.annotations import find_samples
 from tucker_cam.pictures.files import open_picture
+from tucker_cam.pictures.held import collect
 from tucker_cam.pictures.sources import find_sources, random_sample, safe_name
 
 
@@ -56,63 +57,36 @@ def test_explain_and_evaluate_find_the_same_files(pictures):
     write_picture(pictures / "out" / "a_tsm.png")
     (pictures / "out" / "manifest.json").write_text('{"versions": {"tucker-cam": "1"}}')
     (pictures / "gone.png").symlink_to("nowhere.png")
-    (pictures / "gone").symlink_to("nowhere")
     paths = [source.path for source in found_in(pictures)]
     assert paths == [str(sample.picture) for sample in find_samples(pictures).samples]
-    assert len(paths) == 11
-
-
-def test_results_of_earlier_runs_are_left_out(pictures):
-    out = pictures / "out"
-    write_picture(out / "deep" / "a_tsm.png")
-    assert len(found_in(pictures)) == 4
-    assert len(found_in(pictures, out=out)) == len(found_in(f"{pictures}/**/*.*[gG]", out=out)) == 3
-    (out / "manifest.json").write_text('{"versions": {"tucker-cam": "1"}}')
-    assert len(found_in(pictures)) == 3
-    with pytest.raises(ValueError, match="found none but results of earlier runs"):
-        find_sources([str(out)])
-    with pytest.raises(ValueError, match="expected another folder for the results"):
-        find_sources([str(out)], out=out)
+    assert len(paths) == 10
 
 
 @pytest.mark.parametrize(
     ("argument", "kind", "message"),
     [
         ("nowhere.png", BadValueError, "found none: no such file or folder that may be read"),
-        ("x" * 300, BadValueError, "found none: no such file"),
         ("nowhere*", BadValueError, "expected pictures or Parquet files, found none"),
-        ("empty", BadValueError, "expected pictures or Parquet files, found none"),
         ("memory://nowhere/*.png", BadValueError, "expected pictures or Parquet files, found none"),
         ("empty.parquet", BadValueError, "expected pictures or Parquet files with rows, found none"),
         ("broken.parquet", BadFileError, "expected a Parquet file, found something else or a broken one"),
-        ("s3://bucket/x.png", MissingPackageError, "s3fs"),
     ],
 )
-def test_what_cannot_be_used_keeps_its_error_and_costs_no_other(
-    pictures, tmp_path, monkeypatch, argument, kind, message
-):
-    def without_s3(url):
-        raise ImportError("Install s3fs to access S3")
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    write_table(tmp_path / "empty.parquet", count=0)
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1 no table")
-    if argument.startswith("s3"):
-        monkeypatch.setattr(fsspec.core, "url_to_fs", without_s3)
-    sources, (failure,) = find_sources([argument, str(pictures)])
-    assert len(sources) == 3
-    assert failure.name == argument
-    assert type(failure.error) is kind
-    assert f"{argument}: " in str(failure.error)
-    assert message in str(failure.error)
-    with pytest.raises(BadValueError, match=re.escape(str(failure.error))):
-        find_sources([argument])
+def test_what_cannot_be_used_keeps_its_error_and_costs_no_other(pictures, monkeypatch, argument, kind, message):
+    monkeypatch.chdir(pictures.parent)
+    write_table(pictures.parent / "empty.parquet", count=0)
+    (pictures.parent / "broken.parquet").write_bytes(b"PAR1 no table")
+    collection = collect([argument, pictures])
+    assert collection.number == 3
+    ((name, error),) = collection.failures
+    assert (name, type(error)) == (argument, kind)
+    assert f"{argument}: " in str(error)
+    assert message in str(error)
+    with pytest.raises(BadValueError, match=re.escape(str(error))):
+        collect(argument)
 
 
-def test_a_folder_that_may_not_be_entered_and_a_link_that_leads_nowhere_say_so_when_they_are_read(
-    pictures, monkeypatch
-):
+def test_a_folder_that_may_not_be_entered_says_so_when_it_is_read(pictures, monkeypatch):
     scandir = os.scandir
 
     def guarded(path="."):
@@ -121,14 +95,10 @@ def test_a_folder_that_may_not_be_entered_and_a_link_that_leads_nowhere_say_so_w
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", guarded)
-    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("deeper"))
-    (pictures / "gone").symlink_to("nowhere")
-    (pictures / "README.md").symlink_to("nowhere.md")
     by_name = {source.name: source for source in found_in(pictures)}
-    assert by_name.keys() == {"a", "b", "deeper", "gone"}
-    for name, what in (("deeper", "a folder that may not be entered"), ("gone", "a link that leads nowhere")):
-        with pytest.raises(OSError, match=f"{name}.*: expected a file to read, found {what}"):
-            by_name[name].read()
+    assert by_name.keys() == {"a", "b", "deeper"}
+    with pytest.raises(OSError, match="deeper: expected a file to read, found none, or what may not be read"):
+        by_name["deeper"].read()
     assert "deeper" in [sample.name for sample in find_samples(pictures).samples]
 
 
@@ -139,67 +109,33 @@ def test_pictures_are_read_from_any_file_system_and_from_archives(pictures, tmp_
     for argument, names in {
         "memory://sources/a": ["b/y", "x"],
         "memory://sources/a/*.png": [".z", "x"],
-        "memory://sources/?/x.png": ["a/x"],
         "memory://sources/[a]/x.png": ["a/x"],
-        f"zip://*.png::{archive}": [".x", "a"],
         f"zip://deeper/a.png::{archive}": ["a"],
     }.items():
         found = found_in(argument)
         assert [source.name for source in found] == names
         assert all(source.read().tobytes() == open_picture(pictures / "a.png").tobytes() for source in found)
-    (tmp_path / "cut.zip").write_bytes(b"no archive")
-    for url in ("ftp://127.0.0.1:9/x.jpg", f"zip://x.png::{tmp_path}/cut.zip", "memory://sources/nothing.png"):
-        (source,) = found_in(url)
-        with pytest.raises(OSError, match="could not be opened"):
-            source.read()
+    (source,) = found_in("memory://sources/nothing.png")
+    with pytest.raises(OSError, match="could not be opened"):
+        source.read()
 
 
 def test_the_rows_of_a_table_have_names_of_its_own_or_by_their_place(tmp_path):
-    file = write_table(tmp_path / "t.parquet", [*"ab", None, *"def"], 6, row_group_size=2, compression="none",
-                       use_dictionary=False)  # fmt: skip
-    chunk = pq.ParquetFile(file).metadata.row_group(2).column(1)
-    content = bytearray(file.read_bytes())
-    end = chunk.data_page_offset + chunk.total_compressed_size
-    content[chunk.data_page_offset : end] = b"\xff" * chunk.total_compressed_size
-    file.write_bytes(content)
-    assert [source.name for source in found_in(file)] == ["a", "b", "t-1-0", "d", "t-2-0", "t-2-1"]
+    file = write_table(tmp_path / "t.parquet", [*"ab", None, *"def"], 6, row_group_size=2)
+    assert [source.name for source in found_in(file)] == ["a", "b", "t-1-0", "d", "e", "f"]
     assert len({source.key for source in found_in(file)}) == 6
     no_utf8 = pa.Array.from_buffers(pa.string(), 1, pa.array([b"b\xff/d"], pa.binary()).buffers())
-    for names in (None, no_utf8, pa.array([2**31 - 1], pa.int32()).cast(pa.date32())):
+    for names in (None, no_utf8):
         (source,) = found_in(write_table(tmp_path / "one.parquet", names, 1))
         assert source.name == "one-0-0"
         assert source.read().size == (8, 6)
 
 
 @pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ({"image": [{"bytes": None, "path": "y.png"}]}, "expected an encoded picture, found NoneType"),
-        ({"label": [1]}, "expected one column image, found label"),
-        ({"image": [b"no picture"]}, "row 0 of group 0: expected a picture"),
-    ],
-)
-def test_a_row_without_a_picture_says_so_when_it_is_read(tmp_path, table, message):
-    pq.write_table(pa.table(table), tmp_path / "t.parquet")
-    (source,) = found_in(tmp_path / "t.parquet")
-    with pytest.raises(OSError, match=message):
-        source.read()
-
-
-@pytest.mark.parametrize(
     ("name", "safe"),
-    [
-        ("../../b", "b"),
-        ("/c", "c"),
-        ("..", "picture"),
-        ("a\\..\\b\0", "a/b"),
-        ("n/" * 3000, r"n-n-[n-]*-\w{8}"),
-        ("x" * 300, r"x{171}-\w{8}"),
-    ],
+    [("../../b", "b"), ("/c", "c"), ("..", "picture"), ("a\\..\\b\0", "a/b"), ("n/" * 3000, r"n-n-[n-]*-\w{8}")],
 )
 def test_no_name_leads_out_of_a_folder_and_each_can_be_a_files(name, safe):
-    import re
-
     assert re.fullmatch(safe, safe_name(name))
     assert safe_name(safe_name(name)) == safe_name(name)
 

@@ -1,12 +1,11 @@
 """What a network sees of a picture, read off its preprocessing: one call a size, whatever the preprocessing."""
 
-import json
 from dataclasses import dataclass
 
 import pytest
 from torchvision import transforms
 
-from tucker_cam.pictures.view import View, view_of
+from tucker_cam.pictures.view import view_of
 
 
 @dataclass
@@ -47,31 +46,13 @@ def test_the_view_takes_one_call_a_size_and_is_remembered(steps, expected):
     assert preprocess.calls == 4
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        [transforms.Grayscale(3), transforms.Resize(60)],
-        [transforms.Resize(60), transforms.Lambda(lambda picture: picture.convert("RGB", (0, 0, 1, 0) * 3))],
-    ],
-)
-def test_a_preprocessing_that_mixes_channels_has_a_view_by_two_calls_more(steps):
-    preprocess = Counted(steps)
-    assert view_of(preprocess, (160, 120)) == pytest.approx((0, 0, 160, 120), abs=1)
-    assert preprocess.calls == 5
-
-
-def test_one_channel_of_grey_is_enough():
-    grey = transforms.Compose([transforms.Grayscale(1), transforms.ToTensor()])
-    assert view_of(grey, (160, 120)) == pytest.approx((0, 0, 160, 120), abs=1)
-
-
 @pytest.mark.parametrize("frames", [None, 4])
 def test_what_is_no_box_or_fails_has_no_view(frames):
     def fails(picture):
         raise ZeroDivisionError
 
-    steps = [transforms.RandomRotation((30, 30))], [transforms.RandomHorizontalFlip(1)], [transforms.CenterCrop(1)]
-    for preprocess in (fails, *map(Counted, steps)):
+    turns = transforms.RandomRotation((30, 30)), transforms.RandomHorizontalFlip(1), transforms.CenterCrop(1)
+    for preprocess in (fails, *(Counted([step]) for step in (*turns, transforms.Grayscale(3), transforms.Grayscale()))):
         assert view_of(preprocess, (160, 120), frames) is None
 
 
@@ -79,6 +60,4 @@ def test_a_clip_has_the_view_of_its_frames():
     def preprocess(pictures):
         return transforms.ToTensor()(pictures[0])[:, None].expand(-1, len(pictures), -1, -1)
 
-    view = view_of(preprocess, (160, 120), 4)
-    assert view == pytest.approx((0, 0, 160, 120), abs=1)
-    assert View(*json.loads(json.dumps(view))) == view
+    assert view_of(preprocess, (160, 120), 4) == pytest.approx((0, 0, 160, 120), abs=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import numpy as np
 import torch
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor
@@ -35,14 +34,10 @@ def one_pass_of(loaded: LoadedModel, images: Tensor) -> OnePass:
 def score_of(loaded: LoadedModel, one_pass: OnePass) -> Score:
     """Return a score of images by what the network makes of them, against what it makes of a pass's whole ones.
 
-    Returns:
-        batch x `score_names`: where the network classifies, the softmax probability of the class predicted for the
-        whole image, in [0, 1]; and, which needs no label, the cosine similarity of the embedding with the whole
-        image's, in [-1, 1]. The embedding is the mean over positions of the last layer with a spatial map, whatever
-        layer is explained, so that the scores of two layers compare. Both come from one forward pass.
-
-    Raises:
-        TypeError: the network shall classify, and returns no logits.
+    It gives, batch x `score_names`, of one forward pass: where the network classifies, the softmax probability of the
+    class predicted for the whole image, in [0, 1]; and, which needs no label, the cosine similarity of the embedding
+    with the whole image's, in [-1, 1]. The embedding is the mean over positions of the last layer with a spatial map,
+    whatever layer is explained, so that the scores of two layers compare.
     """
     whole, layer = one_pass.images, loaded.last_layer
     if layer.module is loaded.target_layers[0] and layer.reshape_transform == loaded.reshape_transform:
@@ -69,10 +64,9 @@ def _embedding(features: Tensor) -> Tensor:
 
 def _logits(output: object) -> Tensor:
     if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
-        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise BadTypeError(
-            f"expected logits, batch x classes, of two classes at least from the model, got {found}: for a model that "
-            "does not classify set classifies=False in its Network"
+            "expected logits of two classes or more from the model: if it does not classify, set classifies=False in "
+            "its Network"
         )
     return output.float()
 
@@ -80,22 +74,14 @@ def _logits(output: object) -> Tensor:
 def saliency_maps(
     one_pass: OnePass, names: Sequence[str], methods: Mapping[str, Builder]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the maps of each method, in order, then those of the controls; float32 in [0, 1], on the images' device.
-
-    A method that fails on these features, since its decomposition does not converge, gives NaN.
-    """
+    """Yield the maps of each method, in order, then those of the controls; float32 in [0, 1], on the images' device."""
     images = one_pass.images
     for name, build in methods.items():
-        try:
-            maps = torch.as_tensor(one_pass.maps(build), device=images.device)
-        except (np.linalg.LinAlgError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-            maps = torch.full_like(images[:, 0], torch.nan)
-        yield name, maps
+        yield name, torch.as_tensor(one_pass.maps(build), device=images.device)
     _, (features,) = one_pass.output_and_features()
-    height, width = features.shape[-2:]
-    size = (images.shape[-2], images.shape[-1])
+    size, resolution = ((each.shape[-2], each.shape[-1]) for each in (images, features))
     for name in CONTROLS:
-        yield name, control_maps(name, pictures=names, size=size, resolution=(height, width)).to(images.device)
+        yield name, control_maps(name, pictures=names, size=size, resolution=resolution).to(images.device)
 
 
 def compare(
@@ -105,38 +91,30 @@ def compare(
     loaded: LoadedModel,
     methods: Mapping[str, Builder],
     measures: Sequence[Measure],
-) -> tuple[list[Row], list[str]]:
-    """Score the methods, then the controls, on pictures of one size.
-
-    Returns:
-        A row for each method and picture, all NaN where the map has values that are not finite; and a line on each of
-        these.
-    """
+) -> list[Row]:
+    """Score the methods, then the controls, on pictures of one size; NaN where a map is not finite."""
     rows: list[Row] = []
-    remarks: list[str] = []
     with one_pass_of(loaded, images) as one_pass:
         score = score_of(loaded, one_pass)
         whole = score(images)
         for method, maps in saliency_maps(one_pass, names, methods):
-            broken = ~maps.flatten(1).isfinite().all(1)
+            broken = ~maps.isfinite().flatten(1).all(1)
             maps = maps.masked_fill(broken[:, None, None], 0)
             judged = Judged(maps, masks, images, names, score, score_names(loaded), whole)
-            values = _values(judged, measures)
-            for index, (name, is_broken) in enumerate(zip(names, broken.tolist(), strict=True)):
-                if is_broken:
-                    remarks.append(f"{name}: {method} gave a map with NaN or Inf, or none, so not scored")
-                of_picture = {column: np.nan if is_broken else rounded(each[index]) for column, each in values.items()}
-                rows.append(Row(name, method, of_picture))
-    return rows, remarks
+            values = {
+                name: each.masked_fill(broken.cpu(), torch.nan) for name, each in _values(judged, measures).items()
+            }
+            rows += [
+                Row(picture, method, {name: rounded(each[index].item()) for name, each in values.items()})
+                for index, picture in enumerate(names)
+            ]
+    return rows
 
 
-def _values(judged: Judged, measures: Sequence[Measure]) -> dict[str, list[float]]:
+def _values(judged: Judged, measures: Sequence[Measure]) -> dict[str, Tensor]:
     # Insertion of both scores, say, comes from the same passes.
-    found = {function: function(judged) for function in dict.fromkeys(measure.function for measure in measures)}
-    values = {}
-    for measure in measures:
-        of_measure = found[measure.function]
-        if measure.score:
-            of_measure = of_measure[:, judged.score_names.index(measure.score)]
-        values[measure.name] = of_measure.tolist()
-    return values
+    found = {function: function(judged).float().cpu() for function in dict.fromkeys(each.function for each in measures)}
+    return {
+        each.name: found[each.function][:, judged.score_names.index(each.score)] if each.score else found[each.function]
+        for each in measures
+    }

@@ -15,19 +15,11 @@ _DEVIATION = 0.25
 
 
 def control_maps(name: str, *, pictures: Sequence[str], size: tuple[int, int], resolution: tuple[int, int]) -> Tensor:
-    """Return the maps of a control.
+    """Return the maps of a control for these names of pictures, float32 in [0, 1], batch x height x width.
 
-    ``random`` is uniform noise at the layer's resolution, seeded by the picture's name, so that it is the same again
-    in another run; ``uniform`` is 0.5 everywhere; ``centre-gaussian`` has a deviation of a quarter of each side.
-
-    Args:
-        name: one of `CONTROLS`.
-        pictures: a name for each map.
-        size: height and width of the maps.
-        resolution: height and width of the target layer's feature maps.
-
-    Returns:
-        Float32 in [0, 1], batch x height x width, scaled as the host scales its methods' maps.
+    ``random`` is uniform noise at the resolution of the layer's features, seeded by the picture's name, so that it is
+    the same again in another run, and scaled as the host scales its maps; ``uniform`` is 0.5 everywhere;
+    ``centre-gaussian`` has a deviation of a quarter of each side.
 
     Example:
         >>> control_maps("uniform", pictures=["cat.jpg"], size=(1, 3), resolution=(1, 1))

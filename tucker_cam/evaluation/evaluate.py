@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
 
+from torch import Tensor
+
 from tucker_cam.errors import BadFileError, BadValueError, Failure
 from tucker_cam.evaluation.comparison import Builder, compare, one_pass_of, saliency_maps, score_names
 from tucker_cam.evaluation.controls import CONTROLS
-from tucker_cam.evaluation.inputs import (
-    BatchInputs,
-    Data,
-    FolderInputs,
-    Model,
-    Views,
-    find_inputs,
-    go_through,
-    load_one_layer,
-    on_device,
-)
+from tucker_cam.evaluation.inputs import Data, Inputs, Model, find_inputs, go_through, load_one_layer
 from tucker_cam.evaluation.metrics import Measure, choose_measures
-from tucker_cam.evaluation.report import FORMATS, Example, caption, pick_examples, write_report
+from tucker_cam.evaluation.report import FORMATS, Example, pick_examples, write_report
 from tucker_cam.evaluation.results import Results, Row
 from tucker_cam.evaluation.summary import BASELINE, Summary, summarise
 from tucker_cam.methods import LABEL_DEPENDENT, METHODS, method_named
@@ -58,23 +51,20 @@ def evaluate(
     Where the network classifies, the host's GradCAM and SegEigenCAM for the predicted class are scored for reference.
 
     Args:
-        data: a folder of pictures, see `find_samples`; or an iterable of batches of network inputs, batch x channels x
-            height x width, or of tuples of these and masks, bool, batch x height x width, a DataLoader say: these
-            pictures are named "000000" and so on.
+        data: a folder of pictures, see `find_samples`; or batches of network inputs, batch x channels x height x
+            width, or of tuples of these and masks, bool, batch x height x width, from a DataLoader say: their pictures
+            are named "000000" and so on.
         model: a name or a module as for `load_model`, or what that returns.
         methods: names as on the command line; or classes of the host's kind, by a name of yours. All by default.
         metrics: of "localisation", "drop", "curves" and "road", and measures of yours.
         annotations: score only pictures of the folder with these; see `find_samples`.
         limit: take a random sample of so many pictures of the folder, or the first of the batches.
-        out: a CSV in which each batch's rows are as soon as they are known. What is there is gone on with; rows that
+        out: a CSV in which each batch's rows are as soon as they are known; a run that was stopped goes on. Rows that
             are there stay, also those of a picture that has changed since.
         batch_size: how many pictures go through the network together.
         workers: see `explain`.
         progress: show a bar.
         loading: see `load_model`; one layer is scored.
-
-    Returns:
-        The rows, and what failed.
 
     Raises:
         TypeError, ValueError: an unknown method, metric, model, layer or device; no pictures, or none that can be
@@ -117,38 +107,37 @@ def evaluate(
             "annotations": inputs.annotations,
         }
         results = Results(path, run, [measure.name for measure in measures])
-        if isinstance(inputs, FolderInputs) and (others := {name for name, _ in results.rows} - inputs.samples.keys()):
+        pictures = inputs.samples
+        if pictures is not None and (others := {name for name, _ in results.rows} - pictures.keys()):
             raise BadValueError(
-                f"{path}: expected results of the {counted(len(inputs.samples))} of this run, found some of "
-                f"{min(others)}, which is not among them: give another file, or the limit it was written with"
+                f"{path}: expected results of the {counted(len(pictures))} of this run, found some of {min(others)}, "
+                "which is not among them: give another file, or the limit it was written with"
             )
-        count = "pictures" if inputs.total is None else counted(inputs.total)
+        count = "batches" if pictures is None else counted(len(pictures))
         logger.info(
             f"{count}, annotations: {inputs.annotations}; {loaded.description}; embedding: {loaded.last_layer.name}, "
             "pooled"
         )
-        remarks: list[str] = []
 
-        def score(views: Views) -> None:
-            missing = [name for name in (*chosen, *CONTROLS) if any((each, name) not in results.rows for each in views)]
+        def score(names: Sequence[str], images: Tensor, masks: Tensor) -> None:
+            missing = [each for each in (*chosen, *CONTROLS) if any((name, each) not in results.rows for name in names)]
             if missing:
                 these = {name: method for name, method in chosen.items() if name in missing}
-                rows, broken = compare(*on_device(views, loaded), list(views), loaded, these, measures)
-                results.append(rows)
-                remarks.extend(broken)
-            remarks.extend(remark for view in views.values() for remark in view.remarks)
+                results.append(compare(images, masks, names, loaded, these, measures))
 
-        failures = go_through(inputs, loaded, score, "scoring", batch_size, workers, shown=progress)
+        failures, remarks = go_through(
+            inputs, loaded, score, "scoring", batch_size=batch_size, workers=workers, shown=progress
+        )
+    remarks += [
+        f"{row.picture}: {row.method} gave a map with NaN or Inf, so not scored"
+        for row in results.rows.values()
+        if math.isnan(row.values["mean_saliency"])
+    ]
     return Evaluation(results, measures, failures, remarks, loaded, chosen, inputs)
 
 
 def check_output(path: Path, *, data: Path | None = None, formats: Sequence[str] = ()) -> None:
-    """Refuse, before the work of hours, a file that cannot be written then; its folder is made.
-
-    Raises:
-        ValueError: it would be a picture of `data`, or its ending names none of the formats.
-        OSError: it is no file, or its folder cannot be made.
-    """
+    """Refuse, before the work of hours, a file that is none, lies in `data` or ends otherwise; make its folder."""
     if formats and path.suffix.lower() not in formats:
         raise BadValueError(f"{path}: expected a file ending in {', '.join(formats)}")
     if data is not None and path.resolve().is_relative_to(data.resolve()):
@@ -162,11 +151,7 @@ def check_output(path: Path, *, data: Path | None = None, formats: Sequence[str]
 class Evaluation:
     """What the measures say of each method on each picture.
 
-    Attributes:
-        measures: in order.
-        failures: the pictures that could not be read or scored.
-        remarks: what a user should know of others, a line each.
-        loaded: the model, with its layer.
+    `failures` are the pictures that could not be read or scored, `remarks` say what is odd about others.
     """
 
     _results: Results
@@ -175,60 +160,45 @@ class Evaluation:
     remarks: list[str]
     loaded: LoadedModel
     _methods: Mapping[str, Builder]
-    _inputs: FolderInputs | BatchInputs
+    _inputs: Inputs
 
     @property
     def rows(self) -> list[Row]:
         """A row for each picture and method: the label-free ones, those for reference, your own, and the controls."""
-        names = dict.fromkeys([*METHODS, *LABEL_DEPENDENT, *self._methods, *CONTROLS])
-        order = {name: place for place, name in enumerate(names)}
-        return sorted(self._results.rows.values(), key=lambda row: order.get(row.method, len(order)))
+        order = [*METHODS, *LABEL_DEPENDENT, *self._methods, *CONTROLS]
+        return sorted(self._results.rows.values(), key=lambda row: [*order, row.method].index(row.method))
 
     def summary(self, *, seed: int = 0) -> dict[str, dict[str, Summary]]:
         """Return by method, then by measure, the mean with its interval, and the difference from EigenCAM."""
         return summarise(self.rows, self.measures, seed=seed)
 
     def to_csv(self, path: str | Path) -> None:
-        """Write the rows, as `out` does.
-
-        Raises:
-            OSError: they cannot be written.
-        """
+        """Write the rows, as `out` does; OSError if they cannot be written."""
         self._results.to_csv(Path(path))
 
     def report(self, path: str | Path) -> None:
         """Draw a page of all means and, of a folder, of each method's best, median and worst picture.
 
         Raises:
-            ValueError: the path's ending is none of .png, .jpg, .pdf and .svg.
-            OSError: it cannot be written.
+            ValueError, OSError: the path ends in none of .png, .jpg, .pdf and .svg, or cannot be written.
         """
         check_output(Path(path), formats=FORMATS)
         rows = self.rows
-        scored = {name for row in rows for name, value in row.values.items() if value == value}
+        scored = {name for row in rows for name, value in row.values.items() if not math.isnan(value)}
         ranked_by = next(each for name in _RANKED_BY for each in self.measures if each.name == name and name in scored)
-        examples = {
-            method: {place: example for place, each in by_place.items() if (example := self._example(method, *each))}
-            for method, by_place in pick_examples(rows, ranked_by).items()
-        }
+        known = () if self._inputs.samples is None else (*self._methods, *CONTROLS)
+        examples = [self._example(*each) for each in pick_examples(rows, ranked_by) if each[0] in known]
         title = f"{self.loaded.name}, {self.loaded.layer_names[0]}: {counted(self.scored)}"
         write_report(Path(path), title, self.summary(), self.measures, examples, ranked_by)
 
-    def _example(self, method: str, picture: str, value: float) -> Example | None:
-        """Explain a picture again; None where it cannot be read any more, or another run knew the method."""
-        if not isinstance(self._inputs, FolderInputs) or method not in (*self._methods, *CONTROLS):
-            return None
-        try:
-            view = network_view(self._inputs.samples[picture], self._inputs.annotations, self.loaded)
-        except (OSError, ValueError):
-            return None
+    def _example(self, method: str, picture: str, title: str) -> Example:
+        samples = self._inputs.samples or {}
+        view = network_view(samples[picture], self._inputs.annotations, self.loaded)
         wanted = {name: build for name, build in self._methods.items() if name == method}
-        images, _ = on_device({picture: view}, self.loaded)
         # Lazily: the controls come last, and are not made for a method's example.
-        with one_pass_of(self.loaded, images) as one_pass:
+        with one_pass_of(self.loaded, view.network_input[None].to(self.loaded.device)) as one_pass:
             saliency = next(maps[0] for name, maps in saliency_maps(one_pass, [picture], wanted) if name == method)
-        seen = self.loaded.picture(view.network_input)
-        return Example(seen, saliency.cpu().numpy(), view.mask.numpy(), caption(picture, value))
+        return Example(title, self.loaded.picture(view.network_input), saliency.cpu().numpy(), view.mask.numpy())
 
     @property
     def run(self) -> Mapping[str, str]:

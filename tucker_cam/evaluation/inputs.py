@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from tucker_cam.errors import BadTypeError, BadValueError, Failure
+from tucker_cam.errors import BadValueError, Failure
 from tucker_cam.models import LoadedModel, Network, load_model
 from tucker_cam.models.loading import Loading
 from tucker_cam.pictures.ahead import in_batches, read_ahead
 from tucker_cam.pictures.annotations import Annotations, NetworkView, Sample, find_samples, network_view
+from tucker_cam.pictures.held import named_inputs
 from tucker_cam.progress import progress
 from tucker_cam.text import counted
 
 Data = str | Path | Tensor | Iterable[Any]
 Model = str | nn.Module | Network
-Views = dict[str, NetworkView]
+Work = Callable[[Sequence[str], Tensor, Tensor], None]
+"""What is done with the names, the images and the masks of a batch, on the model's device."""
+_Read = tuple[str, NetworkView | Exception]
+
+
+class Inputs(NamedTuple):
+    """The pictures of a run: of a folder, then with `samples` by their names, or of batches.
+
+    `batches` yields what was read, for a network, by so many together and by so many workers.
+    """
+
+    where: str
+    annotations: Annotations
+    remarks: list[str]
+    samples: dict[str, Sample] | None
+    batches: Callable[[Network, int, int | None], Iterator[list[_Read]]]
 
 
 def load_one_layer(model: Model, **options: Unpack[Loading]) -> LoadedModel:
-    """Return the model, loaded as by `load_model`, if it has one layer of pictures.
-
-    Raises:
-        ValueError: it is a video network, or several layers were asked for.
-    """
+    """Return the model, loaded as by `load_model`; ValueError if it takes clips, or has several layers to explain."""
     loaded = load_model(model, **options)
     if loaded.frames is not None:
         raise BadValueError(f"expected a network for pictures, and {loaded.name} takes clips")
@@ -38,45 +50,37 @@ def load_one_layer(model: Model, **options: Unpack[Loading]) -> LoadedModel:
     return loaded
 
 
-def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) -> FolderInputs | BatchInputs:
-    """Return what reads the pictures.
-
-    Raises:
-        TypeError, ValueError, OSError: there are none, see `find_samples`.
-    """
+def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) -> Inputs:
+    """Return what reads the pictures; if there are none, the errors of `find_samples`."""
     if isinstance(data, (str, Path)):
-        return FolderInputs(Path(data), annotations, limit)
+        return _of_folder(Path(data), annotations, limit)
     if annotations is not None:
         raise BadValueError(f"expected a folder for annotations={annotations!r}, got batches: give their masks")
-    return BatchInputs([data] if isinstance(data, Tensor) else data, limit)
+    inputs = islice(_of_batches([data] if isinstance(data, Tensor) else data), limit)
+    first = next(inputs, None)
+    if first is None:
+        raise BadValueError("expected batches of network inputs, got none")
+    views: Iterator[_Read] = (
+        (name, NetworkView(image, torch.zeros(image.shape[-2:], dtype=torch.bool) if mask is None else mask, []))
+        for name, image, mask in chain([first], inputs)
+    )
+
+    def batches(network: Network, size: int, workers: int | None) -> Iterator[list[_Read]]:
+        while batch := list(islice(views, size)):
+            yield batch
+
+    return Inputs("batches", "none" if first[2] is None else "masks", [], None, batches)
 
 
-class FolderInputs:
-    """The pictures of a folder, with their boxes or masks.
+def _of_folder(folder: Path, annotations: Annotations | None, limit: int | None) -> Inputs:
+    samples, kind, remarks = find_samples(folder, annotations=annotations, limit=limit)
 
-    Attributes:
-        where: the folder.
-        annotations: of which kind they are.
-        remarks: on files that were not taken.
-        samples: the pictures, by their names.
-        total: how many there are.
-    """
+    def batches(network: Network, size: int, workers: int | None) -> Iterator[list[_Read]]:
+        # Alike in every run; the model itself stays in this process.
+        seen_by = Network(nn.Identity(), network.preprocess, network.mean, network.std)
+        return read_ahead(in_batches(samples, size), partial(_read, annotations=kind, network=seen_by), workers)
 
-    def __init__(self, folder: Path, annotations: Annotations | None, limit: int | None) -> None:
-        samples, self.annotations, self.remarks = find_samples(folder, annotations=annotations, limit=limit)
-        self.where = str(folder.resolve())
-        self.samples = {sample.name: sample for sample in samples}
-        self.total = len(samples)
-
-    def batches(self, loaded: LoadedModel, size: int, workers: int | None) -> Iterator[list[_Read]]:
-        """Yield what was read, cut into batches the same way in every run."""
-        # The model itself stays in this process.
-        network = Network(nn.Identity(), loaded.preprocess, loaded.mean, loaded.std)
-        read = partial(_read, annotations=self.annotations, network=network)
-        return read_ahead(in_batches(list(self.samples.values()), size), read, workers)
-
-
-_Read = tuple[str, NetworkView | Exception]
+    return Inputs(str(folder.resolve()), kind, remarks, {sample.name: sample for sample in samples}, batches)
 
 
 def _read(samples: Sequence[Sample], annotations: Annotations, network: Network) -> list[_Read]:
@@ -89,99 +93,60 @@ def _read(samples: Sequence[Sample], annotations: Annotations, network: Network)
     return read
 
 
-class BatchInputs:
-    """Batches of network inputs, or of these and masks, gone through once; attributes as of `FolderInputs`."""
-
-    def __init__(self, batches: Iterable[Any], limit: int | None) -> None:
-        images = islice(_of_batches(batches), limit)
-        first = next(images, None)
-        if first is None:
-            raise BadValueError("expected batches of network inputs, got none")
-        self.where, self.annotations = "batches", "none" if first[1] is None else "masks"
-        self.remarks: list[str] = []
-        dataset = getattr(batches, "dataset", None)
-        self.total = min(len(dataset), limit or len(dataset)) if isinstance(dataset, Sized) else None
-        self._images = enumerate(chain([first], images))
-
-    def batches(self, loaded: LoadedModel, size: int, workers: int | None) -> Iterator[list[_Read]]:
-        """Yield them in batches of this size; they come as fast as they come."""
-        while batch := list(islice(self._images, size)):
-            yield [(f"{index:06d}", _view(image, mask)) for index, (image, mask) in batch]
-
-
-def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor | None]]:
-    for batch in batches:
-        images, *others = batch if isinstance(batch, (list, tuple)) else (batch,)
+def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    for names, images, others in named_inputs(batches):
         # A data set's labels are of no use here.
         masks = others[0] if others and isinstance(others[0], Tensor) and others[0].dim() > 1 else None
-        if not isinstance(images, Tensor) or images.dim() != 4:
-            found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise BadTypeError(f"expected batches of network inputs, batch x channels x height x width, got {found}")
-        if masks is not None and (masks.dtype != torch.bool or (len(images), *images.shape[-2:]) != masks.shape):
-            raise BadTypeError(
-                f"expected masks of bool, batch x height x width, for images {tuple(images.shape)}, got {masks.dtype}, "
-                f"{tuple(masks.shape)}"
-            )
-        yield from zip(images, [None] * len(images) if masks is None else masks, strict=True)
-
-
-def _view(image: Tensor, mask: Tensor | None) -> NetworkView:
-    return NetworkView(image, torch.zeros(image.shape[-2:], dtype=torch.bool) if mask is None else mask, [])
+        yield from zip(names, images, [None] * len(images) if masks is None else masks, strict=True)
 
 
 def go_through(
-    inputs: FolderInputs | BatchInputs,
+    inputs: Inputs,
     loaded: LoadedModel,
-    work: Callable[[Views], None],
+    work: Work,
     title: str,
+    *,
     batch_size: int,
     workers: int | None,
-    *,
     shown: bool,
-) -> list[Failure]:
-    """Read the pictures, hand those of a batch and of one size to `work`, and return those that failed.
+) -> tuple[list[Failure], list[str]]:
+    """Hand the pictures of a batch and of one size to `work`; return what failed, and a line on each that is odd.
 
-    Raises:
-        ValueError: all failed.
-        OSError: of `work`; all others cost the pictures that they were raised on, one by one.
+    ValueError if all failed. An OSError of `work` comes through; all others cost the pictures that they were raised on.
     """
     failures: list[Failure] = []
+    remarks: list[str] = []
     done = 0
-    with progress(title, inputs.total, shown=shown) as advance:
+    with progress(title, None if inputs.samples is None else len(inputs.samples), shown=shown) as advance:
         for batch in inputs.batches(loaded, batch_size, workers):
             # Not every preprocessing crops.
-            of_one_size: dict[torch.Size, Views] = {}
+            of_one_size: dict[torch.Size, dict[str, NetworkView]] = {}
             for name, view in batch:
                 if isinstance(view, Exception):
                     failures.append(Failure(name, view))
                 else:
                     of_one_size.setdefault(view.network_input.shape, {})[name] = view
+                    remarks += view.remarks
             for views in of_one_size.values():
-                failures += _together_or_alone(work, views)
+                failures += _together_or_alone(work, views, loaded.device)
             done += len(batch)
             advance(len(batch))
     if len(failures) == done:
         error = failures[0].error
         raise BadValueError(f"found {counted(done)}, and none could be used: {error}") from error
-    return failures
+    return failures, remarks
 
 
-def _together_or_alone(work: Callable[[Views], None], views: Views) -> list[Failure]:
+def _together_or_alone(work: Work, views: dict[str, NetworkView], device: torch.device) -> list[Failure]:
     try:
-        work(views)
+        images = torch.stack([view.network_input for view in views.values()])
+        masks = torch.stack([view.mask for view in views.values()])
+        work(list(views), images.to(device), masks.to(device))
     except OSError:
         raise
     except Exception as error:
         # A picture on which a network fails, or a batch too large for the memory, costs no other picture its rows.
         if len(views) == 1:
             return [Failure(name, error) for name in views]
-        return [failure for name, view in views.items() for failure in _together_or_alone(work, {name: view})]
+        return [failure for each in views.items() for failure in _together_or_alone(work, dict([each]), device)]
     return []
-
-
-def on_device(views: Views, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
-    """Return the images and the masks as batches where the model is."""
-    return (
-        torch.stack([view.network_input for view in views.values()]).to(loaded.device),
-        torch.stack([view.mask for view in views.values()]).to(loaded.device),
-    )

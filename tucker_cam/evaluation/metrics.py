@@ -22,6 +22,7 @@ import torch
 from pytorch_grad_cam.metrics.road import ROADCombined
 from skimage.filters import threshold_otsu
 from torch import Tensor
+from torch.nn.functional import pad
 from torchvision.transforms.functional import gaussian_blur
 
 from tucker_cam.errors import BadTypeError, BadValueError
@@ -38,20 +39,11 @@ _LEAST_ROOM = 1e-6
 
 
 class ConfidenceChange(NamedTuple):
-    """What masking an image by its map does to a score, in %; each batch or batch x scores.
-
-    Attributes:
-        drop: in [0, 100] for a score that is never negative, lower is better; NaN where the whole image scores 0.
-        increase: 0 or 100, higher is better.
-        gain: in [0, 100], higher is better.
-    """
+    """What masking an image by its map does to a score, in %; see `confidence_change`."""
 
     drop: Tensor
     increase: Tensor
     gain: Tensor
-
-
-# Localisation
 
 
 def energy_in_mask(maps: Tensor, masks: Tensor) -> Tensor:
@@ -65,8 +57,7 @@ def energy_in_mask(maps: Tensor, masks: Tensor) -> Tensor:
         tensor([0.7500])
     """
     maps = _checked(maps, masks)
-    inside = (maps * masks).flatten(1).sum(1) / maps.flatten(1).sum(1).clamp_min(torch.finfo(maps.dtype).tiny)
-    return _undefined_without_object(inside, masks)
+    return _undefined_without_object(_energy_share(maps * masks, maps), masks)
 
 
 def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
@@ -77,9 +68,8 @@ def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
     object.
     """
     maps = _checked(maps, masks)
-    maxima = (maps == maps.amax((1, 2), keepdim=True)).flatten(1).float()
-    hits = (maxima * masks.flatten(1)).sum(1) / maxima.sum(1)
-    return _undefined_without_object(hits, masks)
+    maxima = (maps == maps.amax((1, 2), keepdim=True)).float()
+    return _undefined_without_object(_energy_share(maxima * masks, maxima), masks)
 
 
 def best_threshold_iou(maps: Tensor, masks: Tensor, thresholds: Sequence[float] = TENTHS) -> Tensor:
@@ -87,16 +77,11 @@ def best_threshold_iou(maps: Tensor, masks: Tensor, thresholds: Sequence[float] 
 
     How well the object could be cut out of the map (after Choe et al. 2020, arXiv 2001.07437, who choose one threshold
     for all maps, and put a box around what it selects). In [0, 1], higher is better; a uniform map scores the object's
-    area, if it is as high as the lowest threshold. That threshold matters: near 0 nearly the whole picture is selected,
-    which no viewer of the map would call marked, and which is right by itself where objects are large.
+    area. The lowest threshold matters: near 0 nearly the whole picture is selected, which is right where objects are
+    large.
     """
     maps = _checked(maps, masks)
-    objects = masks.flatten(1).sum(1)
-    best = torch.zeros(len(maps), device=maps.device)
-    for threshold in thresholds:
-        selected = maps >= threshold
-        intersection = (selected & masks).flatten(1).sum(1)
-        best = torch.maximum(best, intersection / (selected.flatten(1).sum(1) + objects - intersection).clamp_min(1))
+    best = torch.stack([_iou(maps >= threshold, masks) for threshold in thresholds]).amax(0)
     return _undefined_without_object(best, masks)
 
 
@@ -113,8 +98,7 @@ def best_cut_iou(maps: Tensor, masks: Tensor) -> Tensor:
     selected = torch.arange(1, values.shape[1] + 1, device=maps.device)
     iou = hits / (selected + hits[:, -1:] - hits)
     # Of pixels of the same value only the last ends a set.
-    ends = torch.ones_like(values, dtype=torch.bool)
-    ends[:, :-1] = values[:, :-1] > values[:, 1:]
+    ends = pad(values[:, :-1] > values[:, 1:], (0, 1), value=True)
     return _undefined_without_object(iou.masked_fill(~ends, 0).amax(1), masks)
 
 
@@ -126,13 +110,7 @@ def otsu_iou(maps: Tensor, masks: Tensor) -> Tensor:
     """
     maps = _checked(maps, masks)
     thresholds = torch.tensor([threshold_otsu(each) for each in maps.cpu().numpy()], device=maps.device)
-    above = maps > thresholds[:, None, None]
-    intersection = (above & masks).flatten(1).sum(1)
-    union = (above | masks).flatten(1).sum(1)
-    return _undefined_without_object(intersection / union.clamp_min(1), masks)
-
-
-# The map itself
+    return _undefined_without_object(_iou(maps > thresholds[:, None, None], masks), masks)
 
 
 def mean_saliency(maps: Tensor) -> Tensor:
@@ -147,17 +125,13 @@ def energy_in_top(maps: Tensor, share: float = 0.1) -> Tensor:
     """
     maps = _checked(maps)
     first, last = _ranks(maps)
-    top = maps * _shown(first, last, share).to(maps.dtype)
-    return top.flatten(1).sum(1) / maps.flatten(1).sum(1).clamp_min(torch.finfo(maps.dtype).tiny)
+    return _energy_share(maps * _shown(first, last, share), maps)
 
 
 def area_matched(maps: Tensor) -> Tensor:
     """Replace the map's values by their ranks, so that every map keeps the same share of the picture, half of it.
 
-    Equal values share their mean rank: a uniform map becomes 0.5 everywhere.
-
-    Returns:
-        Maps with the order of `maps`, mean 0.5 each, without ties uniform on (0, 1).
+    Without ties they are uniform on (0, 1). Equal values share their mean rank: a uniform map becomes 0.5 everywhere.
 
     Example:
         >>> area_matched(torch.tensor([[[0.0, 0.9], [0.1, 0.1]]]))
@@ -167,10 +141,7 @@ def area_matched(maps: Tensor) -> Tensor:
     maps = _checked(maps)
     first, last = _ranks(maps)
     matched: Tensor = 1 - (first + last) / (2 * maps[0].numel())
-    return matched.to(maps.dtype)
-
-
-# Faithfulness
+    return matched
 
 
 def confidence_change(images: Tensor, maps: Tensor, score: Score, *, whole: Tensor | None = None) -> ConfidenceChange:
@@ -181,13 +152,9 @@ def confidence_change(images: Tensor, maps: Tensor, score: Score, *, whole: Tens
     Zhang et al. 2024, arXiv 2301.07002). The network's normalised input is multiplied, as by the host's
     `CamMultImageConfidenceChange`: where the map is 0 lies the colour that the preprocessing takes for the mean.
 
-    All three reward maps that keep more of the picture: see `area_matched`.
-
-    Args:
-        images: the network's input.
-        maps: of the images' height and width.
-        score: at most 1.
-        whole: the score of `images`, if it is known already.
+    In %, drop in [0, 100] for a score that is never negative, lower is better, NaN where the whole image scores 0;
+    increase 0 or 100 and gain in [0, 100], higher is better. All three reward maps that keep more of the picture: see
+    `area_matched`. A `score` is at most 1; that of the `whole` images is computed unless it is given.
     """
     maps = _checked(maps, images=images)
     whole = score(images) if whole is None else whole
@@ -213,10 +180,9 @@ def insertion_auc(
 def deletion_auc(
     images: Tensor, maps: Tensor, score: Score, *, baseline: Tensor | None = None, steps: int = 8
 ) -> Tensor:
-    """Return the area under the score while the image gives way to its baseline, the highest pixels first.
+    """Return the area under the score while the image gives way to its baseline, else as `insertion_auc`.
 
-    RISE, whose baseline here is the image's `mean_colour`. In the score's range, lower is better. All else as in
-    `insertion_auc`.
+    The baseline is here the image's `mean_colour`; lower is better.
     """
     return _auc(images, mean_colour(images) if baseline is None else baseline, maps, score, steps)
 
@@ -224,8 +190,8 @@ def deletion_auc(
 def blurred(images: Tensor) -> Tensor:
     """Return the images without their details: a Gaussian of a sixteenth of the longer side, in pixels, deviation."""
     deviation = max(images.shape[-2:]) / 16
-    reach = [min(2 * round(2 * deviation) + 1, 2 * side - 1) for side in reversed(images.shape[-2:])]
-    soft: Tensor = gaussian_blur(images, reach, [deviation, deviation])
+    reach = 2 * round(2 * deviation) + 1
+    soft: Tensor = gaussian_blur(images, [reach, reach], [deviation, deviation])
     return soft
 
 
@@ -257,7 +223,12 @@ def road(images: Tensor, maps: Tensor, score: Score, *, percentiles: Sequence[in
     return result
 
 
-# What the above share
+def _iou(selected: Tensor, masks: Tensor) -> Tensor:
+    return (selected & masks).flatten(1).sum(1) / (selected | masks).flatten(1).sum(1).clamp_min(1)
+
+
+def _energy_share(part: Tensor, maps: Tensor) -> Tensor:
+    return part.flatten(1).sum(1) / maps.flatten(1).sum(1).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
 def _auc(start: Tensor, end: Tensor, maps: Tensor, score: Score, steps: int) -> Tensor:
@@ -268,10 +239,7 @@ def _auc(start: Tensor, end: Tensor, maps: Tensor, score: Score, steps: int) -> 
 
 
 def _ranks(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each pixel how many pixels lie above it, without and with those of its own value.
-
-    Whole numbers: as shares of the pixels, float32 would blur them, and not every device has float64.
-    """
+    """Return for each pixel how many pixels lie above it, without and with those of its own value."""
     values = maps.flatten(1).contiguous()
     ascending = values.sort(1).values
     first = values.shape[1] - torch.searchsorted(ascending, values, right=True)
@@ -290,44 +258,31 @@ def _undefined_without_object(scores: Tensor, masks: Tensor) -> Tensor:
 
 def _checked(maps: Tensor, masks: Tensor | None = None, *, images: Tensor | None = None) -> Tensor:
     """Return the maps in float32, or say what is wrong with the arguments."""
-    if not isinstance(maps, Tensor) or not maps.is_floating_point():
-        raise BadTypeError(f"expected maps of floating point, got {_kind(maps)}: use torch.as_tensor(maps)")
-    if maps.dim() != 3 or 0 in maps.shape:
-        raise BadValueError(f"expected maps as batch x height x width, got {tuple(maps.shape)}")
+    if not isinstance(maps, Tensor) or not maps.is_floating_point() or maps.dim() != 3:
+        raise BadTypeError(f"expected maps of floating point, batch x height x width, got {_described(maps)}")
     low, high = maps.min().item(), maps.max().item()
     # Resizing rounds.
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         raise BadValueError(f"expected finite maps in [0, 1], got values from {low:.4g} to {high:.4g}")
-    if masks is not None and (not isinstance(masks, Tensor) or masks.dtype != torch.bool):
-        raise BadTypeError(f"expected masks of bool, got {_kind(masks)}: use masks > 0")
-    if masks is not None and masks.shape != maps.shape:
-        raise BadValueError(f"expected masks of the maps' shape, {tuple(maps.shape)}, got {tuple(masks.shape)}")
-    if images is not None and (images.dim() != 4 or (len(images), *images.shape[-2:]) != maps.shape):
-        expected = f"batch x channels x height x width for maps {tuple(maps.shape)}"
-        raise BadValueError(f"expected images as {expected}, got {tuple(images.shape)}")
+    shape = tuple(maps.shape)
+    if masks is not None and (masks.dtype != torch.bool or masks.shape != shape):
+        raise BadTypeError(f"expected masks of bool for maps {shape}, got {_described(masks)}: use masks > 0")
+    if images is not None and (len(images), *images.shape[-2:]) != shape:
+        raise BadValueError(f"expected images of the size of the maps {shape}, got {tuple(images.shape)}")
     return maps.detach().float()
 
 
-def _kind(given: object) -> str:
-    return str(given.dtype) if isinstance(given, Tensor) else type(given).__name__
-
-
-# The columns of an evaluation
+def _described(given: object) -> str:
+    return f"{given.dtype}, {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
 
 
 @dataclass(frozen=True, eq=False)
 class Judged:
     """What a measure judges: a method's maps of a batch of pictures, and all that they can be compared with.
 
-    Attributes:
-        maps: float32 in [0, 1], batch x height x width.
-        masks: bool, batch x height x width; where a picture has none, it is empty.
-        images: the network's input, batch x channels x height x width.
-        names: of the pictures.
-        score: of the network, batch x `score_names`.
-        score_names: "probability" of the class predicted for the whole image, where the network classifies, and
-            "similarity" of the embedding to the whole image's.
-        whole: the score of `images`.
+    The maps, masks and images are as the functions above take them; where a picture has no mask, it is empty. The score
+    is batch x `score_names`: "probability", where the network classifies, and "similarity", see `score_of`; `whole` is
+    that of the images.
     """
 
     maps: Tensor
@@ -361,7 +316,7 @@ class Measure:
         name: of the column.
         function: from what is judged to a value for each picture, batch; NaN where it is not defined. With a `score`,
             batch x scores; measures of two scores that share their function share its work.
-        title: for people; its name if there is none.
+        title: for people.
         better: "higher", "lower", or "" where it is neither.
         group: the metrics that it belongs to.
         score: which of the network's scores it takes; a network without that score is not measured.
@@ -393,20 +348,11 @@ def _on_scores(metric: Callable[[Tensor, Tensor, Score], Tensor]) -> Callable[[J
     return lambda judged: metric(judged.images, judged.maps, judged.score)
 
 
-_DROPS: tuple[tuple[str, str, Literal["higher", "lower"], Callable[[Judged], Tensor]], ...] = (
-    ("drop", "drop, %", "lower", lambda judged: judged.change.drop),
-    ("increase", "increase, %", "higher", lambda judged: judged.change.increase),
-    ("gain", "gain, %", "higher", lambda judged: judged.change.gain),
-    ("drop_area_matched", "drop, %, area-matched", "lower", lambda judged: judged.change_area_matched.drop),
-    (
-        "increase_area_matched",
-        "increase, %, area-matched",
-        "higher",
-        lambda judged: judged.change_area_matched.increase,
-    ),
-    ("gain_area_matched", "gain, %, area-matched", "higher", lambda judged: judged.change_area_matched.gain),
-)
+def _change(kind: str, suffix: str) -> Callable[[Judged], Tensor]:
+    return lambda judged: getattr(judged.change_area_matched if suffix else judged.change, kind)
 
+
+_CHANGES: dict[str, Literal["higher", "lower"]] = {"drop": "lower", "increase": "higher", "gain": "higher"}
 _INSERTION, _DELETION, _ROAD = _on_scores(insertion_auc), _on_scores(deletion_auc), _on_scores(road)
 MEASURES = (
     Measure("energy_in_mask", _on_object(energy_in_mask), "energy in the object", "higher", "localisation"),
@@ -415,11 +361,12 @@ MEASURES = (
     Measure("best_cut_iou", _on_object(best_cut_iou), "IoU, best cut (area-matched)", "higher", "localisation"),
     Measure("otsu_iou", _on_object(otsu_iou), "IoU, Otsu's threshold", "higher", "localisation"),
     *(
-        Measure(f"{score}_{name}", function, f"{words}: {title}", better, "drop", score)
+        Measure(f"{score}_{kind}{suffix}", _change(kind, suffix), f"{words}: {kind}, %{how}", better, "drop", score)
         for score, words in (("probability", "probability"), ("similarity", "embedding"))
-        for name, title, better, function in _DROPS
+        for suffix, how in (("", ""), ("_area_matched", ", area-matched"))
+        for kind, better in _CHANGES.items()
         # An image's similarity with itself is 1 already: it can neither increase nor gain.
-        if score == "probability" or name.startswith("drop")
+        if score == "probability" or kind == "drop"
     ),
     Measure("probability_insertion", _INSERTION, "probability: insertion", "higher", "curves", "probability"),
     Measure("probability_deletion", _DELETION, "probability: deletion", "lower", "curves", "probability"),
@@ -433,11 +380,7 @@ MEASURES = (
 
 
 def choose_measures(metrics: Collection[str | Measure], score_names: Collection[str]) -> list[Measure]:
-    """Return the measures of these groups that the scores allow, the map's statistics, and those given.
-
-    Raises:
-        ValueError: there is no such group; or two measures have one name.
-    """
+    """Return the measures of these groups that the scores allow, the map's statistics, and those given."""
     groups = {check_name("metric", each, GROUPS) for each in metrics if isinstance(each, str)} | {"statistics"}
     known = [measure for measure in MEASURES if measure.group in groups]
     chosen = [*known, *(each for each in metrics if isinstance(each, Measure))]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.artist import Artist
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -24,48 +23,40 @@ from tucker_cam.text import printable
 from tucker_cam.writing import complete_or_absent
 
 FORMATS = (".png", ".jpg", ".pdf", ".svg")
-PLACES = ("best", "median", "worst")
+_COLOURS = {BASELINE: "tab:orange"} | dict.fromkeys(CONTROLS, "tab:gray")
+_OTHERS = "tab:blue"
+_MEANINGS = {
+    "tab:orange": f"mean of {BASELINE}",
+    _OTHERS: "mean of another method",
+    "tab:gray": "mean of a control, which knows nothing of the picture",
+}
 _COLUMNS = 4
+# Two methods side by side: a page that is not endless.
+_EXAMPLES = 6
 _NAME_LENGTH = 22
 
 
 class Example(NamedTuple):
-    """An overlay to be shown.
+    """What stands above it, what the network saw, height x width x 3 in [0, 1], its map, and the object's mask."""
 
-    Attributes:
-        picture: what the network saw, height x width x 3 in [0, 1].
-        saliency: the map, height x width in [0, 1].
-        mask: bool, height x width; its outline is drawn, inside the picture.
-        caption: the picture's score, and below it its name.
-    """
-
+    title: str
     picture: NDArray[np.float32]
     saliency: NDArray[np.float32]
     mask: NDArray[np.bool_]
-    caption: str
 
 
-def pick_examples(rows: Sequence[Row], measure: Measure) -> dict[str, dict[str, tuple[str, float]]]:
-    """Choose for each method the best, the median and the worst picture by a measure.
-
-    Returns:
-        By method, then by place, the picture's name and its value.
-    """
-    picked: dict[str, dict[str, tuple[str, float]]] = {}
+def pick_examples(rows: Sequence[Row], measure: Measure) -> Iterator[tuple[str, str, str]]:
+    """Yield each method with its best, its median and its worst picture by a measure, and what to write above it."""
     for method in dict.fromkeys(row.method for row in rows):
-        values = {row.picture: row.values[measure.name] for row in rows if row.method == method}
-        scored = [(picture, value) for picture, value in values.items() if not np.isnan(value)]
-        ranked = sorted(scored, key=lambda pair: (pair[1], pair[0]), reverse=measure.better == "higher")
+        values = ((row.values[measure.name], row.picture) for row in rows if row.method == method)
+        ranked = sorted((each for each in values if not np.isnan(each[0])), reverse=measure.better == "higher")
         if ranked:
-            picked[method] = dict(zip(PLACES, (ranked[0], ranked[(len(ranked) - 1) // 2], ranked[-1]), strict=True))
-    return picked
-
-
-def caption(picture: str, value: float) -> str:
-    """Return a picture's value, and below it its name, cut to what fits above an overlay."""
-    shown = printable(picture)
-    short = shown if len(shown) <= _NAME_LENGTH else f"...{shown[-_NAME_LENGTH + 3 :]}"
-    return f"{value:.3g}\n{short}"
+            for place, chosen in ("best", 0), ("median", (len(ranked) - 1) // 2), ("worst", -1):
+                value, picture = ranked[chosen]
+                shown = printable(picture)
+                # Cut to what fits above an overlay.
+                short = shown if len(shown) <= _NAME_LENGTH else f"...{shown[-_NAME_LENGTH + 3 :]}"
+                yield method, picture, f"{printable(method)}, {place}: {value:.3g}\n{short}"
 
 
 def write_report(
@@ -73,93 +64,57 @@ def write_report(
     title: str,
     summaries: Mapping[str, Mapping[str, Summary]],
     measures: Sequence[Measure],
-    examples: Mapping[str, Mapping[str, Example]],
+    examples: Sequence[Example],
     ranked_by: Measure,
 ) -> None:
-    """Draw the page and write it, in the format of the path's ending; `ranked_by` is what the examples were chosen by.
-
-    Measures without values are left out, and the sheet of examples where there are none.
-    """
+    """Draw the page and write it, in the format of the path's ending, without measures that have no values."""
     shown = [each for each in measures if any(each.name in of_method for of_method in summaries.values())]
-    bar_rows = -(-len(shown) // _COLUMNS)
-    bar_height = 1.2 + 0.24 * len(summaries)
-    sheet_height = 2.6 * -(-len(examples) // 2) + 0.6 if examples else 0.01
+    bars_height = -(-len(shown) // _COLUMNS) * (1.2 + 0.24 * len(summaries))
+    sheet_height = 2.6 * -(-len(examples) // _EXAMPLES) + 0.6 if examples else 0.01
     # File names may hold dollar signs, which are no formulas.
     with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
-        figure = Figure(figsize=(15, bar_rows * bar_height + sheet_height + 0.9), layout="constrained")
+        figure = Figure(figsize=(15, bars_height + sheet_height + 0.9), layout="constrained")
         figure.suptitle(printable(title), wrap=True)
-        halves = figure.add_gridspec(2, 1, height_ratios=[bar_rows * bar_height, sheet_height])
-        bars, sheet = figure.add_subfigure(halves[0]), figure.add_subfigure(halves[1])
-        _draw_bars(bars, summaries, shown, bar_rows)
+        (bars,), (sheet,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[bars_height, sheet_height])
+        _draw_bars(bars, summaries, shown)
         if examples:
             _draw_examples(sheet, examples, ranked_by)
         with complete_or_absent(path) as unfinished:
             figure.savefig(unfinished, dpi=100, format=path.suffix.removeprefix(".").lower())
 
 
-def _draw_bars(
-    figure: SubFigure, summaries: Mapping[str, Mapping[str, Summary]], shown: Sequence[Measure], rows: int
-) -> None:
-    methods = list(summaries)
-    grid = figure.subplots(rows, _COLUMNS, squeeze=False, sharey=True).flatten()
+def _draw_bars(figure: SubFigure, summaries: Mapping[str, Mapping[str, Summary]], shown: Sequence[Measure]) -> None:
+    places = range(len(summaries))
+    colours = [_COLOURS.get(method, _OTHERS) for method in summaries]
+    grid = figure.subplots(-(-len(shown) // _COLUMNS), _COLUMNS, squeeze=False, sharey=True).flatten()
     for axes, measure in zip(grid, shown, strict=False):
-        for position, method in enumerate(methods):
-            summary = summaries[method].get(measure.name)
-            if summary is None:
-                # A bar of length 0 would look the same.
-                axes.text(0, position, " not scored", fontsize=7, color="gray", verticalalignment="center")
-                continue
-            mean, low, high = summary.value
-            axes.barh(position, mean, color=_COLOURS[_kind(method)])
-            if not np.isnan(low):
-                axes.plot([low, high], [position, position], color="black", linewidth=1.2)
+        found = [of_method.get(measure.name) for of_method in summaries.values()]
+        means, lows, highs = np.transpose([(np.nan,) * 3 if each is None else each.value for each in found])
+        axes.barh(places, means, color=colours)
+        axes.hlines(places, lows, highs, color="black", linewidth=1.2)
+        for place in np.flatnonzero(np.isnan(means)):
+            # A bar of length 0 would look the same.
+            axes.text(0, place, " not scored", fontsize=7, color="gray", verticalalignment="center")
         axes.set_title(measure.heading, fontsize=9)
-        axes.set_yticks(range(len(methods)), [printable(method) for method in methods])
+        axes.set_yticks(places, [printable(method) for method in summaries])
         axes.locator_params(axis="x", nbins=5)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(shown) :]:
         axes.axis("off")
     grid[0].invert_yaxis()
-    kinds = dict.fromkeys(_kind(method) for method in methods)
-    handles: list[Artist] = [Patch(color=_COLOURS[kind], label=f"mean of {kind}") for kind in kinds]
-    if any(not np.isnan(each.value.low) for of_method in summaries.values() for each in of_method.values()):
-        handles.append(Line2D([], [], color="black", linewidth=1.2, label="95 % bootstrap interval"))
+    handles: list[Artist] = [Patch(color=each, label=_MEANINGS[each]) for each in dict.fromkeys(colours)]
+    handles.append(Line2D([], [], color="black", linewidth=1.2, label="95 % bootstrap interval"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
 
 
-def _draw_examples(figure: SubFigure, examples: Mapping[str, Mapping[str, Example]], ranked_by: Measure) -> None:
-    any_mask = any(example.mask.any() for by_place in examples.values() for example in by_place.values())
-    outlined = "; white: the object's outline" if any_mask else ""
-    title = f"each method's best, median and worst picture by {ranked_by.title}{outlined}"
+def _draw_examples(figure: SubFigure, examples: Sequence[Example], ranked_by: Measure) -> None:
+    title = f"each method's best, median and worst picture by {ranked_by.title}; white: the object's outline, if any"
     figure.suptitle(title, fontsize=10)
-    # Two methods side by side: a page that is not endless.
-    grid = figure.subplots(-(-len(examples) // 2), 2 * len(PLACES), squeeze=False)
-    for axes in grid.flatten():
+    grid = figure.subplots(-(-len(examples) // _EXAMPLES), _EXAMPLES, squeeze=False).flatten()
+    for axes in grid:
         axes.axis("off")
-    slots = grid.reshape(-1, len(PLACES))
-    for slot, (method, by_place) in zip(slots, examples.items(), strict=False):
-        for axes, (place, example) in zip(slot, by_place.items(), strict=False):
-            _draw_example(axes, f"{printable(method)}, {place}: {example.caption}", example)
-
-
-def _draw_example(axes: Axes, title: str, example: Example) -> None:
-    axes.imshow(show_cam_on_image(example.picture, example.saliency, use_rgb=True))
-    # Without the outermost pixels, or the outline would be open where the object reaches the picture's edge.
-    inner = np.zeros_like(example.mask)
-    inner[1:-1, 1:-1] = example.mask[1:-1, 1:-1]
-    if inner.any():
-        axes.contour(inner, levels=[0.5], colors="white", linewidths=1.5)
-    axes.set_title(title, fontsize=8)
-
-
-def _kind(method: str) -> str:
-    if method in CONTROLS:
-        return "a control, which knows nothing of the picture"
-    return BASELINE if method == BASELINE else "another method"
-
-
-_COLOURS = {
-    BASELINE: "tab:orange",
-    "another method": "tab:blue",
-    "a control, which knows nothing of the picture": "tab:gray",
-}
+    for axes, example in zip(grid, examples, strict=False):
+        axes.set_title(example.title, fontsize=8)
+        axes.imshow(show_cam_on_image(example.picture, example.saliency, use_rgb=True))
+        if example.mask.any() and not example.mask.all():
+            axes.contour(example.mask, levels=[0.5], colors="white", linewidths=1.5)

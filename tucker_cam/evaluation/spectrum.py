@@ -6,6 +6,7 @@ The paper's Figures 2 and 3 (arXiv 2410.23072): where the first value holds near
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
@@ -15,11 +16,12 @@ import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from tucker_cam.activations import record
 from tucker_cam.decomposition.modes import channel_modes
-from tucker_cam.errors import BadValueError, Failure
-from tucker_cam.evaluation.inputs import Data, Model, Views, find_inputs, go_through, load_one_layer, on_device
+from tucker_cam.errors import Failure
+from tucker_cam.evaluation.inputs import Data, Model, find_inputs, go_through, load_one_layer
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.loading import Loading
 from tucker_cam.text import counted, printable
@@ -50,53 +52,38 @@ def spectrum(
     """
     inputs = find_inputs(data, "none" if isinstance(data, (str, Path)) else None, limit)
     loaded = load_one_layer(model, **loading)
-    names: list[str] = []
+    pictures: list[str] = []
     parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in DECOMPOSITIONS}
 
-    def decompose(views: Views) -> None:
-        images, _ = on_device(views, loaded)
+    def decompose(names: Sequence[str], images: Tensor, masks: Tensor) -> None:
         _, features = record(loaded.model, loaded.target_layers[0], images, loaded.reshape_transform)
         for name, found in value_shares(features).items():
             parts[name].append(found)
-        names.extend(views)
+        pictures.extend(names)
 
-    failures = go_through(inputs, loaded, decompose, "decomposing", batch_size, workers, shown=progress)
+    failures, _ = go_through(
+        inputs, loaded, decompose, "decomposing", batch_size=batch_size, workers=workers, shown=progress
+    )
     shares = {name: np.concatenate(each) for name, each in parts.items()}
-    if np.isnan(shares["Tucker"][:, 0]).all():
-        raise BadValueError(f"expected features of {loaded.layer_names[0]} with singular values, found only zeros")
-    return Spectrum(names, shares, failures, loaded)
+    return Spectrum(pictures, shares, failures, loaded)
 
 
 def value_shares(features: Tensor, count: int = _VALUES) -> dict[str, NDArray[np.float64]]:
     r"""Return $s_i / \sum_j s_j$ of feature maps, of the SVD of $F_c$ and of the full-rank Tucker of F.
 
-    Args:
-        features: batch x channels x spatial.
-        count: of leading values that are wanted.
-
-    Returns:
-        By decomposition, batch x `count`, descending, in [0, 1]; NaN where there are fewer values, or only zeros.
+    By decomposition, batch x `count`, descending, in [0, 1]; NaN where there are fewer values, or only zeros.
     """
     shares = {}
     for name, center in DECOMPOSITIONS.items():
         values = channel_modes(features, center=center).values.double().cpu()
-        share = torch.full((len(values), count), torch.nan, dtype=torch.float64)
-        leading = values[:, :count]
-        share[:, : leading.shape[1]] = leading / values.sum(1, keepdim=True)
-        shares[name] = share.numpy()
+        share = (values / values.sum(1, keepdim=True))[:, :count]
+        shares[name] = pad(share, (0, count - share.shape[1]), value=torch.nan).numpy()
     return shares
 
 
-@dataclass(frozen=True, repr=False, eq=False)
+@dataclass(frozen=True, eq=False)
 class Spectrum:
-    """How much each of the first ten singular values holds.
-
-    Attributes:
-        names: of the pictures.
-        shares: by decomposition, pictures x values, as of `value_shares`.
-        failures: the pictures that could not be read or decomposed.
-        loaded: the model, with its layer.
-    """
+    """How much each of the first ten singular values of each picture holds, as of `value_shares`; and what failed."""
 
     names: list[str]
     shares: dict[str, NDArray[np.float64]]
@@ -104,11 +91,7 @@ class Spectrum:
     loaded: LoadedModel
 
     def to_csv(self, path: str | Path) -> None:
-        """Write picture, decomposition, index from 1 and share; NaN as nothing.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write picture, decomposition, index from 1 and share, NaN as nothing; OSError if that cannot be done."""
         with (
             complete_or_absent(Path(path)) as unfinished,
             unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
@@ -116,16 +99,12 @@ class Spectrum:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(HEADER)
             for name, share in self.shares.items():
-                for picture, of_picture in zip(self.names, share, strict=True):
-                    for index, value in enumerate(of_picture, start=1):
-                        writer.writerow([picture, name, index, "" if np.isnan(value) else f"{value:.6g}"])
+                for (place, index), value in np.ndenumerate(share):
+                    shown = "" if np.isnan(value) else f"{value:.6g}"
+                    writer.writerow([self.names[place], name, index + 1, shown])
 
     def plot(self, path: str | Path) -> None:
-        """Write box plots of each value's share as PNG: quartiles, whiskers at 5 and 95 %.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write box plots of each value's share as PNG, quartiles, whiskers at 5 and 95 %; OSError if it fails."""
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         title = f"{self.loaded.name}, {self.loaded.layer_names[0]}, {counted(len(self.names))}"
         explained = "boxes: quartiles and median; whiskers: 5 and 95 %; points: pictures beyond"
@@ -134,13 +113,8 @@ class Spectrum:
         for axes, (name, share) in zip(panels, self.shares.items(), strict=True):
             finite = [column[np.isfinite(column)] for column in share.T]
             axes.boxplot(finite, whis=(5, 95), flierprops={"markersize": 2})
-            axes.set_title(name)
-            axes.set_xlabel("index of the singular value")
+            axes.set(title=name, xlabel="index of the singular value")
         # Last: a limit that is set ends the scaling of both panels, which share their axis.
-        figure.axes[0].set_ylim(bottom=0)
-        figure.axes[0].set_ylabel("share of the sum of all")
+        panels[0].set(ylim=(0, None), ylabel="share of the sum of all")
         with complete_or_absent(Path(path)) as unfinished:
             figure.savefig(unfinished, dpi=120, format="png")
-
-    def __repr__(self) -> str:
-        return f"<Spectrum of {counted(len(self.names))}; {self.loaded.description}>"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,13 +26,10 @@ class Interval(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What a measure says of a method.
+    """What a measure says of a method over so many scored pictures.
 
-    Attributes:
-        pictures: scored.
-        value: over these.
-        difference: of the method from EigenCAM, over the pictures on which both were scored; None for EigenCAM itself
-            and where it was not scored.
+    The difference is that from EigenCAM, over the pictures on which both were scored; None if there are none, and of
+    EigenCAM itself.
     """
 
     pictures: int
@@ -40,31 +37,26 @@ class Summary(NamedTuple):
     difference: Interval | None
 
 
-def summarise(rows: Iterable[Row], measures: Sequence[Measure], *, seed: int = 0) -> dict[str, dict[str, Summary]]:
+def summarise(rows: Sequence[Row], measures: Sequence[Measure], *, seed: int = 0) -> dict[str, dict[str, Summary]]:
     """Summarise rows by method, in their order, then by the measure's name.
 
     Intervals are percentile bootstraps over pictures, 2,000 resamples; a difference is taken picture by picture.
     Measures of which a method has no value are left out.
     """
-    values: dict[str, dict[str, dict[str, float]]] = {}
-    for row in rows:
-        of_method = values.setdefault(row.method, {})
-        for measure in measures:
-            if not math.isnan(row.values[measure.name]):
-                of_method.setdefault(measure.name, {})[row.picture] = row.values[measure.name]
-    summaries: dict[str, dict[str, Summary]] = {}
-    for method, by_measure in values.items():
-        summaries[method] = {}
-        for name, scored in by_measure.items():
-            # In one order, whatever the order of the rows is: the resampling draws by position.
-            by_picture = dict(sorted(scored.items()))
-            baseline = values.get(BASELINE, {}).get(name, {})
-            paired = [number - baseline[picture] for picture, number in by_picture.items() if picture in baseline]
-            summaries[method][name] = Summary(
-                len(by_picture),
-                mean_interval(np.array([*by_picture.values()]), seed),
-                mean_interval(np.array(paired), seed) if paired and method != BASELINE else None,
-            )
+    summaries: dict[str, dict[str, Summary]] = {row.method: {} for row in rows}
+    scores: dict[tuple[str, str], dict[str, float]] = {}
+    # In one order, whatever the order of the rows is: the resampling draws by position.
+    for row in sorted(rows, key=lambda row: row.picture):
+        for name in (measure.name for measure in measures if not math.isnan(row.values[measure.name])):
+            scores.setdefault((row.method, name), {})[row.picture] = row.values[name]
+    for (method, name), by_picture in scores.items():
+        baseline = scores.get((BASELINE, name), {})
+        paired = [number - baseline[picture] for picture, number in by_picture.items() if picture in baseline]
+        summaries[method][name] = Summary(
+            len(by_picture),
+            mean_interval(np.array([*by_picture.values()]), seed),
+            mean_interval(np.array(paired), seed) if paired and method != BASELINE else None,
+        )
     return summaries
 
 

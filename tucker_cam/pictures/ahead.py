@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from tucker_cam.errors import BadFileError, BadValueError
 
@@ -30,38 +29,18 @@ def in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 def read_ahead(
     batches: Sequence[Sequence[Item]], read: Callable[[Sequence[Item]], Read], workers: int | None
 ) -> Iterator[Read]:
-    """Yield what was read of each batch.
+    """Yield what was read of each batch, by so many processes; OSError if one was killed.
 
-    Args:
-        batches: as of `in_batches`.
-        read: reads one of them, in another process if there are workers.
-        workers: how many processes read; None for one fewer than there are cores, and none for a single batch.
-
-    Raises:
-        OSError: one of them was killed.
+    `workers` of None are one fewer than there are cores, and none for a single batch.
     """
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = 0 if len(batches) < 2 else min(max(cores - 1, 1), _MOST_WORKERS)
     try:
-        yield from DataLoader(_Reader(batches, read), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+        # Any sequence is a data set, and what makes batches of its items may as well read them.
+        dataset: Any = batches
+        yield from DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=read)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         raise BadFileError("a process that read pictures was killed, for want of memory perhaps: workers=0") from error
-
-
-@dataclass(frozen=True)
-class _Reader(Dataset[Read], Generic[Item, Read]):
-    batches: Sequence[Sequence[Item]]
-    read: Callable[[Sequence[Item]], Read]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Read:
-        return self.read(self.batches[index])
-
-
-def _as_it_is(read: Read) -> Read:
-    return read

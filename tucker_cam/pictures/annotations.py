@@ -1,8 +1,4 @@
-"""A folder in, its pictures out, with the object's mask as the network sees it where boxes or masks are given.
-
-Boxes and masks go through the model's own preprocessing, as a black and white picture of the photograph's size, and so
-follow its resizing and cropping to the pixel.
-"""
+"""A folder in, its pictures out, with the object's mask as the network sees it where boxes or masks are given."""
 
 from __future__ import annotations
 
@@ -34,16 +30,11 @@ _FOLDERS: dict[Annotations, tuple[str, ...]] = {
     "boxes": ("annotations", "Annotations"),
     "masks": ("masks", "Masks", "SegmentationClass"),
 }
-# VOC's masks of single objects.
-_NOT_NEEDED = "SegmentationObject"
 _WHERE = (
     "those of a picture's name are found, boxes beside it or in a folder annotations, masks in masks or "
     "SegmentationClass"
 )
-_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _ORIENTATION = 0x0112
-_MODES_OF_MASKS = ("1", "L", "P")
-_VOID = 255
 
 
 @dataclass(frozen=True)
@@ -71,9 +62,7 @@ class NetworkView(NamedTuple):
     remarks: list[str]
 
 
-def find_samples(
-    folder: Path, *, annotations: Annotations | None = None, limit: int | None = None, seed: int = 0
-) -> Samples:
+def find_samples(folder: Path, *, annotations: Annotations | None = None, limit: int | None = None) -> Samples:
     """Find the pictures of a folder, at any depth, and their annotations.
 
     The layouts of torchvision's `ImageFolder`, `VOCDetection` and `VOCSegmentation` are read as they are: boxes are
@@ -84,23 +73,20 @@ def find_samples(
         folder: where the pictures are.
         annotations: which to take; then pictures without one are left out. None takes boxes if there are any, or
             masks, and all pictures.
-        limit: take a random sample of so many pictures, see `random_sample`.
-        seed: of the sample.
+        limit: see `random_sample`.
 
     Raises:
-        OSError: there is no such folder.
-        ValueError: there are no pictures in it, or no annotations of the kind that was asked for; or the limit is
-            below 1.
+        OSError, ValueError: there is no such folder, or no picture in it, or none with these annotations.
     """
     if not folder.is_dir():
-        what = "a file" if folder.exists() else "nothing of that name"
-        raise BadFileError(f"{folder}: expected a folder of pictures, found {what}")
+        raise BadFileError(f"{folder}: expected a folder of pictures, found none of that name")
     files: dict[Annotations, list[Path]] = {"boxes": [], "masks": [], "none": []}
     for path in sorted(without_results(files_below(folder, PICTURES | {".xml"}), folder)):
         above = path.relative_to(folder).parts[:-1]
         if path.suffix.lower() == ".xml":
             files["boxes"].append(path)
-        elif _NOT_NEEDED not in above:
+        # VOC's masks of single objects are not needed.
+        elif "SegmentationObject" not in above:
             files["none" if set(above).isdisjoint(_FOLDERS["boxes"] + _FOLDERS["masks"]) else "masks"].append(path)
     pictures = files.pop("none")
     if not pictures:
@@ -111,48 +97,40 @@ def find_samples(
         found[each] = {picture: _annotation(picture, folder, each, by_name) for picture in pictures}
     used = {annotation for by_picture in found.values() for annotation in by_picture.values()}
     remarks = _overlooked(pictures, [path for paths in files.values() for path in paths if path not in used])
-    fitting: list[Annotations] = [kind for kind in files if any(found[kind].values())]
-    kind = annotations or [*fitting, "none"][0]
+    first: Annotations = next((each for each in files if any(found[each].values())), "none")
+    kind = annotations or first
     samples = [Sample(path.relative_to(folder).as_posix(), path, found[kind].get(path)) for path in pictures]
     if annotations in files:
         samples = [sample for sample in samples if sample.annotation is not None]
-        if not samples:
-            said = "; ".join([f"{folder}: expected pictures with {kind}, found none among {len(pictures)}", *remarks])
-            raise BadValueError(said)
-    return Samples(random_sample(samples, limit, seed=seed), kind, remarks)
+    if not samples:
+        said = "; ".join([f"{folder}: expected pictures with {kind}, found none among {len(pictures)}", *remarks])
+        raise BadValueError(said)
+    return Samples(random_sample(samples, limit), kind, remarks)
 
 
 def network_view(sample: Sample, annotations: Annotations, network: Network) -> NetworkView:
-    """Read a sample and preprocess it for the network, and its annotation with it.
-
-    Raises:
-        OSError: the picture or its mask cannot be read.
-        ValueError: the annotation is none, or does not fit the picture; or the preprocessing failed on it.
-    """
+    """Read and preprocess a sample and its annotation; OSError or ValueError if one fails, or they do not fit."""
     picture = open_picture(sample.picture)
     network_input = preprocessed(network.preprocess, picture, str(sample.picture))
-    nothing = torch.zeros(network_input.shape[-2:], dtype=torch.bool)
-    if annotations == "none":
-        return NetworkView(network_input, nothing, [])
-    if sample.annotation is None:
+    if sample.annotation is None or annotations == "none":
         remark = f"{sample.picture}: without {annotations}, so not scored on localisation"
-        return NetworkView(network_input, nothing, [remark])
+        nothing = torch.zeros(network_input.shape[-2:], dtype=torch.bool)
+        return NetworkView(network_input, nothing, [] if annotations == "none" else [remark])
     with open_image(sample.picture) as stored:
         sizes, orientation = (picture.size, stored.size), stored.getexif().get(_ORIENTATION, 1)
-    drawn, remarks = (_draw_boxes if annotations == "boxes" else _read_mask)(sample.annotation, sizes)
+    drawn = (_draw_boxes if annotations == "boxes" else _read_mask)(sample.annotation, sizes)
+    # Sent through the model's own preprocessing, it follows its resizing and cropping to the pixel.
     black_and_white = Image.fromarray(drawn.astype(np.uint8) * 255)
     if black_and_white.size != picture.size:
         # Drawn on the file as it is stored: turned as the photograph was.
         black_and_white.getexif()[_ORIENTATION] = orientation
         black_and_white = ImageOps.exif_transpose(black_and_white)
-    elif orientation != 1 and len(set(sizes)) == 1:
-        remarks.append(f"{sample.annotation}: taken to be drawn on {sample.picture.name} as its EXIF data turns it")
     mask_input = preprocessed(network.preprocess, black_and_white.convert("RGB"), str(sample.annotation))
     mask = torch.from_numpy(network.picture(mask_input)[..., 0] > 0.5)
-    if not mask.any():
-        why = "its object is cropped away or too small for the network" if drawn.any() else "without an object"
-        remarks.append(f"{sample.annotation}: {why}, so not scored on localisation")
-    return NetworkView(network_input, mask, remarks)
+    if mask.any():
+        return NetworkView(network_input, mask, [])
+    why = "its object is cropped away or too small for the network" if drawn.any() else "without an object"
+    return NetworkView(network_input, mask, [f"{sample.annotation}: {why}, so not scored on localisation"])
 
 
 def _annotation(picture: Path, folder: Path, kind: Annotations, by_name: Mapping[Path, Path]) -> Path | None:
@@ -167,10 +145,7 @@ def _annotation(picture: Path, folder: Path, kind: Annotations, by_name: Mapping
 
 
 def _overlooked(pictures: Sequence[Path], unused: Sequence[Path]) -> list[str]:
-    """Return a line on annotations of no picture, and one on each folder that looks like masks.
-
-    Its pictures are grey or of colour numbers, and another folder has pictures of all their names in colour.
-    """
+    """Return a line on annotations of no picture, and on each grey folder with all names in another in colour."""
     remarks = []
     if unused:
         remarks.append(f"XML files or masks that belong to no picture: {len(unused)}, {unused[0]} among them: {_WHERE}")
@@ -180,7 +155,7 @@ def _overlooked(pictures: Sequence[Path], unused: Sequence[Path]) -> list[str]:
     first = {parent: _mode(next(iter(by_name.values()))) for parent, by_name in in_folder.items()}
     coloured = [in_folder[parent].keys() for parent, mode in first.items() if mode == "RGB"]
     for parent, mode in first.items():
-        if mode in _MODES_OF_MASKS and any(in_folder[parent].keys() <= names for names in coloured):
+        if mode in ("1", "L", "P") and any(in_folder[parent].keys() <= names for names in coloured):
             remarks.append(f"{parent}: taken for pictures, though these look like masks of others: {_WHERE}")
     return remarks
 
@@ -192,30 +167,29 @@ def _mode(picture: Path) -> str | None:
     return None
 
 
-def _draw_boxes(file: Path, sizes: _Sizes) -> tuple[NDArray[np.bool_], list[str]]:
+def _draw_boxes(file: Path, sizes: _Sizes) -> NDArray[np.bool_]:
     """Return the union of the boxes of a Pascal VOC file, whose pixels are counted from 1 with both ends inside."""
     try:
         root = ElementTree.parse(file).getroot()
         width, height = (round(float(root.findtext(f"size/{name}") or 0)) for name in ("width", "height"))
-        boxes = [[round(float(box.findtext(name, ""))) for name in _CORNERS] for box in root.iterfind("object/bndbox")]
+        corners = ("xmin", "ymin", "xmax", "ymax")
+        boxes = [[round(float(box.findtext(name, ""))) for name in corners] for box in root.iterfind("object/bndbox")]
     except (ParseError, ValueError, LookupError, OverflowError) as error:
         raise BadValueError(f"{file}: expected boxes as Pascal VOC XML, found something else ({error})") from error
     if not width or not height:
         width, height = sizes[0]
     _check_size(file, (width, height), sizes)
-    drawn, remarks = np.zeros((height, width), dtype=bool), []
+    drawn = np.zeros((height, width), dtype=bool)
     for left, top, right, bottom in boxes:
         inside = drawn[max(top - 1, 0) : max(bottom, 0), max(left - 1, 0) : max(right, 0)]
         if not inside.size:
             where = f"{left}, {top} to {right}, {bottom}"
             raise BadValueError(f"{file}: expected boxes inside the picture, {width} x {height}, found {where}")
-        if left < 0 or top < 0 or right > width or bottom > height:
-            remarks.append(f"{file}: a box reaches beyond the picture, and was cut off at its edge")
         inside[:] = True
-    return drawn, remarks
+    return drawn
 
 
-def _read_mask(file: Path, sizes: _Sizes) -> tuple[NDArray[np.bool_], list[str]]:
+def _read_mask(file: Path, sizes: _Sizes) -> NDArray[np.bool_]:
     """Return where a mask is not black; in one of colour numbers, as VOC's, where these are neither 0 nor 255, void.
 
     JPEG blurs the edges of what was drawn: there the brighter half is the object.
@@ -229,15 +203,15 @@ def _read_mask(file: Path, sizes: _Sizes) -> tuple[NDArray[np.bool_], list[str]]
     except Exception as error:
         # Pillow's decoders raise nearly anything.
         raise BadFileError(f"{file}: expected a mask as a picture, found none or a broken one ({error})") from error
-    drawn = np.asarray(values > least)
+    drawn = values > least
     if mode == "P":
-        drawn &= values != _VOID
+        drawn &= values != 255
     elif mode.endswith("A"):
         drawn = drawn[..., :-1] & drawn[..., -1:]
-    return np.asarray(drawn.any(-1)), []
+    return np.asarray(drawn.any(-1))
 
 
 def _check_size(file: Path, found: tuple[int, int], sizes: _Sizes) -> None:
     if found not in sizes:
-        expected, other = (f"{width} x {height}" for width, height in (sizes[0], found))
-        raise BadValueError(f"{file}: expected an annotation of a picture of {expected}, found one of {other}")
+        expected = "{} x {}, found one of {} x {}".format(*sizes[0], *found)
+        raise BadValueError(f"{file}: expected an annotation of a picture of {expected}")

@@ -19,12 +19,7 @@ _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVI
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Open a picture as RGB, turned as its EXIF data says.
-
-    Raises:
-        OSError: the file is missing, no picture, broken, of 32-bit numbers, or too large to be meant (Pillow's limit
-            against decompression bombs).
-    """
+    """Open a picture as RGB, turned as its EXIF data says."""
     with open_file(str(path)) as file:
         (picture,) = decode_frames(file, str(path), 1)
     return picture
@@ -36,47 +31,29 @@ def is_url(path: str) -> bool:
 
 
 def open_file(path: str) -> BinaryIO:
-    """Open a file to read, local or at a URL that fsspec knows.
-
-    Raises:
-        OSError: it cannot be opened.
-    """
+    """Open a file to read, local or at a URL that fsspec knows."""
     if is_url(path):
-        return _open_url(path)
-    # Unlike pathlib's, these tell no from yes for a name that no file can have, too.
-    if not os.path.isfile(path):
-        found = "no such file, or none that may be read"
-        if os.path.islink(path) and not os.path.exists(path):
-            found = "a link that leads nowhere"
-        elif os.path.isdir(path):
-            found = "a folder" if os.access(path, os.R_OK) else "a folder that may not be entered"
-        raise BadFileError(f"{path}: expected a file to read, found {found}")
-    return Path(path).open("rb")
+        import fsspec
 
-
-def _open_url(url: str) -> BinaryIO:
-    import fsspec
-
-    try:
-        if "::" in url:
+        try:
+            if "::" not in path:
+                return fsspec.open(path, "rb").open()  # type: ignore[no-any-return]
             # An archive is closed with its file system, which nobody would hold.
-            with fsspec.open(url, "rb") as file:
+            with fsspec.open(path, "rb") as file:
                 return io.BytesIO(file.read())
-        opened: BinaryIO = fsspec.open(url, "rb").open()
-    except Exception as error:
-        # A file system of another kind fails in its own ways.
-        raise BadFileError(f"{url}: could not be opened ({one_line(error)})") from error
-    return opened
+        except Exception as error:
+            # A file system of another kind fails in its own ways.
+            raise BadFileError(f"{path}: could not be opened ({one_line(error)})") from error
+    # Unlike pathlib's, this tells no from yes for a name that no file can have, too.
+    if not os.path.isfile(path):
+        raise BadFileError(f"{path}: expected a file to read, found none, or what may not be read")
+    return Path(path).open("rb")
 
 
 def decode_frames(file: BinaryIO, name: str, count: int) -> list[Image.Image]:
     """Decode a picture as so many RGB frames, evenly spread, turned as its EXIF data says; one is the first.
 
-    Of fewer frames (of a GIF, WebP, PNG or TIFF) some are shown more than once: a still picture is a clip in which
-    nothing moves.
-
-    Raises:
-        OSError: see `open_picture`.
+    Of fewer frames some are shown more than once: a still picture is a clip in which nothing moves.
     """
     try:
         with open_image(file) as picture:

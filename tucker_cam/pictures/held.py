@@ -22,12 +22,7 @@ Pictures = str | Path | Image.Image | NDArray[Any] | Tensor | Iterable[Any]
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A picture, or a network's input, that the program holds; it is read as a `Source` is.
-
-    Attributes:
-        name: its place among the others.
-        content: channels x height x width if it is a network's input.
-    """
+    """A picture, or a network's input, that the program holds; it is read as a `Source` is, and named by its place."""
 
     name: str
     content: Image.Image | Tensor
@@ -56,13 +51,7 @@ Picture = Source | Held
 
 
 class Collection(NamedTuple):
-    """Pictures to explain.
-
-    Attributes:
-        parts: yields them, in lists; again when it is called again.
-        number: how many there are; None where that is not known.
-        failures: what cannot be used.
-    """
+    """Pictures to explain: `parts` yields them in lists, again when called again; their number, if that is known."""
 
     parts: Callable[[], Iterator[Sequence[Picture]]]
     number: int | None
@@ -70,87 +59,76 @@ class Collection(NamedTuple):
 
 
 def collect(pictures: Pictures, *, out: Path | None = None, limit: int | None = None) -> Collection:
-    """Return the pictures that were named or given, as `explain` takes them.
-
-    Args:
-        pictures: see `explain`.
-        out: see `find_sources`.
-        limit: see `random_sample`.
-
-    Raises:
-        TypeError, ValueError: what was given holds no pictures.
-    """
+    """Return the pictures that were named or given, as `explain` takes them; TypeError or ValueError if none were."""
     if isinstance(pictures, (str, Path, Image.Image, np.ndarray)):
         pictures = [pictures]
-    if isinstance(pictures, Tensor):
-        return _listed(_of_batch(pictures, 0), [], limit)
-    if isinstance(pictures, (list, tuple)) and not any(isinstance(each, Tensor) for each in pictures):
-        return _listed(*_of_list(pictures, out), limit)
     if not isinstance(pictures, Iterable):
         raise BadTypeError(
             "expected pictures as a path, a PIL image, an array, a list of these, a tensor, or batches of tensors, got "
             f"{type(pictures).__name__}"
         )
-    if limit is not None:
+    failures: list[Failure] = []
+    if isinstance(pictures, Tensor):
+        found = next(_of_batches([pictures]))
+    elif isinstance(pictures, (list, tuple)) and not any(isinstance(each, Tensor) for each in pictures):
+        found, failures = _of_list(pictures, out)
+    elif limit is not None:
         raise BadValueError("expected no limit where the number of pictures is not known: take as many batches")
-    batches = pictures
-    return Collection(lambda: _of_batches(batches), None, [])
-
-
-def _listed(pictures: Sequence[Picture], failures: list[Failure], limit: int | None) -> Collection:
-    chosen = random_sample(pictures, limit)
+    else:
+        batches = pictures
+        return Collection(lambda: _of_batches(batches), None, [])
+    chosen = random_sample(found, limit)
     return Collection(lambda: iter([chosen]), len(chosen), failures)
 
 
-def _of_list(pictures: Sequence[object], out: Path | None) -> tuple[list[Picture], list[Failure]]:
-    if pictures and all(isinstance(each, (str, Path)) for each in pictures):
-        sources, failures = find_sources([str(each) for each in pictures], out=out)
-        return [*sources], failures
-    found: list[Picture] = []
-    failures = []
-    for index, each in enumerate(pictures):
-        if isinstance(each, (str, Path)):
-            try:
-                sources, problems = find_sources([str(each)], out=out)
-            except (BadValueError, ImportError) as error:
-                sources, problems = [], [Failure(str(each), error)]
-            found, failures = [*found, *sources], failures + problems
-        elif isinstance(each, Image.Image):
-            found.append(Held(f"picture-{index}", ImageOps.exif_transpose(each).convert("RGB")))
-        elif isinstance(each, np.ndarray):
-            found.append(Held(f"picture-{index}", _from_array(each)))
-        else:
-            raise BadTypeError(f"expected a path, an image or an array as picture {index}, got {type(each).__name__}")
-    if not found:
-        raise failures[0].error if failures else BadValueError("expected pictures, got an empty list")
-    return found, failures
-
-
-def _from_array(array: NDArray[Any]) -> Image.Image:
-    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise BadValueError(f"expected a picture as height x width x 3, got {array.shape}")
-    if np.issubdtype(array.dtype, np.floating):
-        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise BadValueError("expected a floating point picture in [0, 1], got numbers outside: divide by 255")
-        array = np.rint(255 * array).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise BadTypeError(f"expected a picture of uint8, or of floating point in [0, 1], got {array.dtype}")
-    return Image.fromarray(np.ascontiguousarray(array))
+def named_inputs(batches: Iterable[Any]) -> Iterator[tuple[list[str], Tensor, list[Any]]]:
+    """Yield the names of a batch's inputs, their places among all, the inputs, and what else came with them."""
+    done = 0
+    for batch in batches:
+        images, *others = batch if isinstance(batch, (list, tuple)) else (batch,)
+        if not isinstance(images, Tensor):
+            raise BadTypeError(f"expected batches of network inputs as tensors, got {type(images).__name__}")
+        if images.dim() not in (4, 5):
+            raise BadValueError(
+                f"expected a batch of network inputs, batch x channels x height x width, got {tuple(images.shape)}: "
+                "a single one needs images[None]"
+            )
+        yield [f"{done + index:06d}" for index in range(len(images))], images, others
+        done += len(images)
 
 
 def _of_batches(batches: Iterable[Any]) -> Iterator[list[Picture]]:
-    done = 0
-    for batch in batches:
-        yield (held := _of_batch(batch[0] if isinstance(batch, (list, tuple)) else batch, done))
-        done += len(held)
+    for names, images, _ in named_inputs(batches):
+        yield [Held(name, image) for name, image in zip(names, images, strict=True)]
 
 
-def _of_batch(images: object, start: int) -> list[Picture]:
-    if not isinstance(images, Tensor):
-        raise BadTypeError(f"expected batches of network inputs as tensors, got {type(images).__name__}")
-    if images.dim() not in (4, 5):
-        raise BadValueError(
-            f"expected a batch of network inputs, batch x channels x height x width, got {tuple(images.shape)}: "
-            "a single one needs images[None]"
-        )
-    return [Held(f"{start + index:06d}", image) for index, image in enumerate(images)]
+def _of_list(pictures: Sequence[Any], out: Path | None) -> tuple[list[Picture], list[Failure]]:
+    found: dict[str, Picture] = {}
+    failures: list[Failure] = []
+    for index, each in enumerate(pictures):
+        if isinstance(each, (str, Path)):
+            sources, problems = find_sources([str(each)], out=out)
+            found |= {source.key: source for source in sources}
+            failures += problems
+        else:
+            held = Held(f"picture-{index}", _as_picture(each, index))
+            found[held.key] = held
+    if not found:
+        raise BadValueError("; ".join(str(each.error) for each in failures) or "expected pictures, got an empty list")
+    return [*found.values()], failures
+
+
+def _as_picture(given: Any, index: int) -> Image.Image:
+    if isinstance(given, Image.Image):
+        return ImageOps.exif_transpose(given).convert("RGB")
+    if not isinstance(given, np.ndarray):
+        raise BadTypeError(f"expected a path, an image or an array as picture {index}, got {type(given).__name__}")
+    if given.ndim != 3 or given.shape[2] != 3 or 0 in given.shape:
+        raise BadValueError(f"expected a picture as height x width x 3, got {given.shape}")
+    if np.issubdtype(given.dtype, np.floating):
+        if not (given.min() >= 0 and given.max() <= 1):
+            raise BadValueError("expected a floating point picture in [0, 1], got numbers outside: divide by 255")
+        given = np.rint(255 * given).astype(np.uint8)
+    if given.dtype != np.uint8:
+        raise BadTypeError(f"expected a picture of uint8, or of floating point in [0, 1], got {given.dtype}")
+    return Image.fromarray(np.ascontiguousarray(given))

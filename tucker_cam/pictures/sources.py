@@ -23,9 +23,8 @@ from tucker_cam.text import one_line
 
 Item = TypeVar("Item")
 PICTURES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
-"""How the names of pictures end, in any case."""
 MANIFEST = "manifest.json"
-"""What tells a folder of results; see `outputs`."""
+"""What tells a folder of results."""
 _TABLE = ".parquet"
 _MAGIC = re.compile(r"[*?[]")
 _EXPECTED = "expected pictures or Parquet files, found none"
@@ -47,12 +46,9 @@ class Stamp(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a picture is.
+    """A picture in a file, local or at a URL; or a Parquet file's row group and row in it.
 
-    Attributes:
-        name: for people and for files: its path below the folder that was named, without the suffix.
-        path: of the file, local or a URL.
-        row: in a Parquet file, the row group and the row in it; None for a picture file.
+    The name, for people and for files, is its path below the folder that was named, without the suffix.
     """
 
     name: str
@@ -81,11 +77,7 @@ class Source:
         return Stamp(found.st_mtime_ns, found.st_size)
 
     def read(self, frames: int | None = None) -> Image.Image | list[Image.Image]:
-        """Return the picture as RGB, or for a video network that many frames of it.
-
-        Raises:
-            OSError: it cannot be read; the message is one line for a user.
-        """
+        """Return the picture as RGB, or for a video network that many frames of it; OSError if it cannot be read."""
         with open_file(self.path) if self.row is None else io.BytesIO(encoded_picture(self.path, *self.row)) as file:
             pictures = decode_frames(file, str(self), frames or 1)
         return pictures[0] if frames is None else pictures
@@ -94,20 +86,12 @@ class Source:
 def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[list[Source], list[Failure]]:
     """Find the pictures: each file that is named, and those in folders (at any depth), globs and Parquet files.
 
-    Hidden files in folders are left out, and so are folders that are links, and local folders of results. A file of a
-    folder that cannot be read stays in the list: reading it says so. For tables see `tables`.
-
-    Args:
-        arguments: as they were typed.
-        out: a folder for results; what is found in it is an earlier run's, and left out.
+    Hidden files in folders are left out, and so are folders that are links, and folders of results, such as `out`. A
+    file of a folder that cannot be read stays in the list: reading it says so. For tables see `tables`.
 
     Returns:
         The pictures, in the order of the arguments, and of the names in each, none twice; and the arguments and tables
         that cannot be used, each with an error whose message names it.
-
-    Raises:
-        ValueError: none can be used: each names what is not there, a folder, glob or table without pictures, or `out`,
-            or needs a package.
     """
     found: dict[str, Source] = {}
     failures: list[Failure] = []
@@ -118,20 +102,15 @@ def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[
             failures.append(Failure(argument, error))
             continue
         for path, name in files:
-            stem = os.path.splitext(name)[0]
             try:
-                sources = _rows(path, stem) if path.lower().endswith(_TABLE) else [Source(safe_name(stem), path)]
+                found |= {source.key: source for source in _in_file(path, os.path.splitext(name)[0])}
             except TuckerCamError as error:
                 failures.append(Failure(path, error))
-            else:
-                found |= {source.key: source for source in sources}
-    if not found:
-        raise BadValueError("; ".join(str(failure.error) for failure in failures))
     return list(found.values()), failures
 
 
 def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """Return the files in a folder, at any depth, whose names end so in any case; hidden ones are left out.
+    """Return the files in a folder, at any depth, whose names end so in any case, but for hidden ones.
 
     A folder that may not be entered stands for what is in it: opening it says so.
     """
@@ -140,9 +119,7 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
     for parent, folders, names in os.walk(folder, onerror=closed.append):
         folders[:] = [name for name in folders if not name.startswith(".")]
         shown = [Path(parent, name) for name in names if not name.startswith(".")]
-        # A link that leads nowhere, and whose name does not say to what, may have been to a folder of pictures.
-        lost = [path for path in shown if not (path.suffix or os.path.exists(path))]
-        found += [path for path in shown if path.suffix.lower() in suffixes] + lost
+        found += [path for path in shown if path.suffix.lower() in suffixes]
     return found + [Path(error.filename) for error in closed]
 
 
@@ -153,17 +130,13 @@ def without_results(files: Sequence[Path], root: Path, out: Path | None = None) 
     return [file for file in files if results.isdisjoint(file.parents)]
 
 
-def random_sample(items: Sequence[Item], limit: int | None, *, seed: int = 0) -> list[Item]:
-    """Return a random sample in the order of the items: the same in every run, and part of any larger one.
-
-    Raises:
-        ValueError: the limit is below 1.
-    """
+def random_sample(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """Return a random sample in the order of the items: the same in every run, and part of any larger one."""
     if limit is None:
         return list(items)
     if limit < 1:
         raise BadValueError(f"expected a limit of at least 1 picture, got {limit}")
-    places = random.Random(seed).sample(range(len(items)), len(items))[:limit]  # noqa: S311
+    places = random.Random(0).sample(range(len(items)), len(items))[:limit]  # noqa: S311
     return [items[place] for place in sorted(places)]
 
 
@@ -212,7 +185,8 @@ def _files_at_url(argument: str) -> list[tuple[str, str]]:
         if _MAGIC.search(path):
             found, root = filesystem.glob(path), _MAGIC.split(path)[0].rpartition("/")[0]
         elif filesystem.isdir(path):
-            found, root = [file for file in filesystem.find(path) if _is_wanted(file.removeprefix(path))], path
+            below = [file for file in filesystem.find(path) if "/." not in f"/{file.removeprefix(path)}"]
+            found, root = [file for file in below if file.lower().endswith((*PICTURES, _TABLE))], path
         else:
             return itself
     except ImportError as error:
@@ -225,23 +199,17 @@ def _files_at_url(argument: str) -> list[tuple[str, str]]:
     return sorted((filesystem.unstrip_protocol(file) + outside, file.removeprefix(root)) for file in found)
 
 
-def _is_wanted(relative: str) -> bool:
-    suffix = PurePosixPath(relative).suffix.lower()
-    return suffix in PICTURES | {_TABLE} and not any(part.startswith(".") for part in relative.split("/"))
-
-
-def _rows(path: str, stem: str) -> list[Source]:
-    rows = [
-        Source(safe_name(name or f"{stem}-{group}-{row}"), path, (group, row))
-        for (group, row), name in row_names(path).items()
-    ]
-    if not rows:
+def _in_file(path: str, stem: str) -> list[Source]:
+    if not path.lower().endswith(_TABLE):
+        return [Source(safe_name(stem), path)]
+    names = row_names(path)
+    if not names:
         raise BadValueError(f"{path}: expected pictures or Parquet files with rows, found none")
-    return rows
+    return [Source(safe_name(name or f"{stem}-{row[0]}-{row[1]}"), path, row) for row, name in names.items()]
 
 
 def _holds_results(folder: Path) -> bool:
     file = folder / MANIFEST
     with suppress(OSError):
-        return file.is_file() and '"tucker-cam"' in file.read_text(encoding="utf-8", errors="replace")
+        return file.is_file() and b'"tucker-cam"' in file.read_bytes()
     return False

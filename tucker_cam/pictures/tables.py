@@ -1,8 +1,4 @@
-"""A Parquet file in, the names of its rows and the encoded pictures in them out.
-
-It has a column ``image`` (encoded pictures, or Hugging Face's struct of bytes and path) and may have a column ``name``.
-What cannot be read is an OSError.
-"""
+"""A Parquet file in, the names of its rows (column ``name``) and the encoded pictures in them (``image``) out."""
 
 from __future__ import annotations
 
@@ -58,17 +54,11 @@ def _opened(path: str) -> Iterator[Any]:
 
 
 def _names(table: Any, group: int) -> list[str | None]:
-    try:
-        column = table.read_row_group(group, columns=["name"])["name"]
-    except Exception:
-        # There is no such column, or it is there twice, or broken.
-        return [None] * table.metadata.row_group(group).num_rows
-    return [_text(each) for each in column]
-
-
-def _text(value: Any) -> str | None:
-    # Text that is no UTF-8, a date beyond Python's.
-    with suppress(ValueError, OverflowError):
-        found = value.as_py()
-        return None if found is None else str(found)
-    return None
+    names: list[str | None] = [None] * table.metadata.row_group(group).num_rows
+    # There is no such column, or it is there twice, or broken.
+    with suppress(Exception):
+        for row, value in enumerate(table.read_row_group(group, columns=["name"])["name"]):
+            # Text that is no UTF-8.
+            with suppress(ValueError):
+                names[row] = value.as_py() and str(value.as_py())
+    return names

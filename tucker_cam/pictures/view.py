@@ -1,12 +1,11 @@
 """A preprocessing and a picture's size in, the part of the picture that the network looks at out.
 
-It is read off a picture whose colours are coordinates, sent through the preprocessing itself: so it holds for any
-resizing, cropping and padding, also for one that somebody else wrote.
+It is read off a picture whose red and green are coordinates, sent through the preprocessing itself, whoever wrote it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -35,16 +34,10 @@ class View(NamedTuple):
 
 
 def view_of(preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: int | None = None) -> View | None:
-    """Return what a network sees of pictures of a size; it is remembered.
+    """Return what a network sees of pictures of a width and a height; it is remembered.
 
-    Args:
-        preprocess: as of `Network`.
-        size: width and height.
-        frames: as of `Network`.
-
-    Returns:
-        None where the preprocessing does more than resizing, cropping and padding, so that there is no such box; or
-        where it takes only the pictures that it is made for.
+    None where the preprocessing does more than resizing, cropping and padding, or mixes colours, so that no such box is
+    found; or where it takes only the pictures that it is made for.
     """
     # Bound methods are told apart by whose they are: a preprocessing need not be hashable.
     return _view(preprocess.__call__, size, frames)  # type: ignore[operator]
@@ -55,39 +48,29 @@ def _view(preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: in
     width, height = size
     # A preprocessing of one's own fails in its own ways.
     with suppress(Exception):
-        for across, down in _coordinates(preprocess, size, frames):
-            x, y = _line(across), _line(down.T)
-            inside = np.ix_((y > _EDGE) & (y < 1 - _EDGE), (x > _EDGE) & (x < 1 - _EDGE))
-            error = np.maximum(np.abs(across - x), np.abs(down - y[:, None]))[inside]
-            if error.size and error.max() <= _RESIDUAL and x[0] < x[-1] and y[0] < y[-1]:
-                right, low = (x[1] - x[0]) * width, (y[1] - y[0]) * height
-                box = (x[0] * width - right / 2, y[0] * height - low / 2, len(x) * right, len(y) * low)
-                return View(*map(float, box))
+        across, down = _coordinates(preprocess, size, frames)
+        x, y = _line(across), _line(down.T)
+        inside = np.ix_((y > _EDGE) & (y < 1 - _EDGE), (x > _EDGE) & (x < 1 - _EDGE))
+        error = np.maximum(np.abs(across - x), np.abs(down - y[:, None]))[inside]
+        if error.size and error.max() <= _RESIDUAL and x[0] < x[-1] and y[0] < y[-1]:
+            right, low = (x[1] - x[0]) * width, (y[1] - y[0]) * height
+            box = (x[0] * width - right / 2, y[0] * height - low / 2, len(x) * right, len(y) * low)
+            return View(*map(float, box))
     return None
 
 
 def _coordinates(
     preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: int | None
-) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
-    """Yield where in the picture, in [0, 1], each place of the network's input lies: its x and its y.
-
-    They are read off red and green of one picture; then, should that be in vain since channels are mixed or exchanged,
-    off the greys of two.
-    """
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return where in the picture, in [0, 1], each place of the network's input lies, its x and its y; NaN if none."""
     black, white = _levels(preprocess, frames)
     width, height = size
-    across = np.broadcast_to((np.arange(width) + 0.5) / width, (height, width))
-    down = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (height, width))
-
-    def seen(*colours: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.asarray((_sent(preprocess, np.stack(colours, -1), frames) - black) / (white - black))
-
-    channels = seen(across, down, np.full_like(across, _BLUE))
-    if len(channels) == 3:
-        red, green, blue = channels
-        padding = np.abs(blue - _BLUE) > _ROUNDING
-        yield np.where(padding, np.nan, red), np.where(padding, np.nan, green)
-    yield seen(across, across, across)[0], seen(down, down, down)[0]
+    sent = np.full((height, width, 3), _BLUE)
+    sent[..., 0] = (np.arange(width) + 0.5) / width
+    sent[..., 1] = (np.arange(height)[:, None] + 0.5) / height
+    red, green, blue = np.asarray((_sent(preprocess, sent, frames) - black) / (white - black))
+    padding = np.abs(blue - _BLUE) > _ROUNDING
+    return np.where(padding, np.nan, red), np.where(padding, np.nan, green)
 
 
 @lru_cache(maxsize=8)
