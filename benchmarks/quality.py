@@ -4,12 +4,11 @@
     python -m benchmarks.quality FOLDER --photographs FOLDER     # and others, for Average Drop alone
 
 Layers: the last block's output (320x7x7, which has negative values) and what the head makes of it (1280x7x7). Writes
-benchmarks/results/quality.{json,md} and spectrum.png. Needs the `test` extra.
+benchmarks/results/quality.{json.gz,md} and spectrum.png. Needs the `test` extra.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from benchmarks.reporting import environment, interval, table
+from benchmarks.reporting import environment, interval, table, write_samples
 from tucker_cam import evaluate, features
 from tucker_cam.decomposition.projection import leading_map
 from tucker_cam.evaluation.metrics import MEASURES
@@ -142,7 +141,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="A few pictures, to see that the script works.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("benchmarks/results"),
 ) -> None:
-    """Score every method at both layers, and write quality.{json,md} and spectrum.png."""
+    """Score every method at both layers, and write quality.{json.gz,md} and spectrum.png."""
     limit = 3 if quick else None
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
@@ -196,7 +195,7 @@ def main(
     }
     parts.append(table("share of the first singular value, median and quartiles", list(LAYERS), rows))
     spectra["bn2"].plot(out / "spectrum.png")
-    (out / "quality.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_samples(out / "quality.json.gz", results)
     (out / "quality.md").write_text("\n\n".join(parts) + "\n")
 
 

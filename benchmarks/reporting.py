@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +28,16 @@ def environment(seed: int) -> dict[str, object]:
         **{name: version(name) for name in PACKAGES},
         "seed": seed,
     }
+
+
+def write_samples(path: Path, results: object) -> None:
+    """Write what the tables were made of as compressed JSON, the same bytes for the same results."""
+    path.write_bytes(gzip.compress(json.dumps(results, separators=(",", ":")).encode(), mtime=0))
+
+
+def read_samples(path: Path) -> Any:
+    """Return what `write_samples` wrote."""
+    return json.loads(gzip.decompress(path.read_bytes()))
 
 
 def memory_mib(key: str) -> float:

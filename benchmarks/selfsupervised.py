@@ -12,7 +12,6 @@ show the picture, not what was learnt.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, interpolate
 from torchvision import transforms
 
-from benchmarks.reporting import environment, interval, table
+from benchmarks.reporting import environment, interval, table, write_samples
 from tucker_cam import TSM, Evaluation, evaluate
 from tucker_cam.evaluation.metrics import MEASURES, Judged, Measure
 from tucker_cam.evaluation.summary import Interval, mean_interval
@@ -334,7 +333,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("benchmarks/results"),
     save: Annotated[Path | None, typer.Option(help="Folder for the network's weights and some scenes.")] = None,
 ) -> None:
-    """Train without labels, score the label-free methods, and write selfsupervised.{json,md,png}."""
+    """Train without labels, score the label-free methods, and write selfsupervised.{json.gz,md,png}."""
     steps, count = (3, 12) if quick else (800, 480)
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -378,7 +377,7 @@ def main(
             },
         }
         out.mkdir(parents=True, exist_ok=True)
-        (out / "selfsupervised.json").write_text(json.dumps(results, indent=1) + "\n")
+        write_samples(out / "selfsupervised.json.gz", results)
         (out / "selfsupervised.md").write_text(report(results, summaries))
         draw(out / "selfsupervised.png", models, maker.make(4, unseen=True, objects=1))
     if save is not None:

@@ -1,6 +1,6 @@
 """Tiny seeded networks, one for each habit of a model that a label-free method has to put up with."""
 
-import sys
+from collections import OrderedDict
 from dataclasses import replace
 
 import torch
@@ -28,25 +28,24 @@ def in_place_cnn():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def mirror_symmetric_cnn():
-    """A network that commutes with a horizontal flip: its kernels are symmetric, its strides 1."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1))
-    with torch.no_grad():
-        for layer in (model[0], model[2]):
-            layer.weight.copy_((layer.weight + layer.weight.flip(-1)) / 2)
-    return model
+class Wired(nn.Module):
+    """Named parts, and the function of them and the images that is the forward pass."""
+
+    def __init__(self, run, **parts):
+        super().__init__()
+        self.run = run
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x):
+        return self.run(self, x)
 
 
-class Returning(nn.Module):
+class Returning(Wired):
     """Runs a convolution and returns whatever it was told to, made from the feature maps."""
 
     def __init__(self, make_output):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3)
-        self.make_output = make_output
-
-    def forward(self, x):
-        return self.make_output(self.conv(x))
+        super().__init__(lambda self, x: make_output(self.conv(x)), conv=nn.Conv2d(3, 8, 3))
 
 
 class PassingOn(nn.Module):
@@ -109,24 +108,14 @@ def uncropped_model():
     return replace(tiny_loaded_model(), preprocess=transforms.Compose(steps))
 
 
-class Dense(nn.Module):
-    """A backbone that returns its map by name, and a head that makes a map of it."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone, self.named, self.head = nn.Conv2d(3, 4, 3), Named(), nn.Conv2d(4, 2, 1)
-
-    def forward(self, x):
-        return self.head(self.named(self.backbone(x))["out"])
-
-
-class Named(nn.Module):
-    def forward(self, x):
-        return {"out": x}
+def dense(backbone, head):
+    """Return a backbone that returns its maps by name, and a head that makes a map of the first."""
+    return Wired(lambda self, x: self.head(next(iter(self.backbone(x).values()))), backbone=backbone, head=head)
 
 
 def dense_model():
-    return Dense()
+    named = Wired(lambda self, x: {"out": self.conv(x)}, conv=nn.Conv2d(3, 4, 3))
+    return dense(named, nn.Conv2d(4, 2, 1))
 
 
 def tiny_video_network():
@@ -164,124 +153,73 @@ def raises():
     raise RuntimeError("no weights today")
 
 
-def exits_with_a_key():
-    raise KeyError("conv1")
-
-
-def exits():
-    sys.exit()
-
-
-def model_with_a_buffer_on_meta():
-    model = small_cnn()
-    model.register_buffer("unused", torch.zeros(2, device="meta"))
-    return model
-
-
-def bare_model():
-    return small_cnn()
-
-
 def no_model():
     return "a model"
 
 
-class Detector(nn.Module):
-    """Heads over several maps, each of which puts out a map for each of them."""
+def on_levels(part):
+    return Wired(lambda self, levels: [self.part(level) for level in levels], part=part)
 
-    def __init__(self):
-        super().__init__()
-        self.first, self.second, self.neck = nn.Conv2d(3, 24, 3, 2, 1), nn.Conv2d(24, 24, 3, 2, 1), Neck()
-        self.classes, self.boxes = LevelHead(90), LevelHead(4)
 
-    def forward(self, x):
+def detector():
+    """Return heads over several maps, each of which puts out a map for each of them."""
+
+    def run(self, x):
         first = self.first(x)
         levels = self.neck([first, self.second(first)])
         return self.classes(levels), self.boxes(levels)
 
-
-class Neck(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.mix = nn.Conv2d(24, 24, 3, padding=1)
-
-    def forward(self, levels):
-        return [self.mix(level) for level in levels]
+    parts = {"first": nn.Conv2d(3, 24, 3, 2, 1), "second": nn.Conv2d(24, 24, 3, 2, 1)}
+    heads = {"classes": on_levels(nn.Conv2d(24, 90, 1)), "boxes": on_levels(nn.Conv2d(24, 4, 1))}
+    return Wired(run, **parts, neck=on_levels(nn.Conv2d(24, 24, 3, padding=1)), **heads)
 
 
-class LevelHead(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.predict = nn.Conv2d(24, channels, 1)
+def token_labels():
+    """Return a classifier that adds to its logits those of its strongest token, by a second head."""
 
-    def forward(self, levels):
-        return [self.predict(level) for level in levels]
-
-
-class TokenLabels(nn.Module):
-    """A classifier that adds to its logits those of its strongest token, by a second head."""
-
-    def __init__(self):
-        super().__init__()
-        self.patches, self.norm = nn.Conv2d(3, 16, 8, 8), nn.LayerNorm(16)
-        self.head, self.auxiliary = nn.Linear(16, 20), nn.Linear(16, 20)
-
-    def forward(self, x):
+    def run(self, x):
         tokens = self.norm(self.patches(x).flatten(2).mT)
         return self.head(tokens.mean(1)) + self.auxiliary(tokens).max(1).values
 
-
-class Enlarging(nn.Module):
-    """Encoder, decoder and a head at a quarter of the size, whose output is enlarged."""
-
-    def __init__(self, classes):
-        super().__init__()
-        self.encoder, self.decoder = nn.Conv2d(3, 32, 4, 4), nn.Sequential(nn.Conv2d(32, 8, 3, padding=1), nn.ReLU())
-        self.head = nn.Conv2d(8, classes, 1)
-
-    def forward(self, x):
-        return interpolate(self.head(self.decoder(self.encoder(x))), x.shape[2:], mode="bilinear")
+    heads = {"head": nn.Linear(16, 20), "auxiliary": nn.Linear(16, 20)}
+    return Wired(run, patches=nn.Conv2d(3, 16, 8, 8), norm=nn.LayerNorm(16), **heads)
 
 
-class Shuffling(nn.Module):
-    """Patches in an order of their own, as in a masked autoencoder's training."""
+def enlarging(classes):
+    """Return encoder, decoder and a head at a quarter of the size, whose output is enlarged."""
+    return Wired(
+        lambda self, x: interpolate(self.head(self.decoder(self.encoder(x))), x.shape[2:], mode="bilinear"),
+        encoder=nn.Conv2d(3, 32, 4, 4),
+        decoder=nn.Sequential(nn.Conv2d(32, 8, 3, padding=1), nn.ReLU()),
+        head=nn.Conv2d(8, classes, 1),
+    )
 
-    def __init__(self):
-        super().__init__()
-        self.patches, self.mix = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 16)
 
-    def forward(self, x):
+def shuffling():
+    """Return a network with patches in an order of their own, as in a masked autoencoder's training."""
+
+    def run(self, x):
         tokens = self.patches(x).flatten(2).mT
         return self.mix(tokens[:, torch.randperm(tokens.shape[1])]).mean(1)
 
+    return Wired(run, patches=nn.Conv2d(3, 16, 8, 8), mix=nn.Linear(16, 16))
 
-class MarkedUp(nn.Module):
-    """A layer whose name a terminal could take for an order."""
 
-    def __init__(self):
-        super().__init__()
-        self.parts = nn.ModuleDict({"[/x]": nn.Conv2d(3, 8, 3), "\x1b[2J": nn.ReLU()})
-
-    def forward(self, x):
-        for part in self.parts.values():
-            x = part(x)
-        return x.mean((2, 3))
+def with_positions():
+    """Return a network that adds positions it would learn to a map, and ends in tokens on no grid of the picture."""
+    return Wired(
+        lambda self, x: self.queries(self.patches(x) + self.resize(self.positions)),
+        positions=nn.Parameter(torch.zeros(1, 8, 28, 28)),
+        resize=nn.Identity(),
+        patches=nn.Conv2d(3, 8, 8, 8),
+        queries=nn.Sequential(nn.Flatten(2), nn.Linear(784, 11)),
+    )
 
 
 def marked_up_model():
-    return MarkedUp()
-
-
-class WithPositions(nn.Module):
-    """Adds positions that it would learn to a picture's map, and ends in tokens on no grid of it."""
-
-    def __init__(self):
-        super().__init__()
-        self.positions, self.resize = nn.Parameter(torch.zeros(1, 8, 28, 28)), nn.Identity()
-        self.patches, self.queries = nn.Conv2d(3, 8, 8, 8), nn.Sequential(nn.Flatten(2), nn.Linear(784, 11))
-
-    def forward(self, x):
-        return self.queries(self.patches(x) + self.resize(self.positions))
+    """Return a network with layers whose names a terminal could take for orders."""
+    parts = {"[/x]": nn.Conv2d(3, 8, 3), "\x1b[2J": nn.ReLU()}
+    return Wired(lambda self, x: self.parts(x).mean((2, 3)), parts=nn.Sequential(OrderedDict(parts)))
 
 
 def queries_model():

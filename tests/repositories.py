@@ -16,13 +16,7 @@ def resnet50(pretrained=True, **kwargs):
 def unreachable(pretrained=True, **kwargs):
     raise OSError('no route to host')
 
-def bare():
-    return resnet18(weights=None)
-
-def exits():
-    raise SystemExit(0)
-
-def none():
+def none(pretrained=True):
     return None
 """
 

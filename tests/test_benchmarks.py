@@ -12,6 +12,7 @@ from annotated import write_boxes
 from PIL import Image
 from typer.testing import CliRunner
 
+from benchmarks.reporting import read_samples
 from tucker_cam.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ def test_the_quality_benchmark_runs_and_reports_every_method_and_control(tmp_pat
         picture.save(tmp_path / f"{index}.png")
         write_boxes(tmp_path / f"{index}.xml", (150, 60, 400, 250), size=picture.size)
     run_quickly("quality", tmp_path / "out", tmp_path, "--photographs", tmp_path)
-    results = json.loads((tmp_path / "out" / "quality.json").read_text())
+    results = read_samples(tmp_path / "out" / "quality.json.gz")
     methods = {"eigencam", "tsm", "mtsm", "mtsm-energy", "multivec-eigencam", "kpca-cam", "fem", "gradcam"}
     for layer in ("blocks.6", "bn2"):
         assert methods | {"random", "uniform", "centre-gaussian"} <= results["layers"][layer]["summaries"].keys()
@@ -56,7 +57,7 @@ def test_the_quality_benchmark_runs_and_reports_every_method_and_control(tmp_pat
 def test_the_self_supervised_benchmark_runs_and_its_network_is_explained_by_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     run_quickly("selfsupervised", tmp_path / "out", "--save", tmp_path / "saved")
-    results = json.loads((tmp_path / "out" / "selfsupervised.json").read_text())
+    results = read_samples(tmp_path / "out" / "selfsupervised.json.gz")
     for network in ("trained", "untrained"):
         assert {"tsm", "mtsm", "eigencam", "random"} <= results["by_network"][network].keys()
         assert "two components of cam.modes" in results["both_objects_found"][network]

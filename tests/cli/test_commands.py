@@ -131,11 +131,10 @@ def test_what_cannot_be_read_or_written_is_named_and_the_others_done(photograph,
         (["--method", "MTSM_energy"], "no method 'MTSM_energy'; near it: mtsm-energy"),
         (["--model", "resnet50"], "did you mean timm:resnet50 or torchvision:resnet50?"),
         (["--model", "timm:resnet1"], "near it: resnet18"),
-        (["--layer", "bn3"], "no layer 'bn3'; near it: bn2"),
-        (["--layer", "-400"], "index from -"),
-        (["--layer", "bn2", "--method", "eigencam", "--layer", "classifier"], "`classifier` has none"),
-        (["--device", "abacus"], "no device 'abacus' here"),
-        (["--device", "meta"], "no device 'meta' here"),
+        (["--layer", "bn3"], "no layer 'bn3' with a spatial map; near it: bn2"),
+        (["--layer", "-400"], "no layer '-400'"),
+        (["--layer", "bn2", "--method", "eigencam", "--layer", "classifier"], "no layer 'classifier'"),
+        (["--device", "abacus"], "cannot run on 'abacus'"),
         (["--engine", "ray", "--gallery"], "no gallery with Ray"),
     ],
 )
@@ -210,6 +209,10 @@ def test_an_error_shows_where_it_was_raised_only_if_that_is_asked_for(tmp_path):
     assert shown.exit_code == 2
     assert "Traceback" in shown.stderr
     assert shown.stderr.splitlines()[-1].startswith("error: ")
+    (tmp_path / "broken.png").write_text("no picture")
+    shown = run("--debug", "explain", tmp_path / "broken.png", "-m", "networks:tiny_loaded_model", "-o", tmp_path / "o")
+    assert shown.exit_code == 1
+    assert "UnidentifiedImageError" in shown.stderr
 
 
 def test_short_options_and_a_sample_that_is_the_same_again(tmp_path):

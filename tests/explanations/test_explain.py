@@ -88,7 +88,7 @@ def test_a_model_of_ones_own_is_explained_at_the_layer_that_is_named_or_found():
         (explanation,) = explain(noise(), network, layers=layers)
         np.testing.assert_allclose(explanation.maps["tsm"], expected, atol=1e-5)
     assert explain(noise(), model).loaded.layer_names == ["3"]
-    with pytest.raises(ValueError, match="part of the model"):
+    with pytest.raises(ValueError, match="has no layer"):
         explain(noise(), network, layers=[nn.ReLU()])
 
 

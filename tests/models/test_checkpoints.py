@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
+from torchvision.models.resnet import BasicBlock as TorchvisionBlock
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from tucker_cam.models import load_model
@@ -48,9 +49,7 @@ def resnet():
 
 
 def torchvision_resnet():
-    from torchvision.models.resnet import BasicBlock as Block
-
-    return TorchvisionResNet(Block, [1, 1, 1, 1], num_classes=7)
+    return TorchvisionResNet(TorchvisionBlock, [1, 1, 1, 1], num_classes=7)
 
 
 def convnext():
@@ -133,19 +132,24 @@ def test_safetensors_are_read_and_a_whole_classifier_keeps_its_head(tmp_path):
     report = load_checkpoint(model, tmp_path / "w.safetensors", upstream(model))
     assert torch.equal(model(IMAGE), source(IMAGE))
     assert (report.left_out, report.missing) == ([], [])
-    # A head of other classes is left out.
-    report = load(model, source.state_dict() | {"fc.weight": torch.rand(9, 8), "fc.bias": torch.rand(9)}, tmp_path)
+    # A head of other classes is left out, and weights of lower precision are converted.
+    other = {"fc.weight": torch.rand(9, 8), "fc.bias": torch.rand(9), "conv1.weight": source.conv1.weight.bfloat16()}
+    report = load(model, source.state_dict() | other, tmp_path)
     assert report.left_out == ["fc.weight", "fc.bias"]
+    assert model.conv1.weight.dtype == torch.float32
 
 
-def test_a_vit_is_loaded_with_its_class_token_and_position_embedding(tmp_path):
-    def vit():
-        return timm.models.VisionTransformer(img_size=64, patch_size=32, embed_dim=8, depth=1, num_heads=2)
+def vit(patch_size=32):
+    return timm.models.VisionTransformer(img_size=64, patch_size=patch_size, embed_dim=8, depth=1, num_heads=2)
 
+
+def test_a_vit_is_loaded_with_its_class_token_and_position_embedding_of_the_same_patch_size(tmp_path):
     source, model = seeded(vit, 1), seeded(vit, 3)
     report = load(model, dino(backbone_of(source, "head."), {}), tmp_path)
     assert torch.equal(model.forward_features(IMAGE), source.forward_features(IMAGE))
     assert report.place == "teacher/backbone."
+    with pytest.raises(ValueError, match=r"another shape: patch_embed\.proj\.weight, pos_embed;"):
+        load(vit(16), source.state_dict(), tmp_path)
 
 
 def test_less_than_the_whole_backbone_is_an_error_that_lists_the_keys_and_changes_nothing(tmp_path):
@@ -155,12 +159,10 @@ def test_less_than_the_whole_backbone_is_an_error_that_lists_the_keys_and_change
     del state["layer2.0.conv1.weight"]
     state["conv1.weight"] = torch.rand(4, 3, 3, 3)
     needed = len([name for name in state if not name.endswith("num_batches_tracked")]) + 1
-    with pytest.raises(
-        ValueError, match=r"missing or of another shape: conv1.weight, layer2.0.conv1.weight; the fil"
-    ) as e:
+    named = "missing or of another shape: conv1.weight, layer2.0.conv1.weight; the file has module.encoder_q.bn1.bias"
+    with pytest.raises(ValueError, match=named) as e:
         load(model, prefixed("module.encoder_q.", state), tmp_path)
     assert f"found {needed - 2} of its {needed} entries" in str(e.value)
-    assert "module.encoder_q.bn1.bias" in str(e.value)
     assert len(str(e.value).splitlines()) == 1
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -183,29 +185,20 @@ def truncated(state):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "expected a file of weights, found none that can be read"),
-        (b"\n<!DOCTYPE html><html>404</html>", "found a web page: the download went wrong"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS: git lfs pull"),
-        (b"", "a broken file"),
-        (truncated({"a": torch.rand(99)}), "a broken file"),
-    ],
-    ids=["missing", "web page", "pointer", "empty", "truncated"],
+    "content", [b"\n<!DOCTYPE html><html>404</html>", truncated({"a": torch.rand(99)})], ids=["web page", "truncated"]
 )
-def test_a_file_that_is_no_checkpoint_is_one_clear_line(tmp_path, suffix, content, message):
+def test_a_file_that_is_no_checkpoint_is_one_clear_line(tmp_path, suffix, content):
     file = tmp_path / f"w{suffix}"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises((OSError, ValueError), match=message) as error:
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="found a broken file, a web page or a pointer of Git LFS") as error:
         load_checkpoint(seeded(resnet, 3), file, frozenset())
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: None], ids=["pipe", "folder", "nothing"])
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path, make):
     make(tmp_path / "w.pth")
-    with pytest.raises(OSError, match="expected a file of weights, found a folder, a pipe or a device"):
+    with pytest.raises(OSError, match="expected a file of weights, found none"):
         load_checkpoint(seeded(resnet, 3), tmp_path / "w.pth", frozenset())
 
 
@@ -222,7 +215,6 @@ def test_a_pickle_with_code_in_it_is_refused_and_runs_nothing(tmp_path, legacy):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (torch.zeros(3), "expected a state dict, found no tensors with names"),
         ({"epoch": 3, "state_dict": {}}, "expected a state dict, found no tensors with names"),
         ({"features.0.weight": torch.zeros(4, 3, 3, 3)}, r"the whole backbone of ResNet, found 0 of its \d+ entries"),
     ],
@@ -232,40 +224,14 @@ def test_weights_of_nothing_or_of_another_architecture_are_one_clear_line(tmp_pa
         load(seeded(resnet, 3), content, tmp_path)
 
 
-@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda weight: weight.to("meta"),
-        lambda weight: weight.to_sparse(),
-        lambda weight: weight.to(torch.complex64),
-        lambda weight: weight.to(torch.int64),
-        lambda weight: weight[..., :1],
-    ],
-    ids=["meta", "sparse", "complex", "integers", "shape"],
-)
-def test_tensors_that_no_parameter_can_take_do_not_count(tmp_path, make):
-    state = backbone_of(seeded(resnet, 1))
-    # Also where a student and a teacher lack the same.
-    for content in (state, {"student": state, "teacher": state}):
-        state["conv1.weight"] = make(seeded(resnet, 1).conv1.weight.detach())
-        with pytest.raises(ValueError, match=r"another shape: conv1\.weight;"):
-            load(seeded(resnet, 3), content, tmp_path)
-
-
 def test_a_model_that_lost_its_head_classifies_no_longer_and_says_what_was_loaded(tmp_path):
     source = seeded(lambda: timm.create_model("resnet18"), 1)
     torch.save(moco_v2(backbone_of(source), backbone_of(source)), tmp_path / "moco.pth")
     loaded = load_model("timm:resnet18", weights=tmp_path / "moco.pth")
     assert not loaded.classifies
     assert loaded.name == "timm:resnet18 with moco.pth"
-    for words in (
-        "moco.pth: 120 entries from state_dict/module.encoder_q.*",
-        "left out",
-        "missing, so random, fc.weight",
-    ):
-        assert words in loaded.description
-    assert len(loaded.description.splitlines()) == 1
+    assert "moco.pth: 120 entries from state_dict/module.encoder_q.*; left out" in loaded.description
+    assert "missing, so random, fc.weight" in loaded.description
     torch.save(source.state_dict(), tmp_path / "whole.pth")
     assert load_model("timm:resnet18", weights=tmp_path / "whole.pth").classifies
 
@@ -284,7 +250,7 @@ def test_a_model_that_lost_its_head_classifies_no_longer_and_says_what_was_loade
         ),
         (lambda a, b: {"target_network": b, "online_network": a}, "online_network/"),
         (lambda a, b: {"state_dict": b, "state_dict_ema": a}, "state_dict_ema/"),
-        (lambda a, b: {"opt": {"exp_avg": b}, "net": a, "grads": b}, "net/"),
+        (lambda a, b: {"optimizer": {"exp_avg": b}, "net": a}, "net/"),
         (lambda a, b: {"model": prefixed("_orig_mod.module.model.student.backbone.", a)}, "model/_orig_mod.module."),
         (lambda a, b: {"0": a, "1": a}, "0/"),
     ],
@@ -296,47 +262,15 @@ def test_of_several_branches_the_published_one_is_loaded(content, place, tmp_pat
     assert place in report.place
 
 
-@pytest.mark.parametrize("names", [("initial_state", "final_state"), ("teacher", "model")])
-def test_of_several_backbones_that_no_convention_tells_apart_none_is_loaded(names, tmp_path):
-    model = seeded(resnet, 3)
-    content = {name: backbone_of(seeded(resnet, seed)) for seed, name in enumerate(names)}
-    with pytest.raises(
-        ValueError, match=rf"expected one backbone, found several, in {names[0]}/\*, {names[1]}/\*: save"
-    ):
-        load(model, content, tmp_path)
-
-
-def test_weights_of_lower_precision_are_converted(tmp_path):
-    source, model = seeded(resnet, 1), seeded(resnet, 3)
-    load(model, backbone_of(seeded(resnet, 1).bfloat16()), tmp_path)
-    torch.testing.assert_close(model.conv1.weight, source.conv1.weight, rtol=0.1, atol=0.01)
-    assert model.conv1.weight.dtype == torch.float32
-
-
-def test_numbers_that_are_none_are_refused(tmp_path):
-    state = backbone_of(seeded(resnet, 1))
-    with pytest.raises(ValueError, match=r"expected finite weights, found NaN or Inf in bn1\.bias$"):
-        load(seeded(resnet, 3), state | {"bn1.bias": state["bn1.bias"] / 0}, tmp_path)
-
-
-def test_a_vits_weights_of_another_patch_size_are_not_resized_silently(tmp_path):
-    def vit(patch_size):
-        return timm.models.VisionTransformer(img_size=64, patch_size=patch_size, embed_dim=8, depth=1, num_heads=2)
-
-    with pytest.raises(ValueError, match=r"another shape: patch_embed\.proj\.weight, pos_embed;"):
-        load(vit(16), vit(32).state_dict(), tmp_path)
-
-
-def test_a_layer_scale_under_a_name_that_is_not_known_is_not_taken_for_one(tmp_path):
-    source, model = seeded(convnext, 1), seeded(convnext, 3)
-    state = {name.replace("gamma", "scale_of_layer"): value for name, value in source.state_dict().items()}
-    with pytest.raises(ValueError, match=r"stages\.0\.blocks\.0\.gamma"):
-        load(model, state, tmp_path)
+def test_of_several_backbones_that_no_convention_tells_apart_none_is_loaded(tmp_path):
+    content = {name: backbone_of(seeded(resnet, seed)) for seed, name in enumerate(("teacher", "model"))}
+    with pytest.raises(ValueError, match=r"expected one backbone, found several, in teacher/\*, model/\*: save"):
+        load(seeded(resnet, 3), content, tmp_path)
 
 
 def test_a_layer_behind_the_default_one_needs_its_weights_too(tmp_path):
     source = seeded(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 1)
-    torch.save({"backbone.weight": source[0].weight, "backbone.bias": source[0].bias}, tmp_path / "w.pth")
-    assert load_model("networks:dense_model", weights=tmp_path / "w.pth").layer_names == ["backbone"]
+    torch.save({"backbone.conv.weight": source[0].weight, "backbone.conv.bias": source[0].bias}, tmp_path / "w.pth")
+    assert load_model("networks:dense_model", weights=tmp_path / "w.pth").layer_names == ["backbone.conv"]
     with pytest.raises(ValueError, match=r"found 2 of its 4 entries; .*: head\.bias, head\.weight"):
         load_model("networks:dense_model", weights=tmp_path / "w.pth", layers=["head"])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 from repositories import make_repositories
-from transformers import AutoModel, BitImageProcessorPil, CLIPConfig, HieraConfig, ViTMAEConfig
+from transformers import AutoModel, BitImageProcessorPil, CLIPConfig, ViTMAEConfig
 
 from tucker_cam import TSM
 from tucker_cam.models import LoadedModel, Network, NoLayerError, load_model
-from tucker_cam.models.families import FAMILIES
+from tucker_cam.models.families import FAMILIES, build_network
 from tucker_cam.models.network import imagenet_preprocessing
 
 
@@ -25,10 +25,8 @@ def repositories(tmp_path, monkeypatch):
 NAMED = [
     ("timm:resnet50", "layer4 2048x7x7"),
     ("timm:convnext_tiny", "norm_pre 768x7x7"),
-    ("timm:efficientnet_b0", "bn2 1280x7x7"),
-    ("timm:vit_small_patch16_224", "norm 197x384"),
+    ("timm:deit_tiny_distilled_patch16_224", "norm 198x192"),
     ("timm:swin_tiny_patch4_window7_224", "norm 7x7x768"),
-    ("torchvision:resnet18", "layer4 512x7x7"),
     ("torchvision:vgg11", "avgpool 512x7x7"),
     ("torchvision:deeplabv3_mobilenet_v3_large", "backbone.16 960x33x33"),
     # 256 levels of the pyramid's three, put together at the middle one.
@@ -64,63 +62,50 @@ def test_weights_in_a_local_folder_are_loaded_without_a_network(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "timm:resnet18",
-        "torchvision:resnet18",
-        "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn",
-        "hf:microsoft/resnet-50",
-    ],
+    "name", ["torchvision:resnet18", "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", "hf:microsoft/resnet-50"]
 )
 @pytest.mark.usefixtures("repositories")
 def test_what_the_network_saw_can_be_shown_again(name):
-    loaded = load_model(name, pretrained=False)
-    network_input = loaded.preprocess(Image.new("RGB", (300, 280), (255, 0, 127)))
-    picture = loaded.picture(network_input)
+    network = build_network(name, pretrained=False)
+    network_input = network.preprocess(Image.new("RGB", (300, 280), (255, 0, 127)))
+    picture = network.picture(network_input)
     assert picture.shape == (*network_input.shape[1:], 3)
     assert picture[5, 5] == pytest.approx([1, 0, 127 / 255], abs=1e-3)
 
 
 def test_a_video_network_sees_so_many_frames():
-    loaded = load_model("torchvision:r3d_18", pretrained=False)
-    frames = [Image.new("RGB", (200, 150), (index * 15, 0, 0)) for index in range(loaded.frames)]
-    network_input = loaded.preprocess(frames)
+    network = build_network("torchvision:r3d_18", pretrained=False)
+    frames = [Image.new("RGB", (200, 150), (index * 15, 0, 0)) for index in range(network.frames)]
+    network_input = network.preprocess(frames)
     assert network_input.shape == (3, 16, 112, 112)
-    seen = loaded.picture(network_input)
+    seen = network.picture(network_input)
     assert seen[:, 50, 50, 0] == pytest.approx(np.arange(16) * 15 / 255, abs=1e-2)
 
 
-def test_the_device_is_the_one_that_is_asked_for():
-    for device, message in [
-        ("abacus", "no device 'abacus' here"),
-        ("hpu", "no device 'hpu' here"),
-        ("meta", "no device 'meta' here"),
-    ]:
-        with pytest.raises(ValueError, match=message):
+def test_a_device_that_there_is_not_is_one_clear_error():
+    for device in ("abacus", "hpu"):
+        with pytest.raises(ValueError, match=f"the model cannot run on '{device}' .*: use cpu"):
             load_model("networks:tiny_loaded_model", device=device)
-    assert next(load_model("networks:tiny_loaded_model", device="cpu").model.parameters()).device.type == "cpu"
+    assert load_model("networks:tiny_loaded_model", device="cpu").device.type == "cpu"
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("resnet50", r"timm:NAME, .*, got 'resnet50': did you mean timm:resnet50 or torchvision:resnet50\?"),
-        ("ViT_B_16", r"got 'ViT_B_16': did you mean torchvision:vit_b_16\?"),
         ("facebook/dinov2-small", r"did you mean hf:facebook/dinov2-small\?"),
         ("timm:", "got 'timm:'$"),
         ("demo:x", "got 'demo:x'"),
         ("networks:", "MODULE:CALLABLE, got 'networks:'"),
         ("timm:resnet5", "timm has no model 'resnet5'; near it: .*resnet50"),
-        ("torchvision:resnet5", "model 'resnet5' for .*; near it: .*resnet50"),
-        ("torchvision:raft_small", "no model 'raft_small' for classification, segmentation, detection or video"),
-        ("hub:vicreg:resnet50", "vicreg: expected OWNER/REPOSITORY, or a folder with a hubconf.py"),
-        ("hub:vicreg", "hub:OWNER/REPOSITORY:ENTRY or hub:FOLDER:ENTRY, got 'hub:vicreg'"),
+        ("torchvision:resnet5", "torchvision has no model 'resnet5'; near it: .*resnet50"),
+        ("hub:vicreg:resnet50", "hub:FOLDER:ENTRY of a folder with a hubconf.py, got 'hub:vicreg:resnet50'"),
+        ("hub:vicreg", "expected hub:OWNER/REPOSITORY:ENTRY, or .*, got 'hub:vicreg'"),
     ],
 )
-@pytest.mark.parametrize("pretrained", [True, False])
-def test_an_unknown_model_is_answered_with_near_names(name, message, pretrained):
+def test_an_unknown_model_is_answered_with_near_names(name, message):
     with pytest.raises(ValueError, match=message):
-        load_model(name, pretrained=pretrained)
+        load_model(name)
 
 
 @pytest.mark.parametrize("name", ["demo", "networks:tiny_loaded_model"])
@@ -153,22 +138,10 @@ def test_ones_own_model_is_loaded_by_module_and_function():
 
 
 def test_ones_own_bare_module_is_taken_to_have_imagenets_preprocessing():
-    loaded = load_model("networks:bare_model")
+    loaded = load_model("networks:small_cnn")
     assert loaded.preprocess == imagenet_preprocessing
     assert not loaded.classifies
     assert Network(loaded.model).mean == loaded.mean
-
-
-def test_weights_replace_the_models_own(tmp_path):
-    trained = load_model("networks:tiny_loaded_model").model
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            parameter.add_(1)
-    torch.save(trained.state_dict(), tmp_path / "w.pt")
-    loaded = load_model("networks:tiny_loaded_model", weights=tmp_path / "w.pt")
-    assert loaded.name == "networks:tiny_loaded_model with w.pt"
-    for key, value in loaded.model.state_dict().items():
-        assert torch.equal(value, trained.state_dict()[key])
 
 
 @pytest.mark.usefixtures("repositories")
@@ -179,14 +152,12 @@ def test_weights_replace_the_models_own(tmp_path):
         ("networks:missing", ValueError, "networks has no function or class 'missing'"),
         ("networks:no_model", TypeError, "torch.nn.Module or a tucker_cam.models.Network from .*, got str"),
         ("networks:raises", ValueError, r"networks:raises could not be built \(RuntimeError: .*\)"),
-        ("networks:exits", ValueError, r"networks:exits could not be built \(SystemExit\)"),
         ("broken:f", ValueError, r"broken could not be imported \(SyntaxError"),
         ("networks:text_model", ValueError, r"takes one picture, and it failed on one of 3x224x224 \(RuntimeError: "),
-        ("hub:facebookresearch/vicreg:unreachable", OSError, r"not be had \(no route to host\): pretrained=False"),
+        ("hub:facebookresearch/vicreg:unreachable", OSError, r"not be had \(no route to host\); pretrained=False"),
         ("hub:facebookresearch/vicreg:resnet51", ValueError, "could not be built .*resnet51"),
-        ("hub:facebookresearch/vicreg:exits", ValueError, r"could not be built \(SystemExit: 0"),
         ("hub:facebookresearch/vicreg:none", TypeError, "expected a torch.nn.Module or .* from hub:.*, got NoneType"),
-        ("hf:nobody/nothing", OSError, "hf:nobody/nothing could not be had: expected a repository of the hub, or a fo"),
+        ("hf:nobody/nothing", OSError, "hf:nobody/nothing could not be had"),
     ],
 )
 def test_what_gives_no_model_is_one_clear_line(name, error, message):
@@ -204,12 +175,6 @@ def test_a_masked_autoencoder_has_no_layer_since_it_shuffles_the_patches(tmp_pat
         load_model(f"hf:{tmp_path / 'mae'}", pretrained=False)
 
 
-def test_hiera_is_loaded_though_its_configuration_speaks_of_masks(tmp_path):
-    HieraConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2]).save_pretrained(tmp_path / "hiera")
-    BitImageProcessorPil().save_pretrained(tmp_path / "hiera")
-    assert load_model(f"hf:{tmp_path / 'hiera'}", pretrained=False).layers[0].shape == (1, 49, 128)
-
-
 def test_of_clip_the_part_that_sees_the_picture_is_explained(tmp_path):
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
@@ -219,11 +184,6 @@ def test_of_clip_the_part_that_sees_the_picture_is_explained(tmp_path):
     loaded = load_model(f"hf:{tmp_path / 'clip'}", pretrained=False)
     assert loaded.layers[0].shape == (1, 17, 16)
     assert loaded.reshape_transform is not None
-
-
-@pytest.mark.usefixtures("repositories")
-def test_an_entry_of_a_hub_without_a_choice_of_weights_is_called_as_it_is():
-    assert load_model("hub:facebookresearch/vicreg:bare").layer_names == ["layer4"]
 
 
 def test_every_family_is_a_row_of_the_readme():

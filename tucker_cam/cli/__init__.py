@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from tucker_cam import __version__
-from tucker_cam.errors import TuckerCamError
+from tucker_cam.errors import Failure, TuckerCamError
 from tucker_cam.evaluation import GROUPS
 from tucker_cam.explanations.outputs import FORMATS
 from tucker_cam.extras import install
@@ -172,7 +172,7 @@ def explain(
             engine=engine,
             **_loading(layer, no_pretrained, weights, device, size, no_crop, mean, std),
         )
-        problems += map(str, explanations.failures)
+        problems += explanations.failures
 
 
 @app.command()
@@ -304,12 +304,12 @@ def _show_traceback() -> None:
 
 
 @contextmanager
-def _user_errors(extra: str = "demo", *, goes_on: bool = False) -> Iterator[list[str]]:
+def _user_errors(extra: str = "demo", *, goes_on: bool = False) -> Iterator[list[str | Failure]]:
     """Give a list of problems, printed at the end, with exit code 1: of pictures, while the others were done.
 
     An error that a user can mend is one line too, with exit code 2.
     """
-    problems: list[str] = []
+    problems: list[str | Failure] = []
     code = _SOME_FAILED
     logger, handler = logging.getLogger("tucker_cam"), _Say()
     logger.addHandler(handler)
@@ -335,6 +335,8 @@ def _user_errors(extra: str = "demo", *, goes_on: bool = False) -> Iterator[list
         logger.removeHandler(handler)
         logger.propagate = True
     for problem in problems:
+        if isinstance(problem, Failure) and _DEBUG.get():
+            traceback.print_exception(problem.error)
         say(f"error: {problem}", error=True)
     if problems:
         raise typer.Exit(code)

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from tucker_cam.console import PlainConsole
-from tucker_cam.errors import BadValueError
+from tucker_cam.errors import BadValueError, Failure
 from tucker_cam.evaluation.evaluate import check_output, evaluate
 from tucker_cam.evaluation.metrics import Measure
 from tucker_cam.evaluation.report import FORMATS
@@ -26,8 +26,8 @@ _PRINTED_WIDTH = 132
 
 def evaluate_folder(
     data: Path, model: str, methods: Sequence[str] | None, out: Path, report: Path | None, **options: Any
-) -> list[str]:
-    """Print the tables of an evaluation, and return a line on each picture that was skipped; see `evaluate`."""
+) -> list[Failure]:
+    """Print the tables of an evaluation, and return what was skipped; see `evaluate`."""
     check_output(out, data=data)
     if report is not None:
         check_output(report, data=data, formats=FORMATS)
@@ -41,7 +41,7 @@ def evaluate_folder(
     if report is not None:
         evaluation.report(report)
         say(f"report: {report}")
-    return [str(failure) for failure in evaluation.failures]
+    return evaluation.failures
 
 
 def print_tables(summaries: Mapping[str, Mapping[str, Summary]], measures: Sequence[Measure]) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from tucker_cam.errors import BadValueError
+from tucker_cam.errors import BadValueError, Failure
 from tucker_cam.evaluation.evaluate import check_output
 from tucker_cam.evaluation.spectrum import HEADER, spectrum
 from tucker_cam.text import say
 
 
-def write_spectrum(data: Path, model: str, out: Path, **options: Any) -> list[str]:
-    """Write the box plots and the CSV, and return a line on each picture that was skipped; see `spectrum`."""
+def write_spectrum(data: Path, model: str, out: Path, **options: Any) -> list[Failure]:
+    """Write the box plots and the CSV, and return what was skipped; see `spectrum`."""
     table = out.with_suffix(".csv")
     check_output(out, data=data, formats=(".png",))
     check_output(table)
@@ -27,4 +27,4 @@ def write_spectrum(data: Path, model: str, out: Path, **options: Any) -> list[st
         low, middle, high = np.nanpercentile(share[:, 0], [25, 50, 75])
         say(f"{name}: the first value holds {middle:.3f} of the sum [quartiles {low:.3f}, {high:.3f}]")
     say(f"plot: {out}\nnumbers: {table}")
-    return [str(failure) for failure in found.failures]
+    return found.failures

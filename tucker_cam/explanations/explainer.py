@@ -12,6 +12,7 @@ from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor
 
 from tucker_cam.decomposition.modes import channel_modes
+from tucker_cam.errors import TuckerCamError
 from tucker_cam.explanations.explanation import Explanation
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import LoadedModel, Network
@@ -136,7 +137,7 @@ def read_input(picture: Picture, network: Network) -> Tensor | Exception:
     try:
         content = picture.read(network.frames)
         return content if isinstance(content, Tensor) else preprocessed(network.preprocess, content, str(picture))
-    except (OSError, ValueError) as error:
+    except (OSError, TuckerCamError) as error:
         return error
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tucker_cam.errors import BadFileError, BadValueError, Failure
+from tucker_cam.errors import BadFileError, BadValueError, Failure, TuckerCamError
 from tucker_cam.explanations.explainer import Explainer
 from tucker_cam.explanations.explanation import Explanation, Look, picture_and_view
 from tucker_cam.explanations.gallery import write_gallery
@@ -180,7 +180,7 @@ class FolderWriter:
         def settle(picture: Picture, written: Future[None]) -> None:
             try:
                 written.result()
-            except (OSError, ValueError) as error:
+            except (OSError, TuckerCamError) as error:
                 self._fail(picture, BadFileError(f"could not be written ({error})"))
 
         with ThreadPoolExecutor(_WRITERS) as writers:
@@ -211,7 +211,7 @@ class FolderWriter:
                 for entry in gallery_entries(run, f" ({title})" if several else "")
             )
             write_gallery(self.out / PAGE, "; ".join(titles), entries)
-        except (OSError, ValueError) as error:
+        except (OSError, TuckerCamError) as error:
             return [Failure("gallery", BadFileError(f"it could not be written ({error})"))]
         return []
 

@@ -14,8 +14,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from tucker_cam import __version__
-from tucker_cam.errors import BadFileError, BadValueError
+from tucker_cam.errors import BadValueError
 from tucker_cam.models import LoadedModel
 from tucker_cam.pictures.held import Picture
 from tucker_cam.pictures.sources import MANIFEST, Stamp, safe_name
@@ -25,7 +24,7 @@ from tucker_cam.writing import complete_or_absent
 NOT_OURS = Stamp(-1, None)
 """Stands in a manifest for a picture whose files were there before, and are somebody else's."""
 Engine = Literal["torch", "ray"]
-_PACKAGES = ("torch", "numpy", "grad-cam", "pillow")
+_PACKAGES = ("tucker-cam", "torch", "numpy", "grad-cam", "pillow")
 _LONGEST_FOLDER = 100
 
 
@@ -61,7 +60,7 @@ class Manifest:
         self.look: dict[str, Any] = {}
         self.is_new = not self.path.exists()
         if not self.is_new:
-            content = read_manifest(_text(self.path), str(folder))
+            content = read_manifest(self.path.read_text("utf-8", "surrogateescape"), str(folder))
             self.run = dict(run or content)
             try:
                 self._take(content)
@@ -141,9 +140,9 @@ def folder_of_run(out: Path, run: Mapping[str, Any]) -> Path:
     Raises:
         ValueError: a manifest is none.
     """
-    manifests = [out / MANIFEST, *sorted(out.glob(f"*/{MANIFEST}"))]
-    place = place_of_run(str(out), run, {str(each.parent): _text(each) for each in manifests if each.is_file()})
-    return Path(place)
+    manifests = [path for path in (out / MANIFEST, *sorted(out.glob(f"*/{MANIFEST}"))) if path.is_file()]
+    texts = {str(path.parent): path.read_text("utf-8", "surrogateescape") for path in manifests}
+    return Path(place_of_run(str(out), run, texts))
 
 
 def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, str]) -> str:
@@ -195,22 +194,13 @@ def not_of_a_run(taken: Path | str) -> BadValueError:
 
 def versions() -> dict[str, str]:
     """Return the versions of what computed the maps."""
-    return {"tucker-cam": __version__, "python": platform.python_version()} | {
-        name: version(name) for name in _PACKAGES
-    }
+    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
 
 
 def _no_manifest(folder: str) -> BadValueError:
     return BadValueError(
         f"{folder}: expected {MANIFEST} of an earlier run, found something else: choose another folder"
     )
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise BadFileError(f"{path}: could not be read ({error.strerror})") from error
 
 
 def _apart_from(suffixes: tuple[str, ...], name: str) -> str:

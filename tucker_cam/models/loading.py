@@ -24,8 +24,6 @@ from tucker_cam.text import one_line
 class LoadedModel(Network):
     """A network in eval mode with what it takes to explain it.
 
-    ``TSM(loaded.model, loaded.target_layers, loaded.reshape_transform)`` is its saliency map.
-
     Attributes:
         name: the model and its weights, in short.
         description: one line that says also which layers were chosen and what became of a checkpoint.
@@ -69,9 +67,9 @@ class LoadedModel(Network):
     def digest(self) -> str:
         """Return a short hash of the weights, which tells two checkpoints of one name apart."""
         digest = hashlib.sha256()
-        tensors = [value for value in self.model.state_dict().values() if isinstance(value, Tensor)]
-        for tensor in tensors:
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for value in self.model.state_dict().values():
+            if isinstance(value, Tensor):
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:12]
 
 
@@ -104,45 +102,42 @@ def load_model(
 
     Args:
         model: ``demo`` (an EfficientNet-Lite0 whose weights are an installed package); ``timm:NAME``;
-            ``torchvision:NAME`` (classification, segmentation, detection, video); ``hf:REPOSITORY_OR_FOLDER`` (an
-            image model of transformers, without its head); ``hub:OWNER/REPOSITORY:ENTRY`` or ``hub:FOLDER:ENTRY``
-            (torch.hub, which runs the repository's code); or ``MODULE:CALLABLE``, your own function without
-            arguments that returns a `torch.nn.Module`, taken to have ImageNet's usual preprocessing, or a `Network`;
-            the module is looked for in the working directory too. Or a `torch.nn.Module` or a `Network` itself, which
-            is put into eval mode; a `LoadedModel` is returned as it is where nothing else is asked for.
-        weights: a checkpoint to load in place of the published weights, as self-supervised projects publish it; the
-            backbone is found in it. Of ``torch.save``, or ``.safetensors``. No code in it is run.
+            ``torchvision:NAME``; ``hf:REPOSITORY_OR_FOLDER`` (without its head); ``hub:OWNER/REPOSITORY:ENTRY`` or
+            ``hub:FOLDER:ENTRY`` (torch.hub, which runs the repository's code); or ``MODULE:CALLABLE``, your own
+            function without arguments, of the working directory too. It returns a `torch.nn.Module`, taken to have
+            ImageNet's usual preprocessing, or a `Network`. Or such an object itself, which is put into eval mode; a
+            `LoadedModel` is returned as it is where nothing else is asked for.
+        weights: a checkpoint, of ``torch.save`` or ``.safetensors``, as self-supervised projects publish it; the
+            backbone is found in it. No code in it is run.
         pretrained: download the published weights; without them the weights are random, the same every time. ``demo``
-            and your own function have none to download, and take no False.
+            and a model of yours have none to download, and take no False.
         layers: dotted names of layers to explain, negative indices into all that have a spatial map (-1 is the last),
             or the modules; by default the one that `find_target_layer` finds.
         device: where the model shall run; None for a CUDA device if there is one, and for a model of yours where it is.
-        size: of the network's input, in pixels, in place of the model's own: a larger one gives a finer map, if the
-            network takes it. This and the next three replace the preprocessing by a `Preprocessing`, with what is not
-            given as the model has it; a video network takes none of them.
+        size: of the network's input, in pixels: a larger one gives a finer map, if the network takes it. This and the
+            next three replace the preprocessing by a `Preprocessing`, with what is not given as the model has it; a
+            video network takes none of them.
         crop: False shows the network the whole picture, squeezed into a square, not the middle of it.
         mean: of each channel, in [0, 1].
         std: of each channel.
 
     Raises:
         NoLayerError: a ValueError where no layer can be chosen; it holds those that could be named.
-        ValueError: no such model or layer; the message holds the names nearest to it. Or several layers need
-            different reshape transforms, or the file holds no weights of this model's whole backbone, or the network
-            takes no picture of this size.
+        ValueError: there is no such model or layer, several layers need different reshape transforms, the file holds
+            no weights of this model's whole backbone, or the network takes no picture of this size.
         ModuleNotFoundError: a package is missing; the message holds the command that installs it.
         TypeError: what was given, or what your own function returns, is no model.
         OSError: the weights could not be downloaded or read.
 
     Example:
-        >>> loaded = load_model("torchvision:resnet18", pretrained=False)
-        >>> loaded.layer_names
+        >>> load_model("torchvision:resnet18", pretrained=False).layer_names
         ['layer4']
     """
     if isinstance(model, LoadedModel):
         if pretrained and crop and not layers and all(each is None for each in (weights, device, size, mean, std)):
             return model
         layers = layers or model.target_layers
-    spec, network, device = _network_of(model, pretrained=pretrained and weights is None, device=device)
+    spec, network = _network_of(model, pretrained=pretrained and weights is None)
     if not pretrained and weights is None and not (isinstance(model, str) and family_of(spec).random):
         raise BadValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
     network = _with_preprocessing(spec, network, size, crop, mean, std)
@@ -160,7 +155,14 @@ def load_model(
         classifies = classifies and not loaded.missing
     elif not pretrained:
         name = f"{spec} with random weights"
-    module.to(device)
+    if device is None and isinstance(model, str) and torch.cuda.is_available():
+        device = "cuda"
+    try:
+        if device is not None:
+            module.to(device)
+    except Exception as error:
+        # Each backend that is not there says so with an error of its own kind.
+        raise BadValueError(f"the model cannot run on {str(device)!r} ({one_line(error)}): use cpu") from error
     shown = ", ".join(f"{layer.name} {'x'.join(map(str, layer.shape[1:]))}" for layer in chosen)
     return LoadedModel(
         model=module,
@@ -177,21 +179,17 @@ def load_model(
     )
 
 
-def _network_of(
-    model: str | nn.Module | Network, *, pretrained: bool, device: str | torch.device | None
-) -> tuple[str, Network, torch.device]:
-    """Return a model's name for messages, the network, and the device where it shall run."""
+def _network_of(model: object, *, pretrained: bool) -> tuple[str, Network]:
+    """Return a model's name for messages, and the network."""
     if isinstance(model, str):
-        found = _device(device)
         # Random weights are the same when a run is gone on with, and in every process.
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            return model, build_network(model, pretrained=pretrained), found
+            return model, build_network(model, pretrained=pretrained)
     if not isinstance(model, (nn.Module, Network)):
         raise BadTypeError(f"expected a model's name, a torch.nn.Module or a Network, got {type(model).__name__}")
     network = model if isinstance(model, Network) else Network(model)
-    name = model.name if isinstance(model, LoadedModel) else type(network.model).__name__
-    return name, network, network.device if device is None else _device(device)
+    return network.name if isinstance(network, LoadedModel) else type(network.model).__name__, network
 
 
 def _with_preprocessing(
@@ -202,7 +200,7 @@ def _with_preprocessing(
     if network.frames is not None:
         raise BadValueError(f"{spec}: expected no size, crop, mean or std, as it takes {network.frames} frames at once")
     preprocess = Preprocessing(
-        size=_example(spec, network).shape[-1] if size is None else size,
+        size=network.example().shape[-1] if size is None else size,
         crop=crop,
         mean=tuple(network.mean if mean is None else mean),
         std=tuple(network.std if std is None else std),
@@ -210,33 +208,14 @@ def _with_preprocessing(
     return replace(network, preprocess=preprocess, mean=preprocess.mean, std=preprocess.std)
 
 
-def _example(spec: str, network: Network) -> Tensor:
-    try:
-        return network.example()
-    except Exception as error:
-        raise BadValueError(f"{spec}: its preprocessing failed on a grey picture ({error})") from error
-
-
 def _dry_run(spec: str, network: Network) -> DryRun:
-    example = _example(spec, network)
+    example = network.example()
     try:
         return dry_run(network.model, example)
     except Exception as error:
         # Whatever a model raises that takes something else than a picture: text, several pictures, another size.
         size = "x".join(map(str, example.shape[1:]))
-        reason = f"{type(error).__name__}: {one_line(error)}"
         raise BadValueError(
-            f"{spec}: expected a network that takes one picture, and it failed on one of {size} ({reason})"
+            f"{spec}: expected a network that takes one picture, and it failed on one of {size} "
+            f"({type(error).__name__}: {one_line(error)})"
         ) from error
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(1, device=found).item()
-    except Exception as error:
-        # Each backend that is not there says so with an error of its own kind; "meta" holds no numbers.
-        raise BadValueError(f"there is no device {str(device)!r} here ({one_line(error)}): use cpu") from error
-    return found

@@ -31,12 +31,12 @@ class Preprocessing:
         size: of the input's sides, in pixels.
         crop: whether the shorter side is resized to ``size / 0.875`` and the middle is cut out, as most ImageNet
             networks have it; otherwise the whole picture is squeezed into the square.
-        mean: of each channel, what is subtracted; in [0, 1].
-        std: of each channel, what is divided by then; above 0 and at most 1.
+        mean: of each channel, in [0, 1].
+        std: of each channel, above 0 and at most 1.
         interpolation: of the resizing; with antialias.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: mean or std is none of a picture in [0, 1].
     """
 
     size: int = 224
@@ -46,23 +46,20 @@ class Preprocessing:
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise BadValueError(f"expected a size of at least 1 pixel, got {self.size}")
-        if len(self.mean) != 3 or not all(0 <= value <= 1 for value in self.mean):
-            raise BadValueError(f"expected a mean of three numbers in [0, 1], got {self.mean}")
-        if len(self.std) != 3 or not all(0 < value <= 1 for value in self.std):
-            raise BadValueError(f"expected a std of three numbers above 0 and at most 1, got {self.std}")
+        in_range = all(0 <= value <= 1 for value in (*self.mean, *self.std)) and 0 not in self.std
+        if not (len(self.mean) == len(self.std) == 3 and in_range):
+            raise BadValueError(
+                f"expected mean and std of three numbers in [0, 1], std above 0, got {self.mean} and {self.std}"
+            )
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """Resize, crop and normalise a picture."""
         from torchvision.transforms import InterpolationMode, functional
 
-        mode = InterpolationMode(self.interpolation)
+        size = round(self.size / _CROPPED) if self.crop else [self.size, self.size]
+        resized = functional.resize(picture, size, InterpolationMode(self.interpolation))
         if self.crop:
-            resized = functional.resize(picture, round(self.size / _CROPPED), mode)
             resized = functional.center_crop(resized, self.size)
-        else:
-            resized = functional.resize(picture, [self.size, self.size], mode)
         normalised: Tensor = functional.normalize(functional.to_tensor(resized), self.mean, self.std)
         return normalised
 
@@ -104,16 +101,16 @@ class Network:
 
         shape = (-1, *(1 for _ in network_input.shape[1:]))
         mean, std = torch.tensor(self.mean).reshape(shape), torch.tensor(self.std).reshape(shape)
-        picture = (network_input.cpu() * std + mean).clamp(0, 1).movedim(0, -1)
-        array: NDArray[np.float32] = picture.numpy()
-        return array
+        picture: NDArray[np.float32] = (network_input.cpu() * std + mean).clamp(0, 1).movedim(0, -1).numpy()
+        return picture
 
     def example(self) -> Tensor:
-        """Return the input of a grey picture, as a batch of one where the model is."""
+        """Return the input of a grey picture, as a batch of one where the model is; ValueError if it fails."""
         from PIL import Image
 
         picture = Image.new("RGB", (256, 256), (127, 127, 127))
-        return self.preprocess(picture if self.frames is None else [picture] * self.frames)[None].to(self.device)
+        pictures = picture if self.frames is None else [picture] * self.frames
+        return preprocessed(self.preprocess, pictures, "a grey picture")[None].to(self.device)
 
 
 def preprocessed(preprocess: Callable[[Any], Tensor], picture: object, name: str) -> Tensor:

@@ -29,10 +29,6 @@ class TokensToMaps:
     Attributes:
         prefix: tokens before the patches (class, distillation, registers); they are left out.
         aspect: the picture's height over its width.
-
-    Example:
-        >>> TokensToMaps(prefix=1, aspect=1.0)(torch.zeros(2, 197, 768)).shape
-        torch.Size([2, 768, 14, 14])
     """
 
     prefix: int
@@ -71,23 +67,17 @@ def pyramid_to_maps(output: Any) -> Tensor:
 
 
 def spatial_output(output: object, pictures: Tensor) -> tuple[tuple[int, ...], ReshapeTransform | None] | None:
-    """Return the shape of a layer's output for one picture, and the transform that makes it maps.
+    """Return the shape of a layer's output for one picture, and the transform that makes it maps; None if it has none.
 
-    Args:
-        output: what the layer returned.
-        pictures: the model's input, batch x channels x height x width or batch x channels x time x height x width.
-
-    Returns:
-        None if the output shows no positions.
+    The pictures are the model's input, batch x channels x (time x) height x width.
     """
     if isinstance(output, Tensor):
-        if not is_map(output, pictures):
+        if not _is_map(output, pictures):
             return None
-        if output.dim() == 3:
-            return (1, *output.shape[1:]), _tokens_to_maps(output, pictures)
-        return (1, *output.shape[1:]), channels_last_to_maps if _is_channels_last(output, pictures) else None
+        channels_last = channels_last_to_maps if _is_channels_last(output, pictures) else None
+        return (1, *output.shape[1:]), _tokens_to_maps(output, pictures) if output.dim() == 3 else channels_last
     levels = _maps_in(output)
-    if not all(is_map(level, pictures) and not _is_channels_last(level, pictures) for level in levels):
+    if not all(_is_map(level, pictures) and not _is_channels_last(level, pictures) for level in levels):
         return None
     if len(levels) == 1 and not isinstance(output, Mapping):
         return (1, *levels[0].shape[1:]), only_map
@@ -98,19 +88,19 @@ def spatial_output(output: object, pictures: Tensor) -> tuple[tuple[int, ...], R
 
 def positions_in(output: object, pictures: Tensor) -> list[Tensor]:
     """Return all that has positions in an output, at any depth, each with its channels second, tokens as well."""
-    tensors = [each for each in _tensors_in(output) if _has_positions(each, pictures)]
     return [
-        each.mT if each.dim() == 3 else each.movedim(-1, 1) if _is_channels_last(each, pictures) else each
-        for each in tensors
+        each.movedim(-1, 1) if each.dim() == 3 or _is_channels_last(each, pictures) else each
+        for each in _tensors_in(output)
+        if _has_positions(each, pictures)
     ]
 
 
 def shows(output: object, pictures: Tensor) -> bool:
     """Tell whether an output is or holds, at any depth, a map or tokens of the picture."""
-    return any(is_map(each, pictures) for each in _tensors_in(output))
+    return any(_is_map(each, pictures) for each in _tensors_in(output))
 
 
-def is_map(value: Tensor, pictures: Tensor) -> bool:
+def _is_map(value: Tensor, pictures: Tensor) -> bool:
     """Tell whether this shows where in the picture something is, and is not the picture itself, normalised or not."""
     return _has_positions(value, pictures) and value.shape != pictures.shape
 
@@ -129,9 +119,8 @@ def _has_positions(value: Tensor, pictures: Tensor) -> bool:
 def _tokens_to_maps(tokens: Tensor, pictures: Tensor) -> TokensToMaps | None:
     """Return how batch x tokens x channels becomes maps of the picture; None if the tokens lie on no grid.
 
-    The patches are as many as fit the picture's proportions, each a whole number of pixels high and wide but not
-    larger than any network's (the queries of a detector may be a square number too). Of the tokens before them there
-    are as few as possible, and not more than half as many.
+    The patches fit the picture's proportions, each a whole number of pixels high and wide but not larger than any
+    network's (the queries of a detector may be a square number too), after as few other tokens as possible.
     """
     height, width = pictures.shape[-2:]
     for prefix in range(min(_MOST_PREFIX_TOKENS, tokens.shape[1] // 3) + 1):

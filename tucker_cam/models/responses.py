@@ -32,17 +32,11 @@ def differing_pictures(example: Tensor) -> Tensor:
 
 
 def follows(output: Any, transform: ReshapeTransform | None) -> bool | None:
-    """Tell whether a layer's maps change where the three pictures do.
+    """Tell whether a layer's maps, for the `differing_pictures`, change where these do.
 
     Of each position it is asked to which of the two corners it answers more: in a map that goes up and to the right,
-    as in the picture, whereas queries answer in an order of their own.
-
-    Args:
-        output: the layer's, for the `differing_pictures`.
-        transform: of the output.
-
-    Returns:
-        None for maps that are the same everywhere, as random weights can have it: nothing in them is in a wrong place.
+    as in the picture, whereas queries answer in an order of their own. None is for maps that are the same everywhere,
+    as random weights can have it: nothing in them is in a wrong place.
     """
     maps = output if transform is None else transform(output)
     noise = maps[0].float().flatten(1)
