@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Float64
 
 # An image's features outside of these are scaled first: sums of their squares could leave float32's range, or lose
 # digits to its denormal numbers.
@@ -86,19 +86,21 @@ def float32_products_do(unfolding: Tensor) -> bool:
 
 
 def rows_in_float64(
-    unfolding: Float[Tensor, "batch channels positions"], means: Float[Tensor, "batch channels 1"] | None = None
+    unfolding: Float[Tensor, "batch channels positions"], means: Float64[Tensor, "batch channels 1"] | None = None
 ) -> Iterator[Float[Tensor, "batch some short"]]:
     """Yield the rows of the unfolding as a tall matrix, in float64 and less the channels' means, some at a time."""
     tall = as_tall(unfolding)
     for start in range(0, tall.shape[1], _ROWS_AT_A_TIME):
-        rows = tall[:, start : start + _ROWS_AT_A_TIME].double()
-        if means is not None:
-            rows = rows - (means[:, start : start + _ROWS_AT_A_TIME] if is_tall(unfolding) else means.mT)
-        yield rows
+        rows = tall[:, start : start + _ROWS_AT_A_TIME]
+        if means is None:
+            yield rows.double()
+        else:
+            shift = means[:, start : start + _ROWS_AT_A_TIME] if is_tall(unfolding) else means.mT
+            yield rows.to(torch.float64, copy=True).sub_(shift)
 
 
 def gram_matrix(
-    unfolding: Float[Tensor, "batch channels positions"], means: Float[Tensor, "batch channels 1"] | None = None
+    unfolding: Float[Tensor, "batch channels positions"], means: Float64[Tensor, "batch channels 1"] | None = None
 ) -> Float[Tensor, "batch small small"]:
     r"""Return $F^\top F$, or $F F^\top$ where that is smaller, accumulated in float64."""
     small = min(unfolding.shape[1:])

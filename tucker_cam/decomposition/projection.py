@@ -124,7 +124,10 @@ def _signs(
     """Return the sign of each $F v_i$; in float64 where its largest entry's lead in float32 may be a rounding error."""
     if not float32_products_do(unfolding):
         return _signs_in_float64(unfolding, means, vectors)
-    features = unfolding if means is None else (unfolding - means).to(unfolding.dtype)
+    features = unfolding
+    if means is not None:  # in two steps: rounded, a mean is off by more than these features may be
+        rounded = means.to(unfolding.dtype)
+        features = (unfolding - rounded).sub_((means - rounded).to(unfolding.dtype))
     projections = vectors.to(unfolding.dtype) @ features.mT
     signs, leads = fixed_signs(projections.mT)
     narrow = leads < _LEAST_LEAD * largest_magnitude(projections[:, :1])[:, None]
