@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 _SMALLEST_PEAK, _LARGEST_PEAK = 1e-12, 1e12
 # Others, Apple's MPS for one, have no float64 or no eigendecompositions.
 _DEVICES_THAT_DECOMPOSE = ("cpu", "cuda")
-# Rows that are turned into float64 at a time: the copy stays in the processor's cache.
-_ROWS_AT_A_TIME = 256
+# Numbers that are turned into float64 at a time, but no fewer rows than these: the copy stays in the processor's cache.
+_NUMBERS_AT_A_TIME, _LEAST_ROWS_AT_A_TIME = 2**16, 64
 # The float32 products of fewer rows are not relied on: BLAS sums them one number after the other, and is off by 5e-6.
 _FEW_ROWS = 16
 
@@ -88,15 +88,19 @@ def float32_products_do(unfolding: Tensor) -> bool:
 def rows_in_float64(
     unfolding: Float[Tensor, "batch channels positions"], means: Float64[Tensor, "batch channels 1"] | None = None
 ) -> Iterator[Float[Tensor, "batch some short"]]:
-    """Yield the rows of the unfolding as a tall matrix, in float64 and less the channels' means, some at a time."""
+    """Yield the rows of the unfolding as a tall matrix, in float64 and less the channels' means, some at a time.
+
+    They lie in the place of those before them.
+    """
     tall = as_tall(unfolding)
-    for start in range(0, tall.shape[1], _ROWS_AT_A_TIME):
-        rows = tall[:, start : start + _ROWS_AT_A_TIME]
-        if means is None:
-            yield rows.double()
-        else:
-            shift = means[:, start : start + _ROWS_AT_A_TIME] if is_tall(unfolding) else means.mT
-            yield rows.to(torch.float64, copy=True).sub_(shift)
+    batch, length, width = tall.shape
+    size = min(max(_NUMBERS_AT_A_TIME // (batch * width), _LEAST_ROWS_AT_A_TIME), length)
+    place = tall.new_empty(batch, size, width, dtype=torch.float64)
+    for start in range(0, length, size):
+        rows = place[:, : length - start].copy_(tall[:, start : start + size])
+        if means is not None:
+            rows -= means[:, start : start + size] if is_tall(unfolding) else means.mT
+        yield rows
 
 
 def gram_matrix(
