@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tucker_cam.decomposition.modes import check_features
+from tucker_cam.arguments import check_features
 from tucker_cam.errors import BadValueError
 
 ReshapeTransform = Callable[[Any], Tensor]

@@ -19,6 +19,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64
 
+    Unfolding = Float[Tensor, "batch channels positions"]
+    Means = Float64[Tensor, "batch channels 1"]
+    Square = Float[Tensor, "batch n n"]
+    Row = Float[Tensor, "batch 1 n"]
+    Scalars = Float[Tensor, " batch"]
+    # Maps, which of them are in doubt, and what the next solver goes on with.
+    Attempt = tuple[Tensor, Tensor, tuple[Tensor, ...]]
+    Solver = Callable[..., Attempt]
+
 # An image's features outside of these are scaled first: sums of their squares could leave float32's range, or lose
 # digits to its denormal numbers.
 _SMALLEST_PEAK, _LARGEST_PEAK = 1e-12, 1e12
@@ -29,15 +38,9 @@ _NUMBERS_AT_A_TIME, _LEAST_ROWS_AT_A_TIME = 2**16, 64
 # The float32 products of fewer rows are not relied on: BLAS sums them one number after the other, and is off by 5e-6.
 _FEW_ROWS = 16
 
-Solver = Callable[..., tuple[Tensor, Tensor, tuple[Tensor, ...]]]
-
 
 def settled(solvers: Sequence[Solver], *state: Tensor) -> Tensor:
-    """Return the maps of the first solver, and of the others for the images that the ones before them leave in doubt.
-
-    A solver takes what the one before handed on, in the images' order, and returns maps, which are in doubt, and what
-    the next one goes on with. The last one's maps are final.
-    """
+    """Return the first solver's maps, and the others' for the images that the ones before them leave in doubt."""
     solver, *others = solvers
     maps, in_doubt, state = solver(*state)
     if others and in_doubt.any():
@@ -85,9 +88,7 @@ def float32_products_do(unfolding: Tensor) -> bool:
     return unfolding.dtype == torch.float32 and min(unfolding.shape[1:]) >= _FEW_ROWS and not _products_may_be_rounded()
 
 
-def rows_in_float64(
-    unfolding: Float[Tensor, "batch channels positions"], means: Float64[Tensor, "batch channels 1"] | None = None
-) -> Iterator[Float[Tensor, "batch some short"]]:
+def rows_in_float64(unfolding: Unfolding, means: Means | None = None) -> Iterator[Float[Tensor, "batch some short"]]:
     """Yield the rows of the unfolding as a tall matrix, in float64 and less the channels' means, some at a time.
 
     They lie in the place of those before them.
@@ -103,9 +104,7 @@ def rows_in_float64(
         yield rows
 
 
-def gram_matrix(
-    unfolding: Float[Tensor, "batch channels positions"], means: Float64[Tensor, "batch channels 1"] | None = None
-) -> Float[Tensor, "batch small small"]:
+def gram_matrix(unfolding: Unfolding, means: Means | None = None) -> Float[Tensor, "batch small small"]:
     r"""Return $F^\top F$, or $F F^\top$ where that is smaller, accumulated in float64."""
     small = min(unfolding.shape[1:])
     product = unfolding.new_zeros(len(unfolding), small, small, dtype=torch.float64)
@@ -114,9 +113,7 @@ def gram_matrix(
     return product
 
 
-def eigenpairs(
-    matrix: Float[Tensor, "batch n n"],
-) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
+def eigenpairs(matrix: Square) -> tuple[Float[Tensor, "batch n"], Square]:
     """Return the eigenvalues of a positive semidefinite matrix, descending and not negative, and its eigenvectors."""
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(-1).clamp_min(0), vectors.flip(-1)

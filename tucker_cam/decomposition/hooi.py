@@ -22,6 +22,8 @@ from tucker_cam.decomposition.gram import gram_matrix, is_tall
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+    from tucker_cam.decomposition.gram import Unfolding
+
 # TensorLy's rule: stop after at least three sweeps when the relative error moves by less than this.
 _TOLERANCE = 1e-4
 _LEAST_SWEEPS, _MOST_SWEEPS = 3, 100
@@ -43,9 +45,7 @@ class Components(NamedTuple):
     directions: Tensor
 
 
-def truncated_components(
-    unfolding: Float[Tensor, "batch channels positions"], spatial: tuple[int, ...], rank: tuple[int, ...]
-) -> Components:
+def truncated_components(unfolding: Unfolding, spatial: tuple[int, ...], rank: tuple[int, ...]) -> Components:
     """Truncate each image's Tucker decomposition to a feasible rank, one for each mode, in float64.
 
     An image whose relative error has settled takes no part in further sweeps, so a batch gives what its images give
@@ -122,7 +122,7 @@ def _update_from_gram(
 
 
 def _update_from_features(
-    unfolding: Float[Tensor, "batch channels positions"], factors: list[Tensor], spatial: tuple[int, ...], rank: int
+    unfolding: Unfolding, factors: list[Tensor], spatial: tuple[int, ...], rank: int
 ) -> tuple[Float[Tensor, "batch rank positions"], Float[Tensor, "batch channels rank"]]:
     r"""Return $A_1^\top F$ and $A_1$, the leading left singular vectors of F with its spatial modes projected."""
     projected = _project(unfolding.reshape(*unfolding.shape[:2], *spatial), dict(enumerate(factors)))

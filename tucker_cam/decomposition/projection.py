@@ -30,6 +30,8 @@ from tucker_cam.decomposition.rank import Rank, feasible_rank
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+    from tucker_cam.decomposition.gram import Means, Unfolding
+
 Combine = Literal["signed", "energy"]
 # Of the largest projection: in float32 one is off by less.
 _LEAST_LEAD = 1e-6
@@ -98,9 +100,7 @@ def _modes(features: Float[Tensor, "batch channels *spatial"], **options: Any) -
     return channel_modes(unfold(rescaled).double().reshape(features.shape), **options)
 
 
-def _signed_sum(
-    unfolding: Float[Tensor, "batch channels positions"], means: Float[Tensor, "batch channels 1"] | None
-) -> Float[Tensor, "batch positions"]:
+def _signed_sum(unfolding: Unfolding, means: Means | None) -> Float[Tensor, "batch positions"]:
     r"""$|\sum_i s_i a_i^\top F|$: tall, $|V\,\mathrm{diag}(s^2)\,\sigma|$; wide, $|w^\top F|$ with $w = A\,s\,\sigma$.
 
     The signs $\sigma$ hang on which entry of a vector is the largest, so the Gram matrix is float64 throughout: from a
@@ -116,8 +116,8 @@ def _signed_sum(
 
 
 def _signs(
-    unfolding: Float[Tensor, "batch channels positions"],
-    means: Float[Tensor, "batch channels 1"] | None,
+    unfolding: Unfolding,
+    means: Means | None,
     values: Float[Tensor, "batch rank"],
     vectors: Float[Tensor, "batch rank positions"],
 ) -> Float[Tensor, "batch rank"]:
@@ -144,17 +144,15 @@ def _signs(
 
 
 def _signs_in_float64(
-    unfolding: Float[Tensor, "batch channels positions"],
-    means: Float[Tensor, "batch channels 1"] | None,
+    unfolding: Unfolding,
+    means: Means | None,
     vectors: Float[Tensor, "batch some positions"],
 ) -> Float[Tensor, "batch some"]:
     projections = torch.cat([vectors @ rows.mT for rows in rows_in_float64(unfolding, means)], dim=2)
     return fixed_signs(projections.mT)[0]
 
 
-def _energy(
-    unfolding: Float[Tensor, "batch channels positions"], means: Float[Tensor, "batch channels 1"] | None
-) -> Float[Tensor, "batch positions"]:
+def _energy(unfolding: Unfolding, means: Means | None) -> Float[Tensor, "batch positions"]:
     r"""$\sqrt{\sum_i (s_i\,a_i^\top f_n)^2} = \sqrt{\sum_i s_i^4 v_{ni}^2}$ is the length of row n of $G$.
 
     So no decomposition is needed. Where the features are wide, $K = F F^\top$ is smaller than G, and
