@@ -236,7 +236,7 @@ def hard_tensors(seed, batch=50):
 
 
 def counting_components_lie_apart(image, *, center=False):
-    """Tell whether no two singular values nearly tie, of those that show in a map, nor two entries that decide a sign."""
+    """Tell whether the first singular value, and whether all that show in a map with their signs, have no near tie."""
     unfolding = image.reshape(len(image), -1)
     unfolding = unfolding - unfolding.mean(1, keepdims=True) if center else unfolding
     vectors, values, _ = np.linalg.svd(unfolding, full_matrices=False)
