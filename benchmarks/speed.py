@@ -1,7 +1,6 @@
 """What a saliency map costs: each method beside its peers, paired in one run on one thread.
 
-    python -m benchmarks.speed            # some minutes; writes benchmarks/results/speed.{json,md,png}
-    python -m benchmarks.speed --quick    # seconds; small shapes, to see that the script works
+    python -m benchmarks.speed            # minutes; writes benchmarks/results/speed.{json,md,png}; --quick: seconds
 
 Every round times each method once, in turn, so that a slow spell of the machine meets all of them; what takes little is
 run once more just before, so that it does not pay for what the method before it left behind. On the CPU it is this
@@ -46,13 +45,11 @@ from tucker_cam.models import load_model
 
 SEED = 0
 # For one method on one case; it gets one round at least. What takes less than a little is run twice a round.
-PATIENCE_MS, LITTLE_MS = 4_000.0, 50.0
+PATIENCE_MS, LITTLE_MS = 1_500.0, 50.0
 _M_MMAP_THRESHOLD = -3
 TRUNCATED = {3: (8, 4, 4), 4: (8, 2, 4, 4)}
 FLOOR, TRUNCATED_TSM, TRUNCATED_PEER = "Gram product (floor)", "TSM, truncated", "TensorLy, truncated"
 REAL, GAUSSIAN, PARTS = "EfficientNet 1280x7x7, real", "1280x7x7, Gaussian", "1280x7x7, parts"
-
-
 RATIOS = [("TSM", FLOOR), (TRUNCATED_PEER, TRUNCATED_TSM), ("MTSM", "torch.linalg.eigh"), ("MTSM", "TSM")]
 RATIOS += [("EigenCAM", "TSM"), ("TensorLy, full rank", "TSM"), ("TSM", "plain forward")]
 
@@ -79,11 +76,12 @@ class Timed:
         self.samples.append(taken * self.images / images)
 
     def _milliseconds(self, images: int) -> float:
-        clock = time.perf_counter if torch.cuda.is_initialized() else time.process_time
-        _synchronize()
+        on_gpu = torch.cuda.is_initialized()
+        clock = time.perf_counter if on_gpu else time.process_time
         start = clock()
         self.work(images)
-        _synchronize()
+        if on_gpu:
+            torch.cuda.synchronize()
         return 1e3 * (clock() - start)
 
     @property
@@ -91,11 +89,6 @@ class Timed:
         low, _, high = quantiles(self.samples, n=4) if len(self.samples) > 1 else self.samples * 3
         samples = [float(f"{sample:.4g}") for sample in self.samples]
         return {"median_ms": median(self.samples), "quartiles_ms": [low, high], "samples_ms": samples}
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 def in_rounds(methods: dict[str, Timed], rounds: int) -> dict[str, Timed]:
@@ -121,9 +114,6 @@ def decomposition_methods(maps: Tensor) -> dict[str, Timed]:
         cam = method(model, [model[0]])
         return Timed(lambda n: cam.get_cam_image(None, None, None, arrays[:n], None, False), images, True)
 
-    def by_tensorly(rank: tuple[int, ...]) -> Timed:
-        return Timed(lambda n: [tucker(array, rank=rank) for array in arrays[:n]], images, True)
-
     return {
         FLOOR: Timed(lambda _: tall.mT @ tall, images),
         "TSM": Timed(lambda _: leading_map(maps), images),
@@ -133,13 +123,12 @@ def decomposition_methods(maps: Tensor) -> dict[str, Timed]:
         TRUNCATED_TSM: Timed(lambda _: leading_map(maps, rank=rank), images),
         "torch.linalg.svd": Timed(lambda _: torch.linalg.svd(unfolding, full_matrices=False), images),
         **{method.__name__: by_host(method) for method in (EigenCAM, KPCA_CAM, FEM)},
-        TRUNCATED_PEER: by_tensorly(rank),
-        "TensorLy, full rank": by_tensorly(shape),
+        TRUNCATED_PEER: Timed(lambda n: [tucker(array, rank=rank) for array in arrays[:n]], images, True),
+        "TensorLy, full rank": Timed(lambda n: [tucker(array, rank=shape) for array in arrays[:n]], images, True),
     }
 
 
 def rectified_noise(*shape: int) -> Tensor:
-    """Return what stands for feature maps of a shape for which there is no real network here."""
     return torch.relu(torch.randn(*shape) + 0.2)
 
 
@@ -166,14 +155,10 @@ def _plain(model: nn.Module, batch: Tensor) -> None:
 
 
 def measure_memory(quick: bool) -> dict[str, list[float]]:
-    """Return each method's peak memory, in MiB.
-
-    To be run in a process of its own, so that nothing hides in what earlier work left behind.
-    """
+    """Return each method's peak memory, in MiB; in a process of its own nothing hides in what earlier work left."""
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
-    # Whatever is freed goes back to the system at once.
-    ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1 << 16)
+    ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back to the system at once
     model = (torchvision.models.resnet18 if quick else torchvision.models.resnet50)(weights=None).eval()
     batch = torch.randn(2, 3, 64, 64) if quick else torch.randn(8, 3, 224, 224)
     peaks: dict[str, list[float]] = {}
@@ -196,19 +181,20 @@ def _peak(work: Callable[[Tensor], object], batch: Tensor) -> float:
 
 def plot_growth(growth: dict[str, list[dict[str, object]]], path: Path) -> None:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    lengths = {"batch": lambda s: s[0], "channels": lambda s: s[1], "positions": lambda s: int(np.prod(s[2:]))}
     for axes, (axis, points) in zip(figure.subplots(1, 3), growth.items(), strict=True):
         for name in ("TSM", "MTSM"):
-            x = [lengths[axis](point["shape"]) for point in points]
-            axes.loglog(x, [point[name]["median_ms"] for point in points], marker="o", label=name)
-        fixed = "x".join(str(n) for n in points[0]["shape"])
-        axes.set(xlabel=axis, ylabel="ms", title=f"from {fixed}, one thread")
+            axes.loglog(
+                [point[axis] for point in points],
+                [point[name]["median_ms"] for point in points],
+                marker="o",
+                label=name,
+            )
+        axes.set(xlabel=axis, ylabel="ms", title="one thread")
         axes.legend()
     figure.savefig(path, dpi=110)
 
 
 def figure_of(timed: Timed) -> str:
-    """Return the median and, behind it, half the distance between the quartiles."""
     low, high = timed.summary["quartiles_ms"]
     digits = 2 if median(timed.samples) < 100 else 0
     return f"{median(timed.samples):,.{digits}f} ± {(high - low) / 2:,.{digits}f}"
@@ -251,8 +237,7 @@ def main(
     resnet = (torchvision.models.resnet18 if quick else torchvision.models.resnet50)(weights=None).eval().to(device)
     shapes = {"2048x7x7": (2048, 7, 7), "768x7x7": (768, 7, 7), "2048x14x14": (2048, 14, 14)}
     shapes |= {"256x56x56": (256, 56, 56), "1024x32x32": (1024, 32, 32), "video 512x8x14x14": (512, 8, 14, 14)}
-    if quick:
-        shapes = {"60x4x4": (60, 4, 4), "20x6x6": (20, 6, 6), "video 24x4x4x4": (24, 4, 4, 4)}
+    shapes = {"60x4x4": (60, 4, 4), "20x6x6": (20, 6, 6), "24x4x4x4": (24, 4, 4, 4)} if quick else shapes
     inputs = {}
     for batch in (2, 1) if quick else (16, 1):
         inputs |= {f"{batch} x {name}": rectified_noise(batch, *shape) for name, shape in shapes.items()}
@@ -265,7 +250,7 @@ def main(
     with threadpool_limits(1):
         cases, end_to_end = {}, {}
         for case, maps in inputs.items():
-            typer.echo(f"decomposition: {case}")
+            typer.echo(case)
             cases[case] = in_rounds(decomposition_methods(maps.to(device)), rounds)
         every = decomposition_methods(parts.to(device))
         eigh = Timed(lambda _: torch.linalg.eigh(matrix), 2)
@@ -277,20 +262,19 @@ def main(
             in_rounds(methods, rounds)
         for name, model, layer in (("ResNet", resnet, resnet.layer4), ("EfficientNet-Lite0", demo, demo.bn2)):
             for batch in (2,) if quick else (1, 8, 16):
-                typer.echo(f"end to end: {name}, batch of {batch}")
+                typer.echo(f"end to end: {batch} x {name}")
                 pictures = photographs(64 if quick else 224, batch).to(device)
                 end_to_end[f"{batch} x {name}"] = in_rounds(end_to_end_methods(model, layer, pictures), rounds)
         typer.echo("growth")
-        most = 3 if quick else 7
-        axes = {"batch": [(2**n, 64 if quick else 2048, 7, 7) for n in range(most)]}
-        axes |= {"channels": [(4, 32 * 2**n, 7, 7) for n in range(most)]}
-        axes |= {"positions": [(2, 64 if quick else 512, n, n) for n in (4, 7, 10, 14, 20, 28, 40, 56)[:most]]}
+        doubled, long = [2**n for n in range(3 if quick else 7)], 64 if quick else 2048
+        points = [("batch", n, long, 7) for n in doubled] + [("channels", 4, 32 * n, 7) for n in doubled]
+        points += [("positions", 2, long // 4, n) for n in (4, 7, 10, 14, 20, 28, 40)[: len(doubled)]]
         growth: dict[str, list[dict[str, object]]] = {}
-        for axis, points in axes.items():
-            for shape in points:
-                every = decomposition_methods(rectified_noise(*shape).to(device))
-                timed = in_rounds({name: every[name] for name in ("TSM", "MTSM")}, rounds)
-                growth.setdefault(axis, []).append({"shape": shape} | {name: t.summary for name, t in timed.items()})
+        for axis, *shape, side in points:
+            every = decomposition_methods(rectified_noise(*shape, side, side).to(device))
+            timed = in_rounds({name: every[name] for name in ("TSM", "MTSM")}, rounds)
+            point = {"batch": shape[0], "channels": shape[1], "positions": side**2, "side": side}
+            growth.setdefault(axis, []).append(point | {name: t.summary for name, t in timed.items()})
         typer.echo("memory")
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             memory = process.submit(measure_memory, quick).result()
@@ -307,10 +291,9 @@ def main(
     results["ratios"] = ratios
     out.mkdir(parents=True, exist_ok=True)
     (out / "speed.json").write_text(json.dumps(results) + "\n")
-    text = report(results["environment"], memory, cases, end_to_end, ratios)
-    (out / "speed.md").write_text(text)
+    (out / "speed.md").write_text(report(results["environment"], memory, cases, end_to_end, ratios))
     plot_growth(growth, out / "speed.png")
-    typer.echo(text)
+    typer.echo((out / "speed.md").read_text())
 
 
 if __name__ == "__main__":
