@@ -256,8 +256,10 @@ def test_eight_thousand_hard_tensors_have_their_map_to_one_part_in_a_hundred_tho
             tensors = hard_tensors(seed)
             for saliency, image in zip(cam(tensors), tensors.double().numpy(), strict=True):
                 first, all_of_them = counting_components_lie_apart(image, center=method.center)
-                if first if method is TSM else all_of_them:
-                    off = np.abs(saliency - references.scaled(oracle(image))).max()
+                expected = oracle(image)
+                flat = np.ptp(expected) < 2e-5 * expected.max()  # such a map becomes zeros
+                if not flat and (first if method is TSM else all_of_them):
+                    off = np.abs(saliency - references.scaled(expected)).max()
                     assert off <= 1e-5, f"seed {seed}"
                     worst, compared = max(worst, off), compared + 1
     with capsys.disabled():
