@@ -20,7 +20,7 @@ import tucker_cam
 typing.TYPE_CHECKING = True
 try:
     with install_import_hook(
-        [f"tucker_cam.decomposition.{name}" for name in ("rank", "gram", "hooi", "modes", "projection")],
+        [f"tucker_cam.decomposition.{name}" for name in ("rank", "gram", "leading", "hooi", "modes", "projection")],
         "shape_checks.check",
     ):
         import tucker_cam.decomposition.projection  # noqa: F401

@@ -9,6 +9,7 @@ from inspect import signature
 import networks
 import numpy as np
 import pytest
+import references
 import torch
 import ttach
 from pytorch_grad_cam.utils.image import scale_cam_image
@@ -17,7 +18,7 @@ from registry import CLASSES
 from timm.models import VisionTransformer
 from torch import nn
 
-from tucker_cam import ChannelModes
+from tucker_cam import TSM, ChannelModes
 
 SECONDS = 300  # TensorLy's engine takes many on a large image
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -202,3 +203,65 @@ def test_five_hundred_cases_end_with_a_map_or_an_error_of_ours():
 @pytest.mark.parametrize("block", range(20))
 def test_ten_thousand_cases_end_with_a_map_or_an_error_of_ours(block):
     run_cases(range(500 * (block + 1), 500 * (block + 2)))
+
+
+# Shapes for each way to solve, small enough for a plain SVD of each image.
+HARD_SHAPES = [(64, 7, 7), (200, 7, 7), (24, 14, 14), (100, 20, 20), (150, 12, 12), (200, 14, 14), (40, 4, 5, 6)]
+HARD_KINDS = ["hot position", "massive channel", "massive means", "lacks rank", "near tie", "noise", "rectified"]
+HARD_DTYPES = [torch.float32, torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+def hard_tensors(seed, batch=50):
+    """Return feature maps of one shape, kind and precision that are hard to decompose, each by a degree of its own."""
+    draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    shape, kind, dtype = draw.choice(HARD_SHAPES), draw.choice(HARD_KINDS), draw.choice(HARD_DTYPES)
+    normal = partial(torch.randn, generator=generator, dtype=torch.float64)
+    tensors = normal(batch, *shape)
+    degrees = 10 ** (torch.rand(batch, generator=generator, dtype=torch.float64) * 4)
+    tensors = tensors if kind == "noise" else torch.relu(tensors + 0.3)
+    flat = tensors.flatten(2)
+    if kind == "hot position":
+        flat[..., draw.randrange(flat.shape[2])] *= degrees[:, None]
+    elif kind == "massive channel":
+        flat[:, draw.randrange(shape[0])] += degrees[:, None]
+    elif kind == "massive means":
+        flat += degrees[:, None, None] * normal(batch, shape[0], 1)
+    elif kind == "lacks rank":
+        flat = normal(batch, shape[0], 3) @ normal(batch, 3, flat.shape[2]) + flat / degrees[:, None, None] ** 2
+    elif kind == "near tie":
+        left, right = (torch.linalg.qr(normal(batch, n, 2)).Q for n in flat.shape[1:])
+        flat = 100 * left @ torch.stack([torch.ones(batch).double(), 1 - 1 / degrees], 1).diag_embed() @ right.mT
+        flat = flat + 0.01 * normal(*flat.shape)
+    return flat.reshape(batch, *shape).to(dtype)
+
+
+def counting_components_lie_apart(image, *, center=False):
+    """Tell whether the first singular value, and whether all that show in a map with their signs, have no near tie."""
+    unfolding = image.reshape(len(image), -1)
+    unfolding = unfolding - unfolding.mean(1, keepdims=True) if center else unfolding
+    vectors, values, _ = np.linalg.svd(unfolding, full_matrices=False)
+    counting = values > 1e-4 * values[0]
+    apart = -np.diff(values, append=0) > 1e-5 * values[0]
+    largest, smallest = vectors.max(0), vectors.min(0)
+    leads = np.abs(largest + smallest) > 1e-6
+    return bool(apart[0]), bool(((apart & leads) | ~counting).all())
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", CLASSES)
+def test_eight_thousand_hard_tensors_have_their_map_to_one_part_in_a_hundred_thousand(method, capsys):
+    model, oracle, worst, compared = networks.PassingOn(), CLASSES[method], 0.0, 0
+    with method(model, [model.layer]) as cam:
+        for seed in range(160):
+            tensors = hard_tensors(seed)
+            for saliency, image in zip(cam(tensors), tensors.double().numpy(), strict=True):
+                first, all_of_them = counting_components_lie_apart(image, center=method.center)
+                expected = oracle(image)
+                flat = np.ptp(expected) < 2e-5 * expected.max()  # such a map becomes zeros
+                if not flat and (first if method is TSM else all_of_them):
+                    off = np.abs(saliency - references.scaled(expected)).max()
+                    assert off <= 1e-5, f"seed {seed}"
+                    worst, compared = max(worst, off), compared + 1
+    with capsys.disabled():
+        print(f"\n{method.__name__}: off by {worst:.1e} at most, of {compared:,} tensors")
+    assert compared > 4000 or method is not TSM

@@ -1,6 +1,6 @@
 """What a forward hook saw in, finite float feature maps out: batch x channels x spatial, on the device they were made.
 
-A label-free method needs nothing else from the model: no gradient, no output, no copy on the CPU.
+A label-free method needs nothing else from the model: no gradient, no output, no copy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tucker_cam.decomposition.modes import check_features
+from tucker_cam.arguments import check_features
 from tucker_cam.errors import BadValueError
 
 ReshapeTransform = Callable[[Any], Tensor]
@@ -39,10 +39,22 @@ class Source(NamedTuple):
         return f"feature maps from {self.name}"
 
 
-class _Running(local):  # of which the compiler, unlike of thread numbers, can make sense
-    """What this thread's forward pass has recorded so far; None while there is none."""
+class _Recorded(NamedTuple):
+    """What a layer put out, and how often it had been written to by then; None where it is a copy."""
 
-    recorded: dict[nn.Module, Tensor] | None = None
+    features: Tensor
+    version: int | None
+
+    @property
+    def is_rewritten(self) -> bool:
+        return self.version is not None and self.features._version != self.version
+
+
+class _Running(local):  # of which the compiler, unlike of thread numbers, can make sense
+    """The images of this thread's forward pass and what it has recorded so far; None while there is none."""
+
+    images: _Recorded | None = None
+    recorded: dict[nn.Module, _Recorded] | None = None
 
     def __reduce__(self) -> tuple[type[_Running], tuple[()]]:
         return _Running, ()
@@ -80,9 +92,14 @@ class FeatureRecorder:
     """Records what each target layer puts out while the model runs.
 
     It stands where the host's `ActivationsAndGradients` stood, under the same names, and differs from it in three
-    ways. The recorded maps are copies, so that a module that works in place after the target layer cannot rewrite
-    them; they stay on the model's device; and they come in the order of `target_layers`, the first call of each, where
-    the host's come in the order of execution.
+    ways. The recorded maps are what the layer put out, also where a module works in place after it; they stay on the
+    model's device; and they come in the order of `target_layers`, the first call of each, where the host's come in the
+    order of execution.
+
+    No layer's output is copied, unless it was seen to be rewritten: PyTorch counts how often a tensor is written to.
+    Then the model runs once more, and that layer's output is copied from then on. It is copied from the start where the
+    counter or a second run cannot tell: under `inference_mode`, in training mode, of images that are no tensor or that
+    the model itself rewrites.
 
     Attributes:
         activations: after a call, the feature maps of each target layer.
@@ -98,19 +115,18 @@ class FeatureRecorder:
         self.activations: list[Tensor] = []
         self.gradients: list[Tensor] = []
         self._running = _Running()
+        self._copied: set[nn.Module] = set()
         self.handles: list[RemovableHandle] = [
             layer.register_forward_hook(self.save_activation) for layer in dict.fromkeys(self.target_layers)
         ]
 
     def __call__(self, images: Any) -> Any:
         self.clear()
-        recorded: dict[nn.Module, Tensor] = {}
-        self._running.recorded = recorded
-        try:
-            with _UNCOMPILED:
-                outputs = self.model(images)
-        finally:
-            self._running.recorded = None
+        outputs, recorded = self._run(images)
+        while rewritten := {layer for layer, found in recorded.items() if found.is_rewritten}:
+            self._copied |= rewritten
+            del outputs, recorded
+            outputs, recorded = self._run(images)
         for layer in self.target_layers:
             if layer not in recorded:
                 raise BadValueError(
@@ -119,8 +135,23 @@ class FeatureRecorder:
                     "passed as model (not a DataParallel around it), or a part of it where it is a container that the "
                     "model loops over; and call the CAM inside its `with` block, which takes the hooks off at its end"
                 )
-        self.activations = [recorded[layer] for layer in self.target_layers]
+        found = {layer: _finite(recorded[layer].features, self._source(layer)) for layer in recorded}
+        self.activations = [found[layer] for layer in self.target_layers]
         return outputs
+
+    def _run(self, images: Any) -> tuple[Any, dict[nn.Module, _Recorded]]:
+        recorded: dict[nn.Module, _Recorded] = {}
+        traced = isinstance(images, Tensor) and not images.is_inference() and not getattr(self.model, "training", True)
+        self._running.images = _Recorded(images, images._version) if traced else None
+        self._running.recorded = recorded
+        try:
+            with _UNCOMPILED:
+                return self.model(images), recorded
+        finally:
+            self._running.images = self._running.recorded = None
+
+    def _source(self, layer: nn.Module) -> Source:
+        return Source(self.model, layer, self.reshape_transform)
 
     def clear(self) -> None:
         """Let go of the recorded feature maps."""
@@ -138,7 +169,18 @@ class FeatureRecorder:
         recorded = self._running.recorded
         if recorded is not None and layer not in recorded:
             features = output if self.reshape_transform is None else self.reshape_transform(output)
-            recorded[layer] = feature_maps(features, Source(self.model, layer, self.reshape_transform))
+            features = check_features(features, self._source(layer)).detach()
+            if layer in self._copied or not self._may_be_kept(features):
+                recorded[layer] = _Recorded(features.clone(), None)
+            else:
+                recorded[layer] = _Recorded(features, features._version)
+
+    def _may_be_kept(self, features: Tensor) -> bool:
+        """Tell whether it shows if these features are rewritten, and the images are there for another run then."""
+        images = self._running.images
+        if images is None or images.is_rewritten or features.is_inference():
+            return False
+        return features.untyped_storage().data_ptr() != images.features.untyped_storage().data_ptr()
 
 
 def features(
@@ -156,8 +198,8 @@ def features(
         reshape_transform: turns a layer's output into batch x channels x spatial, as for the CAM classes.
 
     Returns:
-        For each layer batch x channels x spatial, a copy on the model's device, at least float32. Non-finite numbers
-        count as zero, with a warning.
+        For each layer batch x channels x spatial, on the model's device, at least float32, as the layer put it out:
+        not a copy, where no module rewrites it. Non-finite numbers count as zero, with a warning.
 
     Raises:
         TypeError, ValueError: a layer puts out no feature maps, or is not reached.
@@ -193,13 +235,16 @@ def _record(
 
 
 def feature_maps(features: object, source: Source) -> Tensor:
-    """Return what came from a source as feature maps of their own memory: detached, finite, at least float32.
+    """Return what came from a source as feature maps: detached, finite, at least float32.
 
     Other numbers count as zero, with a warning that names the images; what is no feature maps raises as
     `check_features` does.
     """
-    features = check_features(features, source)
-    features = features.detach().to(torch.promote_types(features.dtype, torch.float32), copy=True)
+    return _finite(check_features(features, source).detach(), source)
+
+
+def _finite(features: Tensor, source: Source) -> Tensor:
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
     # One sum tells almost always that all is well; it can also overflow, so the numbers themselves decide.
     if not features.sum().isfinite():
         finite = features.isfinite()
@@ -209,9 +254,9 @@ def feature_maps(features: object, source: Source) -> Tensor:
                 f"{source.name} put out NaN or Inf for image {', '.join(map(str, images))} of the batch; "
                 "these numbers count as zero",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-            features.masked_fill_(~finite, 0)
+            features = features.masked_fill(~finite, 0)
     return features
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ttach import Compose
 
 from tucker_cam.activations import FeatureRecorder, ReshapeTransform, Source, check_maps_of, feature_maps
-from tucker_cam.decomposition.modes import ChannelModes, Engine, channel_modes, check_choice, check_kind
+from tucker_cam.arguments import check_choice, check_kind
+from tucker_cam.decomposition.modes import ChannelModes, Engine, channel_modes
 from tucker_cam.decomposition.projection import Combine, combined_map, leading_map
 from tucker_cam.decomposition.rank import Rank, check_rank
 from tucker_cam.errors import BadTypeError, BadValueError

@@ -3,33 +3,49 @@ r"""A mode-1 unfolding in, its Gram matrix and the eigenpairs of that out: all n
 An unfolding F is batch x channels x positions. It is *tall* where it has at least as many channels as positions; then
 its Gram matrix is $F^\top F$, over positions, otherwise $F F^\top$, over channels: never larger than min(channels,
 positions) squared.
+
+There is one rule for precision. A solver returns its maps, says which images' maps may be off by more than the promise,
+and hands on what it found; `settled` has these images done by the next solver, which takes more care.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Float, Float64
+
+    Unfolding = Float[Tensor, "batch channels positions"]
+    Means = Float64[Tensor, "batch channels 1"]
+    Square = Float[Tensor, "batch n n"]
+    Row = Float[Tensor, "batch 1 n"]
+    Scalars = Float[Tensor, " batch"]
+    # Maps, which of them are in doubt, and what the next solver goes on with.
+    Attempt = tuple[Tensor, Tensor, tuple[Tensor, ...]]
+    Solver = Callable[..., Attempt]
 
 # An image's features outside of these are scaled first: sums of their squares could leave float32's range, or lose
 # digits to its denormal numbers.
 _SMALLEST_PEAK, _LARGEST_PEAK = 1e-12, 1e12
 # Others, Apple's MPS for one, have no float64 or no eigendecompositions.
 _DEVICES_THAT_DECOMPOSE = ("cpu", "cuda")
-# Rows that are turned into float64 at a time: the copy stays in the processor's cache.
-_ROWS_AT_A_TIME = 256
-# From this size on a Krylov subspace is faster than a full eigendecomposition, for one vector of it.
-_LARGE = 128
-# Eight steps do for most feature maps; 32 resolve a relative gap of about 0.05.
-_KRYLOV_STEPS_AT_A_TIME, _KRYLOV_STEPS = 8, 32
-# Of the leading eigenvector, where no noise sets the limit: below the tolerance of a map by more than its length can be
-# above its contrast.
-_RESIDUAL_TOLERANCE = 1e-8
+# Numbers that are turned into float64 at a time, but no fewer rows than these: the copy stays in the processor's cache.
+_NUMBERS_AT_A_TIME, _LEAST_ROWS_AT_A_TIME = 2**16, 64
+# The float32 products of fewer rows are not relied on: BLAS sums them one number after the other, and is off by 5e-6.
+_FEW_ROWS = 16
+
+
+def settled(solvers: Sequence[Solver], *state: Tensor) -> Tensor:
+    """Return the first solver's maps, and the others' for the images that the ones before them leave in doubt."""
+    solver, *others = solvers
+    maps, in_doubt, state = solver(*state)
+    if others and in_doubt.any():
+        maps[in_doubt] = settled(others, *(part[in_doubt] for part in state))
+    return maps
 
 
 def rescale_extremes(
@@ -40,20 +56,23 @@ def rescale_extremes(
     That is 1, but for an image whose largest magnitude is above 1e12 or below 1e-12: there it is that magnitude.
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    axes = tuple(range(1, features.dim()))
-    peaks = torch.maximum(features.amax(axes), -features.amin(axes))
+    peaks = largest_magnitude(features)
     extreme = (peaks > _LARGEST_PEAK) | ((peaks < _SMALLEST_PEAK) & (peaks > 0))
     divisors = torch.where(extreme, peaks, 1)
-    return (features / divisors.reshape(-1, *(1 for _ in axes)) if extreme.any() else features), divisors
+    return (features / divisors.reshape(-1, *[1] * (features.dim() - 1)) if extreme.any() else features), divisors
+
+
+def largest_magnitude(features: Float[Tensor, "batch channels *spatial"]) -> Float[Tensor, " batch"]:
+    axes = tuple(range(1, features.dim()))
+    return torch.maximum(features.amax(axes), -features.amin(axes))
 
 
 def unfold(features: Float[Tensor, "batch channels *spatial"]) -> Float[Tensor, "batch channels positions"]:
-    """Return the mode-1 unfolding, on a device that can decompose it, in a dtype whose products can be relied on.
+    """Return the mode-1 unfolding, on a device that can decompose it.
 
     A view where the layout in memory allows one, as NCHW and channels_last do.
     """
-    unfolding = (features if features.device.type in _DEVICES_THAT_DECOMPOSE else features.cpu()).flatten(2)
-    return unfolding.double() if _products_may_be_rounded() else unfolding
+    return (features if features.device.type in _DEVICES_THAT_DECOMPOSE else features.cpu()).flatten(2)
 
 
 def is_tall(unfolding: Tensor) -> bool:
@@ -64,82 +83,40 @@ def as_tall(unfolding: Tensor) -> Tensor:
     return unfolding if is_tall(unfolding) else unfolding.mT
 
 
-def gram_matrix(unfolding: Float[Tensor, "batch channels positions"]) -> Float[Tensor, "batch small small"]:
-    r"""Return $F^\top F$, or $F F^\top$ where that is smaller, accumulated in float64."""
+def float32_products_do(unfolding: Tensor) -> bool:
+    """Tell whether products in the unfolding's own precision are a start: float32, summed in blocks, not rounded."""
+    return unfolding.dtype == torch.float32 and min(unfolding.shape[1:]) >= _FEW_ROWS and not _products_may_be_rounded()
+
+
+def rows_in_float64(unfolding: Unfolding, means: Means | None = None) -> Iterator[Float[Tensor, "batch some short"]]:
+    """Yield the rows of the unfolding as a tall matrix, in float64 and less the channels' means, some at a time.
+
+    They lie in the place of those before them.
+    """
     tall = as_tall(unfolding)
-    product = unfolding.new_zeros(tall.shape[0], tall.shape[2], tall.shape[2], dtype=torch.float64)
-    for rows in tall.split(_ROWS_AT_A_TIME, dim=1):
-        precise = rows.double()
-        product.baddbmm_(precise.mT, precise)
+    batch, length, width = tall.shape
+    size = min(max(_NUMBERS_AT_A_TIME // (batch * width), _LEAST_ROWS_AT_A_TIME), length)
+    place = tall.new_empty(batch, size, width, dtype=torch.float64)
+    for start in range(0, length, size):
+        rows = place[:, : length - start].copy_(tall[:, start : start + size])
+        if means is not None:
+            rows -= means[:, start : start + size] if is_tall(unfolding) else means.mT
+        yield rows
+
+
+def gram_matrix(unfolding: Unfolding, means: Means | None = None) -> Float[Tensor, "batch small small"]:
+    r"""Return $F^\top F$, or $F F^\top$ where that is smaller, accumulated in float64."""
+    small = min(unfolding.shape[1:])
+    product = unfolding.new_zeros(len(unfolding), small, small, dtype=torch.float64)
+    for rows in rows_in_float64(unfolding, means):
+        product.baddbmm_(rows.mT, rows)
     return product
 
 
-def rows_in_float64(
-    matrix: Float[Tensor, "batch long short"], function: Callable[[Tensor], Tensor]
-) -> Float[Tensor, "batch long"]:
-    """Apply a function of a matrix's rows to them in float64, some rows at a time."""
-    return torch.cat([function(rows.double()) for rows in matrix.split(_ROWS_AT_A_TIME, dim=1)], dim=1)
-
-
-def eigenpairs(
-    matrix: Float[Tensor, "batch n n"],
-) -> tuple[Float[Tensor, "batch n"], Float[Tensor, "batch n n"]]:
+def eigenpairs(matrix: Square) -> tuple[Float[Tensor, "batch n"], Square]:
     """Return the eigenvalues of a positive semidefinite matrix, descending and not negative, and its eigenvectors."""
     values, vectors = torch.linalg.eigh(matrix)
     return values.flip(-1).clamp_min(0), vectors.flip(-1)
-
-
-def leading_eigenvector(
-    matrix: Float[Tensor, "batch n n"], *, exact: bool
-) -> tuple[Float[Tensor, "batch n"], Float[Tensor, " batch"]]:
-    """Return each leading eigenvector, times the root of its eigenvalue, and the gap to the second eigenvalue.
-
-    The gap is relative to the first eigenvalue; unless `exact`, it is 0 where the vector was not found in a few steps.
-    """
-    if matrix.shape[-1] < _LARGE:
-        return _complete(matrix)
-    vectors, gaps, converged = _krylov(matrix)
-    if exact and not converged.all():
-        vectors[~converged], gaps[~converged] = _complete(matrix[~converged])
-        return vectors, gaps
-    return vectors, gaps.masked_fill(~converged, 0)
-
-
-def _complete(matrix: Float[Tensor, "batch n n"]) -> tuple[Float[Tensor, "batch n"], Float[Tensor, " batch"]]:
-    values, vectors = eigenpairs(matrix)
-    return values[:, :1].sqrt() * vectors[..., 0], _relative_gap(values)
-
-
-def _krylov(
-    matrix: Float[Tensor, "batch n n"],
-) -> tuple[Float[Tensor, "batch n"], Float[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """Find it by Rayleigh-Ritz on a Krylov subspace (Lanczos with full reorthogonalisation), and say where it was."""
-    # A fixed random start: whatever is regular, ones for example, can be orthogonal to a regular eigenvector.
-    generator = torch.Generator("cpu").manual_seed(0)
-    start = torch.randn(matrix.shape[-1], generator=generator, dtype=matrix.dtype, device="cpu").to(matrix.device)
-    basis = (start / start.norm()).expand(len(matrix), 1, -1)
-    images = basis @ matrix
-    while True:
-        for _ in range(_KRYLOV_STEPS_AT_A_TIME):
-            direction = images[:, -1:]
-            for _ in range(2):  # once leaves rounding errors of the order of the part that was taken away
-                direction = direction - (direction @ basis.mT) @ basis
-            direction = direction / direction.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
-            basis = torch.cat([basis, direction], dim=1)
-            images = torch.cat([images, direction @ matrix], dim=1)
-        values, mixing = eigenpairs(basis @ images.mT)
-        vector, image = ((mixing[:, None, :, 0] @ rows).squeeze(1) for rows in (basis, images))
-        residual = (image - values[:, :1] * vector).norm(dim=-1)
-        gaps = _relative_gap(values)
-        converged = residual <= _RESIDUAL_TOLERANCE * gaps * values[:, 0]
-        if converged.all() or basis.shape[1] > _KRYLOV_STEPS:
-            return values[:, :1].sqrt() * vector, gaps, converged
-
-
-def _relative_gap(values: Float[Tensor, "batch n"]) -> Float[Tensor, " batch"]:
-    first = values[:, 0]
-    gap = first - values[:, 1] if values.shape[1] > 1 else first
-    return gap / first.clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def _products_may_be_rounded() -> bool:

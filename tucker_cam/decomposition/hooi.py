@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from tucker_cam.decomposition.gram import as_tall, eigenpairs, gram_matrix, is_tall
+from tucker_cam.decomposition.gram import gram_matrix, is_tall
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+    from tucker_cam.decomposition.gram import Unfolding
 
 # TensorLy's rule: stop after at least three sweeps when the relative error moves by less than this.
 _TOLERANCE = 1e-4
@@ -43,15 +45,14 @@ class Components(NamedTuple):
     directions: Tensor
 
 
-def truncated_components(
-    unfolding: Float[Tensor, "batch channels positions"], spatial: tuple[int, ...], rank: tuple[int, ...]
-) -> Components:
+def truncated_components(unfolding: Unfolding, spatial: tuple[int, ...], rank: tuple[int, ...]) -> Components:
     """Truncate each image's Tucker decomposition to a feasible rank, one for each mode, in float64.
 
     An image whose relative error has settled takes no part in further sweeps, so a batch gives what its images give
     alone.
     """
     tall = is_tall(unfolding)
+    update = _update_from_gram if tall else _update_from_features
     # All that a sweep reads: G where F is tall, F where it is wide.
     source = gram_matrix(unfolding) if tall else unfolding.double()
     squared_norm = source.diagonal(dim1=-2, dim2=-1).sum(-1) if tall else source.square().sum((1, 2))
@@ -62,26 +63,27 @@ def truncated_components(
     error = torch.zeros_like(squared_norm)
     found = []
     for sweep in range(1, _MOST_SWEEPS + 1):
-        maps, directions = (_update_from_gram if tall else _update_from_features)(source, factors, spatial, rank[0])
+        maps, directions = update(source, factors, spatial, rank[0])
         projected = maps.reshape(*maps.shape[:2], *spatial)
         for mode, length in enumerate(rank[1:]):
             others = _project(projected, {m: factor for m, factor in enumerate(factors) if m != mode})
             squares, factors[mode] = _leading_left_vectors(others.movedim(mode + 2, 1).flatten(2), length)
-        # The core is what the last update leaves of the features; these are the squared norms of its slices.
+        # What the last update leaves of the features is the core.
         previous, error = error, ((squared_norm - squares.sum(1)).abs() / squared_norm).sqrt()
-        settled = ((error - previous).abs() < _TOLERANCE) | (sweep == _MOST_SWEEPS)
-        if sweep < _LEAST_SWEEPS or not settled.any():
+        if sweep < _LEAST_SWEEPS:
             continue
-        core = _project(projected[settled], {m: factor[settled] for m, factor in enumerate(factors)})
-        found.append((running[settled], core.flatten(2).norm(dim=2), maps[settled], directions[settled]))
-        if settled.all():
-            break
-        source, squared_norm, running, error, *factors = (
-            x[~settled] for x in (source, squared_norm, running, error, *factors)
-        )
+        settled = ((error - previous).abs() < _TOLERANCE) | (sweep == _MOST_SWEEPS)
+        if settled.any():
+            norms = _project(others, {mode: factors[mode]}).flatten(2).norm(dim=2)
+            found.append([part[settled] for part in (running, norms, maps, directions)])
+            if settled.all():
+                break
+            source, squared_norm, running, error, *factors = (
+                part[~settled] for part in (source, squared_norm, running, error, *factors)
+            )
     images, values, maps, directions = (torch.cat(parts) for parts in zip(*found, strict=True))
-    values, maps, directions = (x[images.argsort()] for x in (values, maps, directions))
-    values, order = values.sort(dim=1, descending=True, stable=True)
+    values, maps, directions = (part[images.argsort()] for part in (values, maps, directions))
+    values, order = values.sort(dim=1, descending=True)
     return Components(
         values,
         maps.gather(1, order[:, :, None].expand_as(maps)),
@@ -92,15 +94,15 @@ def truncated_components(
 def _initial_factors(source: Tensor, spatial: tuple[int, ...], rank: tuple[int, ...], *, tall: bool) -> list[Tensor]:
     """Return each spatial mode's leading left singular vectors."""
     factors = []
-    for mode, r in enumerate(rank):
+    for mode, length in enumerate(rank):
         if tall:
-            before, length, after = prod(spatial[:mode]), spatial[mode], prod(spatial[mode + 1 :])
+            before, own, after = prod(spatial[:mode]), spatial[mode], prod(spatial[mode + 1 :])
             # The Gram matrix of a spatial unfolding, from that of the positions.
-            matrix = torch.einsum("bxhyxky->bhk", source.reshape(-1, before, length, after, before, length, after))
-            factors.append(eigenpairs(matrix)[1][..., :r])
+            matrix = torch.einsum("bxhyxky->bhk", source.reshape(-1, before, own, after, before, own, after))
+            factors.append(torch.linalg.eigh(matrix)[1][..., -length:])
         else:
             tensor = source.reshape(*source.shape[:2], *spatial)
-            factors.append(_leading_left_vectors(tensor.movedim(mode + 2, 1).flatten(2), r)[1])
+            factors.append(_leading_left_vectors(tensor.movedim(mode + 2, 1).flatten(2), length)[1])
     return factors
 
 
@@ -113,14 +115,14 @@ def _update_from_gram(
     """
     basis = _kronecker(factors)
     mixed = basis.mT @ matrix
-    squares, right = eigenpairs(mixed @ basis)
-    lengths = squares[:, None, :rank].sqrt()
-    scaled = right[..., :rank] * torch.where(lengths > _NEGLIGIBLE * lengths[..., :1], 1 / lengths, 0)
+    squares, right = torch.linalg.eigh(mixed @ basis)
+    lengths = squares[:, None, -rank:].clamp_min(0).sqrt()
+    scaled = right[..., -rank:] * torch.where(lengths > _NEGLIGIBLE * lengths[..., -1:], 1 / lengths, 0)
     return scaled.mT @ mixed, basis @ scaled
 
 
 def _update_from_features(
-    unfolding: Float[Tensor, "batch channels positions"], factors: list[Tensor], spatial: tuple[int, ...], rank: int
+    unfolding: Unfolding, factors: list[Tensor], spatial: tuple[int, ...], rank: int
 ) -> tuple[Float[Tensor, "batch rank positions"], Float[Tensor, "batch channels rank"]]:
     r"""Return $A_1^\top F$ and $A_1$, the leading left singular vectors of F with its spatial modes projected."""
     projected = _project(unfolding.reshape(*unfolding.shape[:2], *spatial), dict(enumerate(factors)))
@@ -131,17 +133,19 @@ def _update_from_features(
 def _leading_left_vectors(
     matrix: Float[Tensor, "batch rows columns"], rank: int
 ) -> tuple[Float[Tensor, "batch rank"], Float[Tensor, "batch rows rank"]]:
-    """Return the first squared singular values and left singular vectors, by way of the smaller Gram matrix."""
-    squares, vectors = eigenpairs(as_tall(matrix).mT @ as_tall(matrix))
-    vectors = vectors[..., :rank]
-    return squares[:, :rank], torch.linalg.qr(matrix @ vectors).Q if is_tall(matrix) else vectors
+    """Return the largest squared singular values, and their left vectors, by way of the smaller Gram matrix."""
+    tall = is_tall(matrix)
+    squares, vectors = torch.linalg.eigh(matrix.mT @ matrix if tall else matrix @ matrix.mT)
+    vectors = vectors[..., -rank:]
+    # The strongest first: QR takes each column as it is, less what the ones before it have of it.
+    return squares[:, -rank:], torch.linalg.qr(matrix @ vectors.flip(-1)).Q if tall else vectors
 
 
 def _kronecker(factors: list[Tensor]) -> Float[Tensor, "batch positions columns"]:
     """Return the Kronecker product of each image's factors, its rows in the order of the positions."""
     product, *rest = factors
     for factor in rest:
-        product = torch.einsum("bik,bjl->bijkl", product, factor).flatten(3, 4).flatten(1, 2)
+        product = (product[:, :, None, :, None] * factor[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
     return product
 
 

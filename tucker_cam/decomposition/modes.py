@@ -7,7 +7,7 @@ higher-order SVD (De Lathauwer et al., 2000), a truncated one is found by higher
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import tensorly as tl
@@ -15,16 +15,16 @@ import torch
 from tensorly.decomposition import tucker
 from torch import Tensor
 
+from tucker_cam.arguments import check_choice, check_features
 from tucker_cam.decomposition.gram import is_tall, rescale_extremes, unfold
 from tucker_cam.decomposition.hooi import truncated_components
 from tucker_cam.decomposition.rank import Rank, feasible_rank, full_rank
-from tucker_cam.errors import BadTypeError, BadValueError
+from tucker_cam.errors import BadValueError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 Engine = Literal["torch", "tensorly"]
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class ChannelModes(NamedTuple):
@@ -86,7 +86,8 @@ def channel_modes(
                  [ 3.,  0.,  0.]]])
     """
     check_features(features, "features")
-    if not features.isfinite().all():
+    # One sum tells almost always that all is well; it can also overflow, so the numbers themselves decide.
+    if not features.sum().isfinite() and not features.isfinite().all():
         raise BadValueError("expected finite features, got NaN or Inf: use torch.nan_to_num")
     check_choice("engine", engine, Engine)
     spatial = features.shape[2:]
@@ -131,42 +132,6 @@ def fixed_signs(
         first = vectors.abs().argmax(1, keepdim=True)
         signs = torch.where(tied, vectors.gather(1, first).squeeze(1).sign(), signs)
     return signs, (largest + smallest).abs()
-
-
-def check_features(features: object, name: object) -> Tensor:
-    """Return floating point numbers, batch x channels x spatial; raise TypeError or ValueError for all else.
-
-    `name` says in the message what they are.
-    """
-    if not isinstance(features, Tensor):
-        raise BadTypeError(
-            f"expected {name} as one torch.Tensor, got {type(features).__name__}: choose a layer inside it, or pick "
-            "the tensor in a reshape_transform"
-        )
-    check_kind(features, name)
-    if features.dtype not in _FLOATS:
-        raise BadTypeError(f"expected {name} as floating point numbers of 16 bits or more, got {features.dtype}")
-    shape = tuple(features.shape)
-    if len(shape) < 3 or 0 in shape:
-        raise BadValueError(
-            f"expected {name} as batch x channels x spatial, none of them empty, got {shape}: choose a layer before "
-            "the spatial axes are pooled, or make room for them in a reshape_transform"
-        )
-    return features
-
-
-def check_kind(tensor: Tensor, name: object) -> None:
-    """Raise TypeError for a tensor of a kind that PyTorch has not the whole of its arithmetic for."""
-    if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_meta:
-        raise BadTypeError(
-            f"expected {name} as a dense tensor with numbers in it, got one that is nested, sparse or meta"
-        )
-
-
-def check_choice(name: str, value: object, choices: Any) -> None:
-    """Raise ValueError for a value that is none of a `Literal`."""
-    if value not in get_args(choices):
-        raise BadValueError(f"expected {name} as one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
 
 
 def _tensorly_factor(

@@ -1,0 +1,108 @@
+"""Each way to the leading map beside a plain SVD in float64, and which way an image goes."""
+
+import pytest
+import torch
+from test_gram import assert_is_the_leading_map, spectrum
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tucker_cam.decomposition import leading
+from tucker_cam.decomposition.gram import gram_matrix
+from tucker_cam.decomposition.leading import leading_maps
+
+SMALL, LARGE = [(300, 40), (40, 300)], [(300, 140), (140, 300)]
+
+
+@pytest.fixture
+def ways(monkeypatch):
+    """Record which solvers, and makers of float64 Gram matrices, are called, and of how many images."""
+    taken = []
+
+    def watched(name, function):
+        return lambda unfolding, *rest, **options: (
+            taken.append((name, len(unfolding))),
+            function(unfolding, *rest, **options),
+        )[1]
+
+    for name in ("_squared", "_corrected", "_lanczos", "_decomposed", "gram_matrix"):
+        monkeypatch.setattr(leading, name, watched(name, getattr(leading, name)))
+    return taken
+
+
+def relative_gap(second):
+    """Return features whose first two singular values lie so far apart, and whose others are small."""
+    return torch.cat([torch.tensor([1.0, second]), torch.linspace(0.1, 0.01, 20)])
+
+
+@pytest.mark.parametrize(
+    ("second", "shapes", "expected"),
+    [
+        (0.5, SMALL, ["_squared"]),
+        (0.995, SMALL, ["_squared", "_corrected"]),
+        (1 - 1e-6, SMALL, ["_squared", "_corrected", "_decomposed", "gram_matrix"]),
+        (0.5, LARGE, ["_lanczos"]),
+        (1 - 1e-4, LARGE, ["_lanczos", "_lanczos"]),
+        (None, LARGE, ["_lanczos", "_lanczos", "_decomposed", "gram_matrix"]),
+    ],
+)
+@pytest.mark.parametrize("index", [0, 1], ids=["tall", "wide"])
+def test_an_image_is_done_as_carefully_as_its_gap_asks_for(second, shapes, expected, index, ways):
+    shape = shapes[index]
+    unfolding = torch.randn(8, *shape) if second is None else spectrum(relative_gap(second), *shape).float()
+    assert_is_the_leading_map(leading_maps(unfolding), unfolding)
+    assert [name for name, _ in ways] == expected
+
+
+@pytest.mark.parametrize("shape", SMALL)
+def test_of_float64_features_the_matrix_is_formed_once(shape, ways):
+    unfolding = spectrum(relative_gap(1 - 1e-6), *shape)
+    assert_is_the_leading_map(leading_maps(unfolding), unfolding)
+    assert [name for name, _ in ways] == ["gram_matrix", "_squared", "_corrected", "_decomposed"]
+
+
+@pytest.mark.parametrize("shape", [(1280, 49), (49, 1280)])
+def test_noise_without_any_structure_is_corrected_to_much_better_than_single_precision(shape, ways):
+    unfolding = torch.randn(6, *shape)
+    exact = torch.linalg.svd(unfolding.double(), full_matrices=False)
+    expected = exact.S[:, :1] * exact.Vh[:, 0].abs()
+    assert ((leading_maps(unfolding) - expected).abs().amax(1) / expected.amax(1)).max() < 1e-8
+    assert [name for name, _ in ways] == ["_squared", "_corrected"]
+
+
+@pytest.mark.parametrize("exponent", [0.1, 1, 3, 10])
+@pytest.mark.parametrize("n", [2, 5, 49, 120])
+def test_the_bound_of_the_gap_is_one_and_no_idle_one(n, exponent):
+    basis = torch.linalg.qr(torch.randn(40, n, n, dtype=torch.float64)).Q
+    values = torch.rand(40, n, dtype=torch.float64).pow(exponent).sort(descending=True).values
+    matrix = basis @ (values[..., None] * basis.mT)
+    power = matrix / values.sum(1)[:, None, None]
+    true = 1 - values[:, 1] / values[:, 0]
+    for times, before, least, most in ((4, 0, 0.4, 0.8), (5, 4, 0.01, 0.04)):
+        power, _, gaps = leading._found_in_power(matrix, power, times, before)
+        assert (gaps <= true).all()
+        resolved = (true > least) & (true < most)
+        assert (gaps[resolved] > 0.5 * true[resolved]).all()
+
+
+@pytest.mark.parametrize("shape", LARGE)
+def test_of_large_features_nothing_as_large_as_a_gram_matrix_is_formed(shape):
+    unfolding = spectrum(relative_gap(0.5), *shape).float()
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.extend(part.numel() for part in tree_leaves(result) if isinstance(part, torch.Tensor))
+            return result
+
+    with Watch():
+        leading_maps(unfolding)
+    sizes = [size for size in sizes if size < unfolding[0].numel()]
+    assert max(sizes) < gram_matrix(unfolding).numel() / 2
+
+
+def test_only_the_images_in_doubt_are_done_again(ways):
+    easy, hard = spectrum(relative_gap(0.5), 300, 40, 3), spectrum(relative_gap(1 - 1e-6), 300, 40, 1)
+    batch = torch.cat([easy[:2], hard, easy[2:]]).float()
+    assert_is_the_leading_map(leading_maps(batch), batch)
+    assert ways == [("_squared", 4), ("_corrected", 1), ("_decomposed", 1), ("gram_matrix", 1)]

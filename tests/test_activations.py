@@ -1,0 +1,124 @@
+"""What the recorder keeps of a forward pass: the layer's own output, also where the model would rewrite it."""
+
+import networks
+import pytest
+import torch
+from registry import every_method
+from torch import nn
+from torch.testing import assert_close
+
+from tucker_cam.activations import FeatureRecorder, features
+
+
+class Counting(nn.Module):
+    """Runs a network and counts how often; a module before it may rewrite the images."""
+
+    def __init__(self, network, before=None):
+        super().__init__()
+        self.network, self.before, self.runs = network, before or nn.Identity(), 0
+
+    def forward(self, x):
+        self.runs += 1
+        return self.network(self.before(x))
+
+
+def images():
+    return torch.randn(2, 3, 16, 16)
+
+
+def recorded(model, layer, batch, calls=1):
+    recorder = FeatureRecorder(model, [layer], None)
+    for _ in range(calls):
+        recorder(batch)
+    (maps,) = recorder.activations
+    recorder.release()
+    return maps
+
+
+def test_what_no_module_rewrites_is_the_layers_own_output():
+    model, outputs = networks.small_cnn().eval(), []
+    model[2].register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    maps = recorded(model, model[2], images())
+    assert maps.data_ptr() == outputs[0].data_ptr()
+    assert maps.grad_fn is None
+
+
+def test_a_model_that_rewrites_a_layers_output_runs_twice_the_first_time_and_once_from_then_on():
+    model = Counting(networks.in_place_cnn()).eval()
+    batch, layer = images(), model.network[0]
+    recorder = FeatureRecorder(model, [layer], None)
+    for runs in (2, 3, 4):
+        recorder(batch)
+        assert model.runs == runs
+        assert_close(recorder.activations[0], layer(batch).detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_rewritten_output_is_what_the_layer_put_out(context, training):
+    model = Counting(networks.in_place_cnn()).train(training)
+    batch, layer = images(), model.network[0]
+    expected = layer(batch).detach()
+    with context():
+        maps = recorded(model, layer, batch)
+    assert_close(maps.clone(), expected, rtol=0, atol=0)
+    assert model.runs == (2 if context is not torch.inference_mode and not training else 1)
+
+
+def test_a_model_that_rewrites_its_own_images_runs_but_once():
+    class Halved(nn.Module):
+        def forward(self, x):
+            return x.mul_(0.5)
+
+    model = Counting(networks.in_place_cnn(), Halved()).eval()
+    batch = images()
+    expected = model.network[0](batch / 2).detach()
+    assert_close(recorded(model, model.network[0], batch), expected, rtol=0, atol=0)
+    assert model.runs == 1
+
+
+def test_images_that_are_the_features_are_copied():
+    model, batch = networks.PassingOn().eval(), images()
+    maps, before = recorded(model, model.layer, batch), batch.clone()
+    batch.zero_()
+    assert_close(maps, before, rtol=0, atol=0)
+
+
+def test_images_in_a_container_are_explained_with_copies():
+    class OfPair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = networks.in_place_cnn()
+
+        def forward(self, pair):
+            return self.network(pair["x"])
+
+    model, batch = OfPair().eval(), images()
+    maps = recorded(model, model.network[0], {"x": batch})
+    assert_close(maps, model.network[0](batch).detach(), rtol=0, atol=0)
+
+
+def test_a_view_of_the_output_by_a_reshape_transform_is_kept_when_the_output_is_rewritten():
+    model, batch = networks.in_place_cnn().eval(), images()
+    (maps,) = features(model, [model[0]], batch, lambda output: output[:, :4])
+    assert_close(maps, model[0](batch)[:, :4].detach(), rtol=0, atol=0)
+
+
+def test_numbers_that_are_none_are_not_overwritten_in_the_models_own_tensor():
+    model, batch, outputs = networks.small_cnn().eval(), images(), []
+    model[2].register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    batch[0, 0, 0, 0] = torch.nan
+    with pytest.warns(RuntimeWarning, match="count as zero"):
+        maps = recorded(model, model[2], batch)
+    assert maps.isfinite().all()
+    assert outputs[0].isnan().any()
+
+
+@every_method
+def test_the_map_is_that_of_the_layer_also_in_the_second_call(method):
+    model, batch = networks.in_place_cnn(), images()
+    kept = nn.Sequential(model[0], nn.ReLU(inplace=False), *model[2:])
+    cam = method(model, [model[0]])
+    expected = method(kept, [kept[0]])(batch)
+    assert (cam(batch) == expected).all()
+    assert (cam(batch) == expected).all()

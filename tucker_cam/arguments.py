@@ -1,0 +1,48 @@
+"""What a caller hands over in, the same or an error of ours out: the checks that several public names share."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from tucker_cam.errors import BadTypeError, BadValueError
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_features(features: object, name: object) -> Tensor:
+    """Return floating point numbers, batch x channels x spatial; raise TypeError or ValueError for all else.
+
+    `name` says in the message what they are.
+    """
+    if not isinstance(features, Tensor):
+        raise BadTypeError(
+            f"expected {name} as one torch.Tensor, got {type(features).__name__}: choose a layer inside it, or pick "
+            "the tensor in a reshape_transform"
+        )
+    check_kind(features, name)
+    if features.dtype not in _FLOATS:
+        raise BadTypeError(f"expected {name} as floating point numbers of 16 bits or more, got {features.dtype}")
+    shape = tuple(features.shape)
+    if len(shape) < 3 or 0 in shape:
+        raise BadValueError(
+            f"expected {name} as batch x channels x spatial, none of them empty, got {shape}: choose a layer before "
+            "the spatial axes are pooled, or make room for them in a reshape_transform"
+        )
+    return features
+
+
+def check_kind(tensor: Tensor, name: object) -> None:
+    """Raise TypeError for a tensor of a kind that PyTorch has not the whole of its arithmetic for."""
+    if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_meta:
+        raise BadTypeError(
+            f"expected {name} as a dense tensor with numbers in it, got one that is nested, sparse or meta"
+        )
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise ValueError for a value that is none of a `Literal`."""
+    if value not in get_args(choices):
+        raise BadValueError(f"expected {name} as one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")

@@ -1,0 +1,194 @@
+r"""A mode-1 unfolding in, the map along its leading singular vector out: the equation of TSM at full rank.
+
+With $F_{(1)} = A\,\mathrm{diag}(s)\,V^\top$ that is $|a_1^\top F_{(1)}| = s_1 |v_1|$, and $v_1$ the leading
+eigenvector of $G = F_{(1)}^\top F_{(1)}$; where $K = F_{(1)} F_{(1)}^\top$ is smaller, $a_1$ is that of K. A small
+matrix is formed and squared again and again; of a large one nothing is formed, since a Krylov subspace needs but its
+products with vectors. Both start in float32, and know by how much that may put a map off.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tucker_cam.decomposition.gram import (
+    as_tall,
+    eigenpairs,
+    float32_products_do,
+    gram_matrix,
+    is_tall,
+    rows_in_float64,
+    settled,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from tucker_cam.decomposition.gram import Attempt, Row, Scalars, Square, Unfolding
+
+# What a map may be off, as a share of its contrast, its largest less its smallest value.
+_PROMISE, _PROMISE_OF_FLOAT64 = 1e-5, 1e-9
+# The error of products accumulated in float32, relative to the Gram matrix's largest eigenvalue, in the 2-norm: 1e-8 to
+# 1.3e-7 was measured on feature maps, 4e-7 on Gaussian noise, which has no eigenvalue that stands out.
+_SINGLE_NOISE, _DOUBLE_NOISE = 2e-7, 1e-14
+# From this size on a Krylov subspace is faster than the products that squaring takes.
+_LARGE = 128
+# After four squarings the matrix is its 16th power; a step with a power costs a tenth of a squaring, and four of these
+# leave of a second eigenvalue of 0.8 times the first one 1e-8. Five squarings more: of one of 0.99, too.
+_SQUARINGS, _MORE_SQUARINGS = 4, 5
+# Most feature maps take four steps; what is not found in these many is decomposed. In float64, down to this residual.
+_STEPS_AT_A_TIME, _STEPS, _PRECISE_STEPS, _RESIDUAL = 2, 20, 12, 1e-11
+_TINY = torch.finfo(torch.float64).tiny
+
+
+def leading_maps(unfolding: Unfolding) -> Float[Tensor, "batch positions"]:
+    """Return each image's map along its leading singular vector, not negative, in float64."""
+    single = float32_products_do(unfolding)
+    noise = _SINGLE_NOISE if single else _DOUBLE_NOISE
+    if min(unfolding.shape[1:]) >= _LARGE:
+        # Channels a few at a time: their squares stay in the processor's cache.
+        squares = torch.stack([rows.square().sum(1) for rows in unfolding.split(32, dim=1)]).sum(0).double()
+        solvers = [partial(_lanczos, noise=noise), partial(_lanczos, noise=_DOUBLE_NOISE)][not single :]
+        return settled([*solvers, partial(_decomposed, exact=False)], unfolding, squares, _start(unfolding))
+    tall = as_tall(unfolding)
+    matrix = (tall.mT @ tall).double() if single else gram_matrix(unfolding)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    squares = diagonal if is_tall(unfolding) else unfolding.square().sum(1).double()
+    power = matrix / _above_zero(diagonal.sum(1))[:, None, None]
+    solvers = [partial(_squared, noise=noise), partial(_corrected, noise=noise), partial(_decomposed, exact=not single)]
+    return settled(solvers, unfolding, squares, matrix, power)
+
+
+def _squared(unfolding: Unfolding, squares: Tensor, matrix: Square, power: Square, *, noise: float) -> Attempt:
+    """Find the leading eigenvector of the matrix in a power of it."""
+    power, vectors, gaps = _found_in_power(matrix, power, _SQUARINGS)
+    values, residuals = _residuals(vectors, vectors @ matrix)
+    turned = (residuals.norm(dim=(1, 2)) / _above_zero(values) + noise) / _above_zero(gaps)
+    return *_judged(unfolding, squares, vectors, values, turned), (unfolding, squares, matrix, power)
+
+
+def _corrected(unfolding: Unfolding, squares: Tensor, matrix: Square, power: Square, *, noise: float) -> Attempt:
+    r"""Square on, and correct the vector by one product with the features in float64.
+
+    With $r = F^\top F v - \theta v$ the vector that is missing is, to first order, $x = (\theta - G)^+ r$; what the
+    matrix at hand is off by enters in the second order only, times x.
+    """
+    _, vectors, gaps = _found_in_power(matrix, power, _MORE_SQUARINGS, before=_SQUARINGS)
+    values, residuals = _residuals(vectors, _product(unfolding, vectors, single=False))
+    identity = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    shifted = values[:, None, None] * (identity + vectors.mT @ vectors) - matrix
+    missing = torch.linalg.solve_ex(shifted, residuals.mT).result.mT
+    length = missing.norm(dim=(1, 2))
+    turned = length**2 + (length * noise + _DOUBLE_NOISE) / _above_zero(gaps)
+    return *_judged(unfolding, squares, _unit(vectors + missing), values, turned), (unfolding, squares, matrix)
+
+
+def _found_in_power(matrix: Square, power: Square, times: int, before: int = 0) -> tuple[Square, Row, Scalars]:
+    r"""Square a power of trace one, and return it, the leading eigenvector in it and a lower bound of the relative gap.
+
+    The column with the largest diagonal entry has the largest part of the vector; steps with the power leave less of
+    the others, and steps with the matrix itself take away the rounding errors of the squarings.
+
+    After k squarings the power P has the eigenvalues $p_i \propto \lambda_i^{2^k}$. For any q and v,
+    $p_2 \le \|P - q\,v v^\top\|_F$: taking away a matrix of rank one leaves at least the second singular value (Eckart
+    and Young, 1936). With $q = v^\top P v \le p_1$ that bounds $\lambda_2 / \lambda_1 = (p_2 / p_1)^{1/2^k}$, but for
+    the rounding errors, which a squaring doubles and adds to.
+    """
+    for _ in range(times):
+        power = power @ power
+    diagonal = power.diagonal(dim1=-2, dim2=-1)
+    power = power / _above_zero(diagonal.sum(1))[:, None, None]
+    vectors = power[torch.arange(len(power), device=power.device), None, diagonal.argmax(1)]
+    for factor in (power, power, power, power, matrix, matrix):
+        vectors = vectors @ factor
+    vectors = _unit(vectors)
+    first = vectors @ power @ vectors.mT
+    rest = (power - first * vectors.mT * vectors).norm(dim=(1, 2))
+    exponent = 2 ** (before + times)
+    rounding = exponent * len(power[0]) * torch.finfo(power.dtype).eps
+    ratios = (rest / _above_zero(first.flatten()) + rounding) ** (1 / exponent)
+    return power, vectors, (1 - ratios).clamp_min(0)
+
+
+def _lanczos(unfolding: Unfolding, squares: Tensor, start: Row, *, noise: float) -> Attempt:
+    """Find the vector by Rayleigh-Ritz on a Krylov subspace (Lanczos with full reorthogonalisation)."""
+    single = noise == _SINGLE_NOISE
+    tolerance, most = (noise, _STEPS) if single else (_RESIDUAL, _PRECISE_STEPS)
+    basis, images = start, _product(unfolding, start, single=single)
+    while True:
+        for _ in range(_STEPS_AT_A_TIME):
+            direction = images[:, -1:]
+            for _ in range(2):  # once leaves rounding errors of the order of the part that was taken away
+                direction = direction - (direction @ basis.mT) @ basis
+            direction = _unit(direction)
+            basis = torch.cat([basis, direction], dim=1)
+            images = torch.cat([images, _product(unfolding, direction, single=single)], dim=1)
+        ritz, mixing = eigenpairs(basis @ images.mT)
+        vectors = mixing[..., :1].mT @ basis
+        values, residuals = _residuals(vectors, mixing[..., :1].mT @ images)
+        relative = residuals.norm(dim=(1, 2)) / _above_zero(values)
+        if (relative <= tolerance).all() or basis.shape[1] > most:
+            break
+    turned = (relative + noise) / _above_zero(1 - ritz[:, 1] / _above_zero(values))
+    return *_judged(unfolding, squares, vectors, values, turned), (unfolding, squares, vectors)
+
+
+def _decomposed(unfolding: Unfolding, squares: Tensor, matrix: Tensor, *, exact: bool) -> Attempt:
+    """Decompose the Gram matrix, the one at hand where that is exact, whatever the gap."""
+    values, vectors = eigenpairs(matrix if exact else gram_matrix(unfolding))
+    certain = torch.zeros_like(values[:, 0])
+    return *_judged(unfolding, squares, vectors[..., :1].mT, values[:, 0], certain), ()
+
+
+def _judged(
+    unfolding: Unfolding, squares: Tensor, vectors: Row, values: Scalars, turned: Scalars
+) -> tuple[Tensor, Tensor]:
+    """Return the maps along leading eigenvectors, and which are in doubt where these are turned by such angles.
+
+    A map is off by its angle times the features' length there at most (Davis and Kahan, 1970, say by how much residual
+    and noise turn a vector: by what they are over the gap).
+    """
+    if is_tall(unfolding):
+        maps = values.clamp_min(0).sqrt()[:, None] * vectors.squeeze(1).abs()
+    else:
+        maps = torch.cat([vectors @ rows.mT for rows in rows_in_float64(unfolding)], dim=2).squeeze(1).abs()
+    promise = _PROMISE_OF_FLOAT64 if unfolding.dtype == torch.float64 else _PROMISE
+    return maps, ~(turned * squares.amax(1).sqrt() <= promise * (maps.amax(1) - maps.amin(1)))
+
+
+def _product(unfolding: Unfolding, vectors: Row, *, single: bool) -> Float[Tensor, "batch 1 n"]:
+    """Return each vector's product with the smaller Gram matrix, which is not formed: as rows, they are fastest."""
+    if single:
+        tall = as_tall(unfolding)
+        return ((vectors.to(tall.dtype) @ tall.mT) @ tall).double()
+    total = torch.zeros_like(vectors)
+    for rows in rows_in_float64(unfolding):
+        total.baddbmm_(vectors @ rows.mT, rows)
+    return total
+
+
+def _start(unfolding: Unfolding) -> Float[Tensor, "batch 1 n"]:
+    """Return what a Krylov subspace starts from: ones, near the answer for rectified features, and fixed random noise.
+
+    Whatever is regular, ones alone for example, can be orthogonal to a regular eigenvector.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(min(unfolding.shape[1:]), generator=generator, dtype=torch.float64, device="cpu")
+    return _unit((1 + 0.3 * noise).to(unfolding.device).expand(len(unfolding), 1, -1))
+
+
+def _residuals(vectors: Row, images: Row) -> tuple[Scalars, Row]:
+    """Return the Rayleigh quotients of vectors with these products, and what they leave."""
+    values = (vectors * images).sum((1, 2))
+    return values, images - values[:, None, None] * vectors
+
+
+def _unit(vectors: Row) -> Row:
+    return vectors / _above_zero(vectors.norm(dim=2, keepdim=True))
+
+
+def _above_zero(numbers: Tensor) -> Tensor:
+    return numbers.clamp_min(_TINY)
