@@ -153,6 +153,7 @@ def test_ones_own_bare_module_is_taken_to_have_imagenets_preprocessing():
         ("networks:no_model", TypeError, "torch.nn.Module or a tucker_cam.models.Network from .*, got str"),
         ("networks:raises", ValueError, r"networks:raises could not be built \(RuntimeError: .*\)"),
         ("broken:f", ValueError, r"broken could not be imported \(SyntaxError"),
+        ("ending:f", ValueError, r"ending:f could not be built \(SystemExit: no arguments\)"),
         ("networks:text_model", ValueError, r"takes one picture, and it failed on one of 3x224x224 \(RuntimeError: "),
         ("hub:facebookresearch/vicreg:unreachable", OSError, r"not be had \(no route to host\); pretrained=False"),
         ("hub:facebookresearch/vicreg:resnet51", ValueError, "could not be built .*resnet51"),
@@ -162,6 +163,7 @@ def test_ones_own_bare_module_is_taken_to_have_imagenets_preprocessing():
 )
 def test_what_gives_no_model_is_one_clear_line(name, error, message):
     Path("broken.py").write_text("def f(:")
+    Path("ending.py").write_text("def f():\n    raise SystemExit('no arguments')")
     with pytest.raises(error, match=message) as raised:
         load_model(name)
     assert len(str(raised.value).splitlines()) == 1

@@ -76,8 +76,8 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
         raise MissingPackageError(
             f"the model {spec} needs the package {error.name}: {install(family.extra)}", name=error.name
         ) from error
-    except Exception as error:
-        # Libraries, repositories and one's own function fail in many ways.
+    except (Exception, SystemExit) as error:
+        # Libraries, repositories and one's own function fail in many ways; a script that reads its arguments ends so.
         if isinstance(error, (OSError, UnpicklingError)) and pretrained and family.random:
             raise BadFileError(
                 f"{spec} could not be had ({one_line(error)}); pretrained=False needs no published weights"
