@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tucker_cam.errors import BadValueError
+from tucker_cam.errors import BadTypeError, BadValueError
 from tucker_cam.own_code import from_own_module
 
 if TYPE_CHECKING:
@@ -73,8 +73,10 @@ def method_named(name: str) -> Method:
     """Return the label-free method of this name, or MODULE:CLASS of the user's own, whose name is the class's.
 
     Raises:
-        ValueError: there is none; the message holds the nearest names, or says what is wrong with the module.
+        TypeError, ValueError: there is none; the message holds the nearest, or says what is wrong with the module.
     """
+    if not isinstance(name, str):
+        raise BadTypeError(f"expected a method's name, got {name!r}: give classes of your own as a dict, by names")
     module, colon, kind = name.partition(":")
     if not colon:
         return METHODS[check_name("method", name, METHODS)]

@@ -302,3 +302,17 @@ def test_where_the_network_looked_stands_in_the_manifest_also_after_a_kill(tmp_p
 def test_what_cannot_be_written_is_one_clear_error_before_the_work(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         explain(noise(), "no:model", out=tmp_path, **options)
+
+
+def test_an_iterator_is_gone_through_once_and_says_so(tmp_path):
+    explanations = explain(iter([torch.rand(2, 3, 24, 24)]), TINY)
+    assert len(list(explanations)) == 2
+    with pytest.raises(ValueError, match="give a list of them"):
+        explanations.save(tmp_path, progress=False)
+
+
+def test_a_picture_of_one_pixel_is_drawn_as_the_network_saw_it(tmp_path):
+    explanations = explain([Image.new("RGB", (1, 1)), noise()], TINY, out=tmp_path, progress=False)
+    assert not explanations.failures
+    with Image.open(tmp_path / "picture-0_tsm.png") as overlay:
+        assert overlay.size == (24, 24)

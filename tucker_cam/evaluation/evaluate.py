@@ -83,6 +83,9 @@ def evaluate(
     given = dict(names) if isinstance(names, Mapping) else {each.name: each for each in map(method_named, names)}
     # EigenCAM is what the others are compared with.
     chosen: dict[str, Builder] = {BASELINE: METHODS[BASELINE], **given}
+    taken: dict[str, Builder | None] = {**METHODS, **LABEL_DEPENDENT, **dict.fromkeys(CONTROLS)}
+    if not_own := [name for name in given if name in taken and given[name] != taken[name]]:
+        raise BadValueError(f"expected names of your own for methods of your own, got {', '.join(not_own)}")
     wanted = [metrics] if isinstance(metrics, (str, Measure)) else metrics
     choose_measures(wanted, ())
     check_batch_size(batch_size)
@@ -107,7 +110,13 @@ def evaluate(
             "annotations": inputs.annotations,
         }
         results = Results(path, run, [measure.name for measure in measures])
+        if columns := {"picture", "method", *run}.intersection(results.measures):
+            raise BadValueError(
+                f"expected measures of other names than {', '.join(columns)}, which are columns already"
+            )
         pictures = inputs.samples
+        if pictures is None and results.rows:
+            raise BadValueError(f"{path}: expected a new file, as nothing tells batches from those of an earlier run")
         if pictures is not None and (others := {name for name, _ in results.rows} - pictures.keys()):
             raise BadValueError(
                 f"{path}: expected results of the {counted(len(pictures))} of this run, found some of {min(others)}, "

@@ -381,6 +381,8 @@ MEASURES = (
 
 def choose_measures(metrics: Collection[str | Measure], score_names: Collection[str]) -> list[Measure]:
     """Return the measures of these groups that the scores allow, the map's statistics, and those given."""
+    if unknown := [each for each in metrics if not isinstance(each, (str, Measure))]:
+        raise BadTypeError(f"expected metrics as names of groups or Measure records, got {unknown[0]!r}")
     groups = {check_name("metric", each, GROUPS) for each in metrics if isinstance(each, str)} | {"statistics"}
     known = [measure for measure in MEASURES if measure.group in groups]
     chosen = [*known, *(each for each in metrics if isinstance(each, Measure))]

@@ -133,6 +133,7 @@ def load_model(
         >>> load_model("torchvision:resnet18", pretrained=False).layer_names
         ['layer4']
     """
+    layers = [layers] if isinstance(layers, (str, int, nn.Module)) else layers
     if isinstance(model, LoadedModel):
         if pretrained and crop and not layers and all(each is None for each in (weights, device, size, mean, std)):
             return model

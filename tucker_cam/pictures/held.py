@@ -71,10 +71,23 @@ def collect(pictures: Pictures, *, out: Path | None = None, limit: int | None = 
     elif limit is not None:
         raise BadValueError("expected no limit where the number of pictures is not known: take as many batches")
     else:
-        batches = pictures
+        batches = _Once(pictures) if isinstance(pictures, Iterator) else pictures
         return Collection(lambda: _of_batches(batches), None, [])
     chosen = random_sample(found, limit)
     return Collection(lambda: iter([chosen]), len(chosen), failures)
+
+
+class _Once:
+    """What can be gone through only once, and says so the second time."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches: Iterator[Any] | None = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.batches is None:
+            raise BadValueError("expected batches that can be gone through again, got an iterator: give a list of them")
+        batches, self.batches = self.batches, None
+        return batches
 
 
 def named_inputs(batches: Iterable[Any]) -> Iterator[tuple[list[str], Tensor, list[Any]]]:
@@ -83,7 +96,9 @@ def named_inputs(batches: Iterable[Any]) -> Iterator[tuple[list[str], Tensor, li
     for batch in batches:
         images, *others = batch if isinstance(batch, (list, tuple)) else (batch,)
         if not isinstance(images, Tensor):
-            raise BadTypeError(f"expected batches of network inputs as tensors, got {type(images).__name__}")
+            raise BadTypeError(
+                f"expected batches of network inputs, or a list of pictures, got {type(images).__name__}"
+            )
         if images.dim() not in (4, 5):
             raise BadValueError(
                 f"expected a batch of network inputs, batch x channels x height x width, got {tuple(images.shape)}: "

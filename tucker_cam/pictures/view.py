@@ -52,7 +52,7 @@ def _view(preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: in
         x, y = _line(across), _line(down.T)
         inside = np.ix_((y > _EDGE) & (y < 1 - _EDGE), (x > _EDGE) & (x < 1 - _EDGE))
         error = np.maximum(np.abs(across - x), np.abs(down - y[:, None]))[inside]
-        if error.size and error.max() <= _RESIDUAL and x[0] < x[-1] and y[0] < y[-1]:
+        if error.size and error.max() <= _RESIDUAL and min(x[-1] - x[0], y[-1] - y[0]) > _RESIDUAL:
             right, low = (x[1] - x[0]) * width, (y[1] - y[0]) * height
             box = (x[0] * width - right / 2, y[0] * height - low / 2, len(x) * right, len(y) * low)
             return View(*map(float, box))
