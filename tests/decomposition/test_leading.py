@@ -106,3 +106,15 @@ def test_only_the_images_in_doubt_are_done_again(ways):
     batch = torch.cat([easy[:2], hard, easy[2:]]).float()
     assert_is_the_leading_map(leading_maps(batch), batch)
     assert ways == [("_squared", 4), ("_corrected", 1), ("_decomposed", 1), ("gram_matrix", 1)]
+
+
+@pytest.mark.parametrize("shape", LARGE)
+def test_a_massive_channel_of_a_large_layer_leaves_a_finished_map_right(shape):
+    unfolding = torch.relu(torch.randn(100, *shape) + 0.3)
+    unfolding[:, 3] += torch.logspace(0, 4, 100)[:, None]
+    exact = torch.linalg.svd(unfolding.double(), full_matrices=False).Vh[:, 0].abs()
+    finished, expected = (
+        (maps - maps.amin(1, keepdim=True)) / (maps.amax(1) - maps.amin(1))[:, None]
+        for maps in (leading_maps(unfolding), exact)
+    )
+    assert (finished - expected).abs().max() < 1e-5
