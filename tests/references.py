@@ -59,12 +59,22 @@ def multivec_eigencam(image, combine="signed"):
     return combined(svd_components(image, center=True), combine)
 
 
+def lafam(image):
+    return np.maximum(sum(np.asarray(channel, dtype=np.float64) for channel in image) / len(image), 0)
+
+
+def gap_weighted(image):
+    return np.abs(sum(channel.mean() * channel for channel in np.asarray(image, dtype=np.float64)))
+
+
 # Of each method of this project, by its name: from channels x spatial to a map that is not yet scaled.
 ORACLES = {
     "tsm": tsm,
     "mtsm": mtsm,
     "mtsm-energy": partial(mtsm, combine="energy"),
     "multivec-eigencam": multivec_eigencam,
+    "lafam": lafam,
+    "gap-weighted": gap_weighted,
 }
 
 

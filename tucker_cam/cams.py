@@ -20,6 +20,7 @@ from ttach import Compose
 
 from tucker_cam.activations import FeatureRecorder, ReshapeTransform, Source, check_maps_of, feature_maps
 from tucker_cam.arguments import check_choice, check_kind
+from tucker_cam.decomposition.gram import largest_magnitude
 from tucker_cam.decomposition.modes import ChannelModes, Engine, channel_modes
 from tucker_cam.decomposition.projection import Combine, combined_map, leading_map
 from tucker_cam.decomposition.rank import Rank, check_rank
@@ -297,6 +298,30 @@ class MultivecEigenCAM(LabelFreeCAM, BaseCAM):
 
     def saliency(self, features: Tensor) -> Tensor:
         return combined_map(features, combine=self.combine, center=True)
+
+
+class LaFAM(LabelFreeCAM, BaseCAM):
+    """LaFAM (Karjauv and Albayrak 2024, arXiv 2407.06059): the mean of the channels, a peer to compare with.
+
+    Deviation from the source: what is negative is cut off, as the host does it with every map.
+    """
+
+    def saliency(self, features: Tensor) -> Tensor:
+        return features.double().mean(1).clamp_min(0)
+
+
+class GAPWeighted(LabelFreeCAM, BaseCAM):
+    r"""$|\sum_c \bar F_c F_c|$, each channel weighted by its mean over the positions (global average pooling).
+
+    Exactly one step of power iteration on the positions' Gram matrix from the uniform vector towards TSM's map: a peer
+    that tells what TSM's decomposition adds.
+    """
+
+    def saliency(self, features: Tensor) -> Tensor:
+        unfolding = features.double().flatten(2)
+        # The scale plays no part, and squares of very large or small numbers are none.
+        unfolding = unfolding / largest_magnitude(unfolding)[:, None, None].clamp_min(torch.finfo(unfolding.dtype).tiny)
+        return (unfolding.mean(2, keepdim=True).mT @ unfolding).abs().view_as(features[:, 0])
 
 
 def _scaled(maps: Tensor) -> Tensor:

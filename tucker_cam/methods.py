@@ -58,6 +58,8 @@ _ALL = (
     Method("mtsm", "MTSM", "tucker_cam.cams", "MTSM"),
     Method("mtsm-energy", "MTSM, energy", "tucker_cam.cams", "MTSM", {"combine": "energy"}),
     Method("multivec-eigencam", "Multivec-EigenCAM", "tucker_cam.cams", "MultivecEigenCAM"),
+    Method("lafam", "LaFAM", "tucker_cam.cams", "LaFAM"),
+    Method("gap-weighted", "GAP-weighted", "tucker_cam.cams", "GAPWeighted"),
     Method("kpca-cam", "KPCA-CAM", "pytorch_grad_cam", "KPCA_CAM"),
     Method("fem", "FEM", "pytorch_grad_cam", "FEM"),
     Method("gradcam", "GradCAM", "pytorch_grad_cam", "GradCAM", label_free=False),

@@ -1,5 +1,7 @@
 """Each metric against a case computed by hand, a library's own where there is one, and its inverted map."""
 
+import math
+
 import numpy as np
 import pytest
 import quantus
@@ -7,6 +9,7 @@ import torch
 from networks import small_cnn
 from pytorch_grad_cam.metrics.road import ROADLeastRelevantFirstAverage, ROADMostRelevantFirstAverage
 from scipy.ndimage import gaussian_filter
+from sklearn.metrics import fbeta_score
 from torchcam.methods import GradCAM
 from torchcam.metrics import ClassificationMetric, DeletionInsertionMetric
 
@@ -23,6 +26,7 @@ LOCALISATION = [
     metrics.best_threshold_iou,
     metrics.best_cut_iou,
     metrics.otsu_iou,
+    metrics.max_f_beta,
 ]
 
 
@@ -79,6 +83,23 @@ def test_the_best_cut_is_the_best_over_every_threshold_there_is():
     for saliency, mask, best in zip(maps, masks, metrics.best_cut_iou(maps, masks), strict=True):
         every = [((saliency >= t) & mask).sum() / ((saliency >= t) | mask).sum() for t in saliency.unique()]
         torch.testing.assert_close(best, max(every))
+
+
+def test_f_beta_agrees_with_a_case_computed_by_hand():
+    # The highest pixel: P = 1, R = 1/2. All four, as three are equal: P = 1/2, R = 1.
+    saliency, mask = torch.tensor([[[0.9, 0.5, 0.5, 0.5]]]), torch.tensor([[[True, True, False, False]]])
+    first, second = 1.3 * 1 * 0.5 / (0.3 * 1 + 0.5), 1.3 * 0.5 * 1 / (0.3 * 0.5 + 1)
+    torch.testing.assert_close(metrics.max_f_beta(saliency, mask), torch.tensor([max(first, second)]))
+
+
+def test_f_beta_agrees_with_scikit_learn():
+    maps = torch.rand(4, 9, 8).round(decimals=1)
+    masks = torch.rand(4, 9, 8) > 0.5
+    for saliency, mask, best in zip(maps, masks, metrics.max_f_beta(maps, masks), strict=True):
+        truth = mask.flatten().numpy()
+        cuts = [(saliency >= t).flatten().numpy() for t in saliency.unique()]
+        expected = max(fbeta_score(truth, cut, beta=math.sqrt(0.3)) for cut in cuts)
+        assert best.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_energy_and_pointing_agree_with_quantus():
