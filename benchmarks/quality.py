@@ -1,201 +1,290 @@
-"""How good the maps of the demo network are, with controls, at two layers; and how upright EigenCAM's are.
+"""How good the maps are: five networks, three sets of pictures, all methods and controls, with intervals.
 
-    python -m benchmarks.quality FOLDER                          # pictures with boxes or masks
-    python -m benchmarks.quality FOLDER --photographs FOLDER     # and others, for Average Drop alone
+    python -m benchmarks.quality --ecssd FOLDER --raccoons FOLDER --photographs FOLDER --augnet imgsim/model.pth
 
-Layers: the last block's output (320x7x7, which has negative values) and what the head makes of it (1280x7x7). Writes
-benchmarks/results/quality.{json.gz,md} and spectrum.png. Needs the `test` extra.
+Networks: EfficientNet-Lite0, Lite1 and Lite2 after the head, supervised on ImageNet; and AugNet, a ResNet-50 trained on
+ImageNet without labels, at its last and its last but one stage. Pictures: ECSSD with pixel masks, raccoons with boxes,
+and ImageNet photographs without either. What is not given is left out. Rows go to `--rows` as soon as they are known,
+so that the same command goes on where it was stopped. Writes benchmarks/results/quality.{csv.gz,md,png} and
+quality-examples.png. Needs the `benchmarks` extra.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
+import io
+import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import median
+from typing import Annotated, Any, NamedTuple
 
-import numpy as np
-import scipy.linalg
 import torch
 import typer
-from numpy.typing import NDArray
+from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from benchmarks.reporting import environment, interval, table, write_samples
-from tucker_cam import evaluate, features
+from benchmarks.polarity import polarity_tables
+from benchmarks.reporting import environment, interval, table
+from tucker_cam.cams import LabelFreeCAM
 from tucker_cam.decomposition.projection import leading_map
+from tucker_cam.evaluation.comparison import one_pass_of, saliency_maps
+from tucker_cam.evaluation.controls import CONTROLS
+from tucker_cam.evaluation.evaluate import evaluate
 from tucker_cam.evaluation.metrics import MEASURES
-from tucker_cam.evaluation.spectrum import spectrum
+from tucker_cam.evaluation.report import pick_examples
 from tucker_cam.evaluation.summary import Summary
+from tucker_cam.methods import METHODS
 from tucker_cam.models import LoadedModel, load_model
+from tucker_cam.models.families import efficientnet_lite
 from tucker_cam.pictures.annotations import find_samples, network_view
 
 SEED = 0
-LAYERS = {"blocks.6": "the last block's output, 320x7x7", "bn2": "after the head, 1280x7x7"}
-LOCALISATION = ("energy_in_mask", "pointing_game", "best_threshold_iou", "best_cut_iou", "otsu_iou")
-DROP = (
+SETS = {"ecssd": "ECSSD", "raccoons": "raccoons", "photographs": "ImageNet photographs"}
+SHOWN = (
+    "best_cut_iou",
+    "max_f_beta",
+    "pointing_game",
+    "energy_in_mask",
+    "best_threshold_iou",
+    "otsu_iou",
     "probability_drop",
     "probability_drop_area_matched",
     "similarity_drop",
     "similarity_drop_area_matched",
     "mean_saliency",
 )
+COMPARED = ("best_cut_iou", "max_f_beta", "probability_drop_area_matched", "similarity_drop_area_matched")
 MEASURE = {measure.name: measure for measure in MEASURES}
-OURS = ("tsm", "mtsm", "mtsm-energy", "multivec-eigencam")
-_ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
-CURVES = ("probability_insertion", "probability_deletion", "similarity_insertion", "similarity_deletion")
+ARROWS = {"higher": " ↑", "lower": " ↓", "": ""}
+Summaries = dict[str, dict[str, Summary]]
 
 
-# Ways to the first right singular vector of a matrix; the first as the host's `get_2d_projection` asks for it.
-BACKENDS: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
-    "NumPy": lambda matrix: np.linalg.svd(matrix)[2][0],
-    "SciPy, gesdd": lambda matrix: scipy.linalg.svd(matrix, lapack_driver="gesdd")[2][0],
-    "SciPy, gesvd": lambda matrix: scipy.linalg.svd(matrix, lapack_driver="gesvd")[2][0],
-    "torch": lambda matrix: torch.linalg.svd(torch.from_numpy(matrix)).Vh[0].numpy(),
-    # The left singular vectors of the transpose are the same directions.
-    "NumPy, transposed": lambda matrix: np.linalg.svd(matrix.T)[0][:, 0],
-    "torch, transposed": lambda matrix: torch.linalg.svd(torch.from_numpy(matrix).T).U[:, 0].numpy(),
+class CentredTSM(LabelFreeCAM):
+    r"""$|u_1^\top F_c|$: TSM with centring, to see what leaving it out does."""
+
+    def saliency(self, features: Tensor) -> Tensor:
+        features = features.double()
+        return leading_map(features - features.flatten(2).mean(2)[(...,) + (None,) * (features.dim() - 2)])
+
+
+CHOSEN: Mapping[str, Any] = {**METHODS, "tsm-centred": CentredTSM}
+
+
+class NetworkAtLayer(NamedTuple):
+    """A network and the layer at which it is explained."""
+
+    title: str
+    load: Callable[[Path | None], LoadedModel]
+
+
+def _augnet(layer: str) -> Callable[[Path | None], LoadedModel]:
+    return lambda weights: load_model("torchvision:resnet50", weights=weights, layers=[layer])
+
+
+def _lite(number: int) -> Callable[[Path | None], LoadedModel]:
+    return lambda _: load_model(efficientnet_lite(number), layers=["bn2"])
+
+
+# The slowest first.
+NETWORKS = {
+    "augnet-layer4": NetworkAtLayer("AugNet, layer4", _augnet("layer4")),
+    "augnet-layer3": NetworkAtLayer("AugNet, layer3", _augnet("layer3")),
+    "lite2": NetworkAtLayer("EfficientNet-Lite2, bn2", _lite(2)),
+    "lite1": NetworkAtLayer("EfficientNet-Lite1, bn2", _lite(1)),
+    "lite0": NetworkAtLayer("EfficientNet-Lite0, bn2", _lite(0)),
 }
-LAYOUTS = {"column-major (the host's)": np.asfortranarray, "row-major": np.ascontiguousarray}
+DEMO = "lite0"
 
 
-def measure_polarity(features: Tensor, masks: Tensor) -> dict[str, float]:
-    """Return the share of pictures on which EigenCAM's projection is higher on the object than beside it.
-
-    Args:
-        features: batch x channels x height x width.
-        masks: bool, batch x height x width, of the features' size.
-    """
-    upright: dict[str, list[bool]] = {}
-    for image, mask in zip(features, masks.flatten(1).numpy(), strict=True):
-        if mask.all() or not mask.any():
-            continue
-        unfolding = image.flatten(1).T.numpy()
-        centred = unfolding - unfolding.mean(axis=0)
-        projections = {
-            f"EigenCAM, {name}, {layout}": centred @ leading(arrange(centred))
-            for name, leading in BACKENDS.items()
-            for layout, arrange in LAYOUTS.items()
-        }
-        projections["TSM"] = leading_map(image[None])[0].flatten().numpy()
-        for name, projection in projections.items():
-            upright.setdefault(name, []).append(bool(projection[mask].mean() > projection[~mask].mean()))
-    return {name: float(np.mean(each)) for name, each in upright.items()}
+def score(cell: tuple[str, str, Path], weights: Path | None, rows: Path, limit: int | None) -> tuple[float, Any]:
+    """Score a network on a set of pictures, and return the seconds that it took and the evaluation."""
+    network, data, folder = cell
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    with threadpool_limits(1):
+        evaluation = evaluate(
+            folder,
+            NETWORKS[network].load(weights),
+            CHOSEN,
+            metrics="drop" if data == "photographs" else ("localisation", "drop"),
+            out=rows / f"{network}-{data}.csv",
+            limit=limit,
+            progress=False,
+        )
+    summaries = {baseline: evaluation.summary(baseline=baseline, seed=SEED) for baseline in ("eigencam", "tsm")}
+    return time.perf_counter() - start, (evaluation.rows, evaluation.scored, evaluation.run["annotations"], summaries)
 
 
-def features_of(folder: Path, limit: int | None, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
-    """Return the layer's features, and the masks at their size."""
-    samples, annotations, _ = find_samples(folder, limit=limit)
-    views = []
-    for sample in samples:
-        try:
-            views.append(network_view(sample, annotations, loaded))
-        except (OSError, ValueError):
-            continue
-    images, masks = (torch.stack([view[place] for view in views]) for place in (0, 1))
-    (maps,) = features(loaded.model, loaded.target_layers, images)
-    size = tuple(maps.shape[-2:])
-    return maps, torch.nn.functional.interpolate(masks[:, None].float(), size, mode="area")[:, 0] > 0.5
+def milliseconds(network: str, folder: Path, weights: Path | None) -> dict[str, float]:
+    """Return the CPU time of each method beside the forward pass of eight pictures, a picture, in ms."""
+    torch.set_num_threads(1)
+    loaded = NETWORKS[network].load(weights)
+    samples, annotations, _ = find_samples(folder, limit=8)
+    images = torch.stack([network_view(sample, annotations, loaded).network_input for sample in samples])
+
+    def timed(work: Callable[[], object]) -> float:
+        work()
+        samples = []
+        for _ in range(5):
+            start = time.process_time()
+            work()
+            samples.append(time.process_time() - start)
+        return 1e3 * median(samples) / len(images)
+
+    with threadpool_limits(1), torch.no_grad(), one_pass_of(loaded, images) as one_pass:
+        one_pass.output_and_features()
+        found = {"forward pass": timed(lambda: loaded.model(images))}
+        return found | {name: timed(partial(one_pass.maps, method)) for name, method in CHOSEN.items()}
 
 
-def scores_table(head: str, summaries: dict[str, dict[str, Summary]], shown: tuple[str, ...]) -> str:
-    present = [MEASURE[column] for column in shown if column in summaries["tsm"]]
+def heading(name: str) -> str:
+    return MEASURE[name].title + ARROWS[MEASURE[name].better]
+
+
+def values_table(head: str, found: Summaries) -> str:
+    names = [name for name in SHOWN if name in found["tsm"]]
     rows = {
-        method: [interval(by_column[each.name].value, percent="%" in each.title) for each in present]
-        for method, by_column in summaries.items()
+        method: [interval(of_method[name].value, percent="%" in heading(name)) for name in names]
+        for method, of_method in found.items()
     }
-    return table(head, [each.title + _ARROWS[each.better] for each in present], rows)
+    return table(head, [heading(name) for name in names], rows)
 
 
-def differences_table(head: str, summaries: dict[str, dict[str, Summary]], shown: tuple[str, ...]) -> str:
-    """Return the paired differences of this project's methods from EigenCAM."""
-    present = [MEASURE[column] for column in shown if column in summaries["tsm"]]
-    rows: dict[str, list[str]] = {method: [] for method in OURS}
-    for method, cells in rows.items():
-        for each in present:
-            difference = summaries[method][each.name].difference
-            assert difference is not None
-            cells.append(interval(difference, "+", percent="%" in each.title))
-    return table(head, [each.title + _ARROWS[each.better] for each in present], rows)
+def differences_table(head: str, by_baseline: Mapping[str, Summaries]) -> str:
+    """Return the paired differences of each method from EigenCAM and from TSM, bold where the interval excludes 0."""
+    names = [name for name in COMPARED if name in by_baseline["tsm"]["tsm"]]
+    columns = [(name, baseline) for name in names for baseline in by_baseline]
+    rows: dict[str, list[str]] = {}
+    for method in by_baseline["tsm"]:
+        for name, baseline in columns:
+            difference = by_baseline[baseline][method][name].difference
+            text = "" if difference is None else interval(difference, "+", percent="%" in heading(name))
+            clear = difference is not None and (difference.low > 0 or difference.high < 0)
+            rows.setdefault(method, []).append(f"**{text}**" if clear else text)
+    return table(head, [f"{heading(name)}, minus {baseline}" for name, baseline in columns], rows)
 
 
-def median_and_quartiles(values: NDArray[np.float64]) -> str:
-    low, middle, high = np.percentile(values, [25, 50, 75])
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+def write_rows(path: Path, cells: Mapping[tuple[str, str], Any]) -> None:
+    """Write each row of each cell to three digits, compressed; the same bytes for the same rows."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["network", "pictures", "picture", "method", *SHOWN])
+    for (network, data), (_, (rows, *_)) in cells.items():
+        for row in rows:
+            numbers = [f"{row.values[name]:.3g}" if name in row.values else "" for name in SHOWN]
+            writer.writerow([network, data, row.picture, row.method, *numbers])
+    path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
 
 
-def as_json(summaries: dict[str, dict[str, Summary]]) -> dict[str, object]:
-    return {
-        method: {
-            column: {"pictures": each.pictures, "value": each.value, "difference_from_eigencam": each.difference}
-            for column, each in by_column.items()
-        }
-        for method, by_column in summaries.items()
-    }
+def draw_all(path: Path, found: Mapping[tuple[str, str], Summaries]) -> None:
+    """Draw the measures that are compared, a panel each, methods down and networks by colour, on ECSSD."""
+    networks = [network for network, data in found if data == "ecssd"]
+    panels = [name for name in COMPARED if name != "max_f_beta"]
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        methods = [*dict.fromkeys(method for network in networks for method in found[network, "ecssd"])]
+        # Methods first, then the controls.
+        methods.sort(key=lambda method: method in CONTROLS)
+        for index, network in enumerate(networks):
+            values = [found[network, "ecssd"].get(method, {}).get(name) for method in methods]
+            places = [place + 0.13 * (index - (len(networks) - 1) / 2) for place in range(len(methods))]
+            points = [(place, each.value) for place, each in zip(places, values, strict=True) if each is not None]
+            axes.errorbar(
+                [value.mean for _, value in points],
+                [place for place, _ in points],
+                xerr=list(zip(*[(v.mean - v.low, v.high - v.mean) for _, v in points], strict=True)) or None,
+                fmt="o",
+                markersize=4,
+                label=NETWORKS[network].title,
+            )
+        for place in range(len(methods) - 1):
+            axes.axhline(place + 0.5, color="0.9", linewidth=0.6)
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set_title(f"{MEASURE[name].title}\n{MEASURE[name].better} is better", fontsize=10)
+    axes.invert_yaxis()
+    figure.axes[0].legend(fontsize=8, loc="lower left")
+    figure.suptitle("ECSSD, means with 95 % bootstrap intervals over pictures")
+    figure.savefig(path, dpi=100)
+
+
+def draw_examples(path: Path, rows: Sequence[Any], folder: Path) -> None:
+    """Draw the demo network's maps of the best, the median and the worst picture of TSM by its best cut.
+
+    The photographs are not ours to publish: the maps are drawn by themselves, with the object's outline.
+    """
+    loaded = NETWORKS[DEMO].load(None)
+    samples, annotations, _ = find_samples(folder)
+    shown = [name for name in ("eigencam", "tsm", "mtsm", "mtsm-energy", "lafam", "gradcam") if name in CHOSEN]
+    chosen = [each for each in pick_examples(rows, MEASURE["best_cut_iou"]) if each[0] == "tsm"]
+    figure = Figure(figsize=(2.2 * len(shown), 2.5 * len(chosen) + 0.4), layout="constrained")
+    grid = figure.subplots(len(chosen), len(shown), squeeze=False)
+    for of_picture, (_, name, title) in zip(grid, chosen, strict=True):
+        view = network_view(next(each for each in samples if each.name == name), annotations, loaded)
+        with one_pass_of(loaded, view.network_input[None]) as one_pass:
+            maps = dict(saliency_maps(one_pass, [name], {each: CHOSEN[each] for each in shown}))
+        for axes, method in zip(of_picture, shown, strict=True):
+            axes.imshow(maps[method][0], cmap="jet", vmin=0, vmax=1)
+            axes.contour(view.mask, levels=[0.5], colors="white", linewidths=1.5)
+            axes.set_title(title if method == "tsm" else method, fontsize=8)
+            axes.axis("off")
+    figure.suptitle("ECSSD: TSM at its best, median and worst; white: the object's outline", fontsize=10)
+    figure.savefig(path, dpi=80)
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Pictures with boxes or masks.")],
-    photographs: Annotated[Path | None, typer.Option(help="Pictures for Average Drop.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few pictures, to see that the script works.")] = False,
+    ecssd: Annotated[Path | None, typer.Option(help="ECSSD's pictures, with a folder masks.")] = None,
+    raccoons: Annotated[Path | None, typer.Option(help="Pictures with boxes.")] = None,
+    photographs: Annotated[Path | None, typer.Option(help="ImageNet photographs.")] = None,
+    augnet: Annotated[Path | None, typer.Option(help="AugNet's checkpoint.")] = None,
+    network: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(NETWORKS)}; may be repeated.")] = None,
+    rows: Annotated[Path, typer.Option(help="Folder for the rows, from which a stopped run goes on.")] = Path("rows"),
+    limit: Annotated[int | None, typer.Option(help="So many pictures of each set.")] = None,
+    processes: int = 2,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("benchmarks/results"),
 ) -> None:
-    """Score every method at both layers, and write quality.{json.gz,md} and spectrum.png."""
-    limit = 3 if quick else None
-    torch.set_num_threads(1)
-    torch.manual_seed(SEED)
-    out.mkdir(parents=True, exist_ok=True)
-    loaded = {layer: load_model("demo", layers=[layer]) for layer in LAYERS}
-    parts, layers = [], {}
-    with threadpool_limits(1):
-        for layer, words in LAYERS.items():
-            start = time.perf_counter()
-            evaluation = evaluate(folder, loaded[layer], metrics=("localisation", "drop", "curves"), limit=limit)
-            count, annotations, found = evaluation.scored, evaluation.run["annotations"], evaluation.summary(seed=SEED)
-            seconds = time.perf_counter() - start
-            ratio = found["tsm"]["best_threshold_iou"].value.mean / found["eigencam"]["best_threshold_iou"].value.mean
-            cut_ratio = found["tsm"]["best_cut_iou"].value.mean / found["eigencam"]["best_cut_iou"].value.mean
-            layers[layer] = {
-                "pictures": count,
-                "seconds": seconds,
-                "summaries": as_json(found),
-                "tsm_over_eigencam": {"best_threshold_iou": ratio, "best_cut_iou": cut_ratio},
-            }
-            head = f"{layer}, {count} pictures with {annotations}"
-            parts += [scores_table(head, found, LOCALISATION), scores_table(head, found, DROP)]
-            parts += [scores_table(head, found, CURVES)]
-            parts += [differences_table(f"{layer}, difference from EigenCAM", found, LOCALISATION)]
-            parts += [differences_table(f"{layer}, difference from EigenCAM", found, DROP)]
-            parts += [
-                f"At `{layer}` ({words}) TSM's IoU at the best threshold is {ratio:.2f} times EigenCAM's, at the best "
-                f"cut {cut_ratio:.2f} times."
-            ]
-        results: dict[str, Any] = {"environment": environment(SEED), "layers": layers}
-        if photographs is not None:
-            results["photographs"] = {}
-            for layer in LAYERS:
-                evaluation = evaluate(photographs, loaded[layer], metrics="drop", limit=limit)
-                count, found = evaluation.scored, evaluation.summary(seed=SEED)
-                results["photographs"][layer] = {"pictures": count, "summaries": as_json(found)}
-                parts += [scores_table(f"{layer}, {count} photographs", found, DROP)]
-                parts += [differences_table(f"{layer}, photographs, difference from EigenCAM", found, DROP)]
-        polarity = {layer: measure_polarity(*features_of(folder, limit, loaded[layer])) for layer in LAYERS}
-        spectra = {layer: spectrum(folder, loaded[layer], limit=limit) for layer in LAYERS}
-    results["upright"] = polarity
-    results["first_value"] = {
-        layer: {name: np.percentile(share[:, 0], [25, 50, 75]).tolist() for name, share in each.shares.items()}
-        for layer, each in spectra.items()
-    }
-    rows = {name: [f"{polarity[layer][name]:.1%}" for layer in LAYERS] for name in polarity["bn2"]}
-    parts.append(table("pictures on which the map is upright", list(LAYERS), rows))
-    rows = {
-        name: [median_and_quartiles(spectra[layer].shares[name][:, 0]) for layer in LAYERS]
-        for name in spectra["bn2"].shares
-    }
-    parts.append(table("share of the first singular value, median and quartiles", list(LAYERS), rows))
-    spectra["bn2"].plot(out / "spectrum.png")
-    write_samples(out / "quality.json.gz", results)
+    """Score every method with every network on every set of pictures, and write quality.{csv.gz,md,png}."""
+    given = {"ecssd": ecssd, "raccoons": raccoons, "photographs": photographs}
+    folders = {data: folder for data, folder in given.items() if folder is not None}
+    chosen = network or [name for name in NETWORKS if augnet is not None or not name.startswith("augnet")]
+    for folder in (rows, out):
+        folder.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    cells = [(name, data, folder) for data, folder in folders.items() for name in chosen]
+    # Of this project's own processes each has one thread; fork would copy what torch has started.
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        scored = pool.map(partial(score, weights=augnet, rows=rows, limit=limit), cells)
+        found = {(name, data): result for (name, data, _), result in zip(cells, scored, strict=True)}
+        some = next(iter(folders.values()))
+        times = dict(zip(chosen, pool.map(partial(milliseconds, folder=some, weights=augnet), chosen), strict=True))
+    hours = (time.perf_counter() - start) / 3600
+    about = environment(SEED)
+    parts = [
+        f"Means with 95 % bootstrap intervals over pictures; ↑ higher is better, ↓ lower is better. Differences are "
+        f"paired, bold where the interval excludes 0. Each of {processes} processes with one thread of "
+        f"{about['machine']} ({about['instructions']}), torch {about['torch']}; this run {hours:.1f} hours, the cells "
+        f"{sum(seconds for seconds, _ in found.values()) / 3600:.1f} hours of one core."
+    ]
+    for (name, data), (_, (_, count, kind, by_baseline)) in found.items():
+        head = f"{NETWORKS[name].title}; {SETS[data]}, {count} pictures"
+        parts.append(f"## {head}" + (f" with {kind}" if kind != "none" else ""))
+        parts += [values_table(head, by_baseline["eigencam"]), differences_table("difference", by_baseline)]
+    parts.append("## Time beside the forward pass, CPU ms a picture in a batch of 8")
+    cost = {each: [f"{times[name][each]:.2f}" for name in chosen] for each in times[chosen[0]]}
+    parts.append(table("method", [NETWORKS[name].title for name in chosen], cost))
+    if raccoons is not None:
+        parts += polarity_tables(raccoons, limit)
+    summaries = {cell: by_baseline["eigencam"] for cell, (_, (*_, by_baseline)) in found.items()}
+    write_rows(out / "quality.csv.gz", found)
+    if ecssd is not None:
+        draw_all(out / "quality.png", summaries)
+        if (DEMO, "ecssd") in found:
+            draw_examples(out / "quality-examples.png", found[DEMO, "ecssd"][1][0], ecssd)
     (out / "quality.md").write_text("\n\n".join(parts) + "\n")
 
 

@@ -20,7 +20,7 @@ from tucker_cam.evaluation.metrics import Measure, choose_measures
 from tucker_cam.evaluation.report import FORMATS, Example, pick_examples, write_report
 from tucker_cam.evaluation.results import Results, Row
 from tucker_cam.evaluation.summary import BASELINE, Summary, summarise
-from tucker_cam.methods import LABEL_DEPENDENT, METHODS, method_named
+from tucker_cam.methods import LABEL_DEPENDENT, METHODS, check_name, method_named
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.loading import Loading
 from tucker_cam.pictures.ahead import check_batch_size
@@ -177,9 +177,14 @@ class Evaluation:
         order = [*METHODS, *LABEL_DEPENDENT, *self._methods, *CONTROLS]
         return sorted(self._results.rows.values(), key=lambda row: [*order, row.method].index(row.method))
 
-    def summary(self, *, seed: int = 0) -> dict[str, dict[str, Summary]]:
-        """Return by method, then by measure, the mean with its interval, and the difference from EigenCAM."""
-        return summarise(self.rows, self.measures, seed=seed)
+    def summary(self, *, baseline: str = BASELINE, seed: int = 0) -> dict[str, dict[str, Summary]]:
+        """Return by method, then by measure, the mean with its interval, and the difference from the baseline.
+
+        ValueError if there is no method of that name.
+        """
+        rows = self.rows
+        check_name("method", baseline, [row.method for row in rows])
+        return summarise(rows, self.measures, baseline=baseline, seed=seed)
 
     def to_csv(self, path: str | Path) -> None:
         """Write the rows, as `out` does; OSError if they cannot be written."""

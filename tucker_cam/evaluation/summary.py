@@ -1,4 +1,4 @@
-"""Rows of results in, for each method and measure the mean, its interval and its difference from EigenCAM out."""
+"""Rows of results in, for each method and measure the mean, its interval and its difference from a baseline out."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Interval(NamedTuple):
 class Summary(NamedTuple):
     """What a measure says of a method over so many scored pictures.
 
-    The difference is that from EigenCAM, over the pictures on which both were scored; None if there are none, and of
-    EigenCAM itself.
+    The difference is that from the baseline, over the pictures on which both were scored; None if there are none, and
+    of the baseline itself.
     """
 
     pictures: int
@@ -37,7 +37,9 @@ class Summary(NamedTuple):
     difference: Interval | None
 
 
-def summarise(rows: Sequence[Row], measures: Sequence[Measure], *, seed: int = 0) -> dict[str, dict[str, Summary]]:
+def summarise(
+    rows: Sequence[Row], measures: Sequence[Measure], *, baseline: str = BASELINE, seed: int = 0
+) -> dict[str, dict[str, Summary]]:
     """Summarise rows by method, in their order, then by the measure's name.
 
     Intervals are percentile bootstraps over pictures, 2,000 resamples; a difference is taken picture by picture.
@@ -50,12 +52,12 @@ def summarise(rows: Sequence[Row], measures: Sequence[Measure], *, seed: int = 0
         for name in (measure.name for measure in measures if not math.isnan(row.values[measure.name])):
             scores.setdefault((row.method, name), {})[row.picture] = row.values[name]
     for (method, name), by_picture in scores.items():
-        baseline = scores.get((BASELINE, name), {})
-        paired = [number - baseline[picture] for picture, number in by_picture.items() if picture in baseline]
+        others = scores.get((baseline, name), {})
+        paired = [number - others[picture] for picture, number in by_picture.items() if picture in others]
         summaries[method][name] = Summary(
             len(by_picture),
             mean_interval(np.array([*by_picture.values()]), seed),
-            mean_interval(np.array(paired), seed) if paired and method != BASELINE else None,
+            mean_interval(np.array(paired), seed) if paired and method != baseline else None,
         )
     return summaries
 

