@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tucker_cam.arguments import check_features
+from tucker_cam.arguments import all_finite, check_features
 from tucker_cam.errors import BadValueError
 
 ReshapeTransform = Callable[[Any], Tensor]
@@ -247,18 +247,16 @@ def feature_maps(features: object, source: Source) -> Tensor:
 
 def _finite(features: Tensor, source: Source) -> Tensor:
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    # One sum tells almost always that all is well; it can also overflow, so the numbers themselves decide.
-    if not features.sum().isfinite():
-        finite = features.isfinite()
-        images = (~finite).flatten(1).any(1).nonzero().flatten().tolist()
-        if images:
-            warnings.warn(
-                f"{source.name} put out NaN or Inf for image {', '.join(map(str, images))} of the batch; "
-                "these numbers count as zero",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            features = features.masked_fill(~finite, 0)
+    if not all_finite(features):
+        bad = ~features.isfinite()
+        images = bad.flatten(1).any(1).nonzero().flatten().tolist()
+        warnings.warn(
+            f"{source.name} put out NaN or Inf for image {', '.join(map(str, images))} of the batch; "
+            "these numbers count as zero",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        features = features.masked_fill(bad, 0)
     return features
 
 
