@@ -297,6 +297,7 @@ def test_where_the_network_looked_stands_in_the_manifest_also_after_a_kill(tmp_p
         ({"alpha": 1.5}, r"alpha in \[0, 1\]"),
         ({"methods": {"../x": TSM}}, "a method's name that a file's can hold"),
         ({"engine": "ray", "gallery": True}, "with Ray, which writes Parquet"),
+        ({"engine": "ray"}, "expected paths or URLs with Ray"),
     ],
 )
 def test_what_cannot_be_written_is_one_clear_error_before_the_work(tmp_path, options, message):
