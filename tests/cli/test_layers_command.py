@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from tucker_cam.cli import app
@@ -49,3 +50,17 @@ def test_the_table_of_layers_loses_nothing_on_a_narrow_terminal():
         assert "-1" in chosen
         assert "7 x 7 x 768" in chosen
         assert output.endswith("becomes maps by channels_last_to_maps\n")
+
+
+def test_the_layers_command_compares_the_layers_on_pictures(tmp_path):
+    for index in range(3):
+        Image.effect_noise((60, 40), 80).convert("RGB").save(tmp_path / f"{index}.png")
+    (tmp_path / "broken.png").write_bytes(b"none")
+    command = ["layers", "torchvision:resnet18", str(tmp_path), "--no-pretrained", "--size", "64"]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "80"})
+    assert result.exit_code == 1  # of one that cannot be read
+    assert "broken.png" in result.output
+    rows = [line.split() for line in result.output.splitlines() if "%" in line and "x" in line]
+    assert [row[row[0] in ("->", "!!")] for row in rows] == ["relu", "layer1", "layer2", "layer3", "layer4"]
+    assert sum("->" in line and "x" in line for line in result.output.splitlines()) == 1
+    assert max(map(len, result.output.splitlines()[:12])) <= 80

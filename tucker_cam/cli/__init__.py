@@ -178,16 +178,30 @@ def explain(
 @app.command()
 def layers(
     model: Annotated[str, typer.Argument(help="As for explain --model.", show_default=False)],
+    pictures: Annotated[
+        list[str] | None, typer.Argument(help="Compare the layers' maps on these, as for explain.", show_default=False)
+    ] = None,
     layer: LayerNames = None,
+    limit: Annotated[int, typer.Option(min=1, help="Take a random sample of so many pictures.")] = 50,
     no_pretrained: RandomWeights = False,
     weights: Weights = None,
+    size: Size = None,
+    no_crop: NoCrop = False,
+    mean: Mean = None,
+    std: Std = None,
+    device: Device = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1)] = 8,
 ) -> None:
-    """List the layers of a model that can be explained, in the order in which they run."""
-    with _user_errors():
+    """List the layers that can be explained, in the order in which they run; or with pictures, what each shows."""
+    with _user_errors("evaluation" if pictures else "demo") as problems:
         with importing():
-            from tucker_cam.cli.layers import print_layers
+            from tucker_cam.cli.layers import print_examined_layers, print_layers
 
-        print_layers(model, _loading(layer, no_pretrained, weights))
+        loading = _loading(layer, no_pretrained, weights, device, size, no_crop, mean, std)
+        if pictures:
+            problems += print_examined_layers(pictures, model, loading, limit=limit, batch_size=batch_size)
+        else:
+            print_layers(model, loading)
 
 
 @app.command()

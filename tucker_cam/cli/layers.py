@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from tucker_cam.console import PlainConsole
+from tucker_cam.errors import Failure
 from tucker_cam.models import NoLayerError, SpatialLayer, load_model
 from tucker_cam.models.loading import Loading
-from tucker_cam.text import say
+from tucker_cam.text import counted, say
 
 _UNBOUNDED = 10_000
 """Of no terminal a line is a row, whatever its length."""
@@ -31,6 +34,38 @@ def print_layers(name: str, loading: Loading) -> None:
     console.print(_table(loaded.name, loaded.spatial_layers, loaded.layer_names))
     if transform := loaded.reshape_transform:
         say(f"its output becomes maps by {getattr(transform, '__name__', transform)}")
+
+
+def print_examined_layers(
+    pictures: Sequence[str], name: str, loading: Loading, *, limit: int, batch_size: int
+) -> list[Failure]:
+    """Print what the layers' maps are like on pictures, the recommended one marked, and return what failed."""
+    from tucker_cam.evaluation.layers import examine_layers
+
+    found = examine_layers([*pictures], name, limit=limit, batch_size=batch_size, **loading)
+    table = Table(title=f"{found.loaded.name}, {counted(found.pictures)}", title_justify="left", box=SIMPLE)
+    table.add_column("", no_wrap=True)
+    table.add_column("layer", overflow="fold")
+    table.add_column("output", no_wrap=True)
+    for title in ("max. at\nborder", "by\nchance", "border\nbrighter", "in top\n10 %", "embedding\nkept"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for each in found.reports:
+        shares = (each.maximum_on_border, each.chance, each.border_brighter, each.energy_in_top)
+        table.add_row(
+            "->" if each.recommended else "!!" if each.is_border_artefact else "",
+            each.layer.name,
+            "x".join(map(str, each.layer.shape[1:])),
+            *("-" if math.isnan(share) else f"{share:.0%}" for share in shares),
+            f"{each.embedding_kept:.3f}",
+            style="bold" if each.recommended else None,
+        )
+    PlainConsole().print(table)
+    say(
+        "TSM's maps: how often the largest value lies on the outermost cells, how often these are brighter than those "
+        "inside, how much of the energy the highest tenth holds, and how much of the embedding's direction the "
+        "area-matched map keeps. -> recommended: keeps most; !! shows where the pictures end, not what is in them."
+    )
+    return found.failures
 
 
 def _table(title: str, layers: Sequence[SpatialLayer], chosen: Collection[str]) -> Table:

@@ -14,6 +14,7 @@ from tucker_cam.errors import BadTypeError
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
 from tucker_cam.evaluation.metrics import Judged, Measure, Score
 from tucker_cam.evaluation.results import Row, rounded
+from tucker_cam.explanations.border import BorderCheck
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import LoadedModel, Network
 
@@ -91,6 +92,7 @@ def compare(
     loaded: LoadedModel,
     methods: Mapping[str, Builder],
     measures: Sequence[Measure],
+    border: BorderCheck,
 ) -> list[Row]:
     """Score the methods, then the controls, on pictures of one size; NaN where a map is not finite."""
     rows: list[Row] = []
@@ -108,6 +110,7 @@ def compare(
                 Row(picture, method, {name: rounded(each[index].item()) for name, each in values.items()})
                 for index, picture in enumerate(names)
             ]
+        border.warn_of(one_pass.output_and_features()[1][0])
     return rows
 
 

@@ -20,6 +20,7 @@ from tucker_cam.evaluation.metrics import Measure, choose_measures
 from tucker_cam.evaluation.report import FORMATS, Example, pick_examples, write_report
 from tucker_cam.evaluation.results import Results, Row
 from tucker_cam.evaluation.summary import BASELINE, Summary, summarise
+from tucker_cam.explanations.border import BorderCheck
 from tucker_cam.methods import LABEL_DEPENDENT, METHODS, check_name, method_named
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.loading import Loading
@@ -128,11 +129,13 @@ def evaluate(
             "pooled"
         )
 
+        border = BorderCheck(loaded.layer_names[0])
+
         def score(names: Sequence[str], images: Tensor, masks: Tensor) -> None:
             missing = [each for each in (*chosen, *CONTROLS) if any((name, each) not in results.rows for name in names)]
             if missing:
                 these = {name: method for name, method in chosen.items() if name in missing}
-                results.append(compare(images, masks, names, loaded, these, measures))
+                results.append(compare(images, masks, names, loaded, these, measures, border))
 
         failures, remarks = go_through(
             inputs, loaded, score, "scoring", batch_size=batch_size, workers=workers, shown=progress

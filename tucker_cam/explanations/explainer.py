@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tucker_cam.decomposition.modes import channel_modes
 from tucker_cam.errors import TuckerCamError
+from tucker_cam.explanations.border import BorderCheck
 from tucker_cam.explanations.explanation import Explanation
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import LoadedModel, Network
@@ -40,6 +41,11 @@ class Explainer:
     methods: Mapping[str, Callable[..., BaseCAM]]
     aug_smooth: bool = False
     components: bool = False
+
+    @cached_property
+    def border(self) -> BorderCheck:
+        """Is shown the features, to warn of a layer that shows where the pictures end."""
+        return BorderCheck(self.loaded.layer_names[-1])
 
     def explain_all(
         self, batches: Sequence[Sequence[Picture]], workers: int | None = 0
@@ -101,6 +107,8 @@ class Explainer:
             loaded.model, loaded.target_layers, loaded.reshape_transform, on_device, aug_smooth=self.aug_smooth
         ) as one_pass:
             maps = {name: one_pass.maps(build) for name, build in self.methods.items()}
+            if one_pass.passes:
+                self.border.warn_of(one_pass.passes[0][1][-1])
             if self.components:
                 modes = channel_modes(one_pass.output_and_features()[1][-1])
                 components, values = modes.maps[:, :_COMPONENTS].cpu().numpy(), modes.values.cpu().numpy()

@@ -1,0 +1,121 @@
+"""A layer that shows where the pictures end is told from one that shows an object, also at the border."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from tucker_cam import evaluate, explain
+from tucker_cam.evaluation.layers import candidate_layers, examine_layers
+from tucker_cam.explanations.border import BorderCheck, border_statistics
+from tucker_cam.models import Network, load_model
+
+
+def averaging(weight, bias):
+    """Return a network whose features are `weight` times the mean around each position, padded, plus `bias`."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    nn.init.constant_(model[0].weight, weight / 27)
+    nn.init.constant_(model[0].bias, bias)
+    return model
+
+
+PADDED = averaging(-1, 1)  # strongest where the padding lowers the mean
+SEEING = averaging(1, 0)
+
+
+def squares_at(place, count=12):
+    """Return dark pictures, each with a bright square of 5 x 5 at a place that moves along the upper border."""
+    images = 0.05 * torch.rand(count, 3, 24, 24)
+    for index in range(count):
+        row, column = place(index)
+        images[index, :, row : row + 5, column : column + 5] = 1
+    return images
+
+
+BRIGHT = 0.8 + 0.1 * torch.rand(12, 3, 24, 24)
+AT_THE_BORDER = squares_at(lambda index: (0, index))
+IN_A_CORNER = squares_at(lambda index: (19 * (index % 2), 19 * (index // 2 % 2)))
+
+
+def test_statistics_agree_with_a_case_computed_by_hand():
+    left = torch.tensor([[0.9, 0, 0, 0], [0.9, 0.1, 0.1, 0], [0.9, 0.1, 0.1, 0], [0.8, 0, 0, 0]])
+    middle = torch.tensor([[0.2, 0.2, 0.2, 0.2], [0, 0.8, 0.1, 0], [0, 0.1, 0.2, 0], [0, 0, 0, 0]])
+    both = torch.tensor([[0.7, 0, 0, 0], [0, 0.7, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])  # a shared maximum
+    found = border_statistics(torch.stack([left, middle, both, 1 - middle]))
+    torch.testing.assert_close(found.maximum, torch.tensor([1.0, 0.0, 0.5, 1.0]))
+    assert found.chance == 12 / 16
+    assert found.brighter.tolist() == [True, False, False, True]
+    assert found.around.tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("model", "images", "artefact"),
+    [(PADDED, BRIGHT, True), (SEEING, AT_THE_BORDER, False), (SEEING, IN_A_CORNER, False), (PADDED, BRIGHT[:7], False)],
+    ids=["padding", "object at the border", "object in a corner", "too few to tell"],
+)
+def test_explain_and_evaluate_say_once_that_a_layer_shows_where_the_pictures_end(model, images, artefact, caplog):
+    for work in (
+        lambda: [*explain(images, model, layers=["1"], batch_size=3)],
+        lambda: evaluate(images, model, "tsm", metrics=[], layers=["1"], batch_size=3, progress=False),
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "tucker_cam"):
+            work()
+        said = [record.message for record in caplog.records if "along the border" in record.message]
+        assert len(said) == artefact
+        assert all("at 1 the features" in each for each in said)
+
+
+def test_clips_and_maps_of_few_positions_have_no_border():
+    check = BorderCheck("layer")
+    for shape in ((9, 4, 3, 8), (9, 4, 2, 8, 8)):
+        check.look_at(torch.rand(shape))
+    assert check.statistics == []
+
+
+class Stages(nn.Module):
+    """A body that averages, with a stage in which padding dominates, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = SEEING[0]
+        self.border = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU())
+        nn.init.constant_(self.border[0].weight, -1 / 36)
+        nn.init.constant_(self.border[0].bias, 1.0)
+        self.last = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2), nn.ReLU())
+        nn.init.constant_(self.last[0].weight, -1 / 54)
+        nn.init.constant_(self.last[0].bias, 1.0)
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.head(self.last(self.border(self.stem(x))))
+
+
+def test_each_stage_is_looked_at_and_the_one_whose_padding_dominates_is_not_recommended():
+    runs = []
+    model = Stages()
+    model.register_forward_hook(lambda *_: runs.append(1))
+    loaded = load_model(model)
+    assert [layer.name for layer in candidate_layers(loaded)] == ["stem", "border", "last"]
+    runs.clear()
+    found = examine_layers(BRIGHT, loaded, batch_size=4, progress=False)
+    assert found.pictures == 12
+    assert len(runs) == 3 * (1 + 3)  # of each batch: all layers together, and what each layer's map leaves
+    by_name = {report.layer.name: report for report in found.reports}
+    assert by_name["border"].is_border_artefact
+    assert not by_name["border"].recommended
+    assert sum(report.recommended for report in found.reports) == 1
+    best = max((each for each in found.reports if not each.is_border_artefact), key=lambda each: each.embedding_kept)
+    assert best.recommended
+
+
+def test_what_a_map_keeps_of_the_embedding_and_how_sharp_it_is():
+    bright = torch.zeros(8, 3, 24, 24)
+    bright[:, :, 8:16, 8:16] = 1
+    (report,) = examine_layers(bright, Network(SEEING), layers=["1"], progress=False).reports
+    assert report.layer.name == "1"
+    assert report.embedding_kept == pytest.approx(1)  # four channels that are the same
+    assert report.maximum_on_border == report.border_brighter == 0
+    assert report.chance == pytest.approx(92 / 576)
+    assert report.energy_in_top > 0.7  # the square is a ninth of the picture

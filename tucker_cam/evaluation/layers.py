@@ -1,0 +1,182 @@
+"""A model and pictures, without labels, in, what each of its layers is worth a map of out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, interpolate
+
+from tucker_cam.activations import FeatureRecorder
+from tucker_cam.decomposition.projection import leading_map
+from tucker_cam.errors import BadValueError, Failure
+from tucker_cam.evaluation.inputs import Model
+from tucker_cam.evaluation.metrics import area_matched, energy_in_top
+from tucker_cam.explanations.border import BorderCheck
+from tucker_cam.explanations.explainer import CPU_BATCH, read_input
+from tucker_cam.models import LoadedModel, SpatialLayer, load_model
+from tucker_cam.models.loading import Loading
+from tucker_cam.pictures.ahead import in_batches
+from tucker_cam.pictures.held import Pictures, collect
+from tucker_cam.progress import progress as bar
+from tucker_cam.text import counted
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What TSM's maps of a layer are like; all but the last two are means over pictures, in [0, 1].
+
+    Attributes:
+        layer: the layer.
+        maximum_on_border: how often the largest value lies on the outermost cells.
+        chance: how often that is so by chance.
+        border_brighter: how often the outermost cells are brighter, in the mean, than those inside.
+        energy_in_top: the sharpness, see `energy_in_top` of the metrics.
+        embedding_kept: the cosine similarity of the pooled embedding of the last layer, of the whole picture, with that
+            of the picture times its area-matched map.
+        is_border_artefact: whether the maps show where the pictures end, see `BorderCheck`.
+        recommended: whether of the layers that are none it keeps most of the embedding.
+    """
+
+    layer: SpatialLayer
+    maximum_on_border: float
+    chance: float
+    border_brighter: float
+    energy_in_top: float
+    embedding_kept: float
+    is_border_artefact: bool
+    recommended: bool = False
+
+
+@dataclass(frozen=True)
+class LayersReport:
+    """A report on each layer, in the order in which they run; and the pictures that failed."""
+
+    loaded: LoadedModel
+    reports: list[LayerReport]
+    pictures: int
+    failures: list[Failure]
+
+
+def examine_layers(
+    pictures: Pictures,
+    model: Model = "demo",
+    *,
+    limit: int | None = 50,
+    batch_size: int = CPU_BATCH,
+    progress: bool = True,
+    **loading: Unpack[Loading],
+) -> LayersReport:
+    """Compare the layers of a model by what TSM's maps of them show on pictures, which need no labels.
+
+    The last layer of each stage is looked at, that is of each shape of feature maps, and those that are asked for by
+    `layers`. One forward pass of each picture does for all layers, and another one for each layer, of what its map
+    leaves.
+
+    Args:
+        pictures: as for `explain`.
+        model: as for `explain`.
+        limit: take a random sample of so many pictures, the same every time; None for all.
+        batch_size: how many pictures go through the network together.
+        progress: show a bar.
+        loading: see `load_model`.
+
+    Raises:
+        TypeError, ValueError, OSError: as for `explain`; ValueError if none of the pictures could be used.
+    """
+    collection = collect(pictures, limit=limit)
+    loaded = load_model(model, **loading)
+    found = {layer: _Found(layer) for layer in candidate_layers(loaded)}
+    failures = list(collection.failures)
+    modules = [*(layer.module for layer in found), loaded.last_layer.module]
+    recorder = FeatureRecorder(loaded.model, modules, loaded.last_layer.reshape_transform)
+    try:
+        with torch.no_grad(), bar("examining", collection.number, shown=progress) as advance:
+            for batch in (each for part in collection.parts() for each in in_batches(part, batch_size)):
+                inputs = {str(picture): read_input(picture, loaded) for picture in batch}
+                failures += [Failure(name, each) for name, each in inputs.items() if isinstance(each, Exception)]
+                for images in _of_one_size([each for each in inputs.values() if isinstance(each, Tensor)]):
+                    _look_at(images.to(loaded.device), [*found.values()], recorder)
+                advance(len(batch))
+    finally:
+        recorder.release()
+    reports = [each.report() for each in found.values()]
+    count = len(next(iter(found.values())).kept)
+    if not count:
+        raise BadValueError(f"found {counted(len(failures))}, and none could be used: {failures[0].error}")
+    return LayersReport(loaded, _with_recommendation(reports), count, failures)
+
+
+def candidate_layers(loaded: LoadedModel) -> list[SpatialLayer]:
+    """Return the last layer of each stage, that is of each shape of maps, and the target layers.
+
+    Parts of blocks are left out; a stage is what it is made of by `nn.Sequential`. All become maps in one way, that of
+    the last layer.
+    """
+    names = {layer.name for layer in loaded.spatial_layers}
+    blocks = {name for name in names if not isinstance(loaded.model.get_submodule(name), nn.Sequential)}
+    stages: dict[tuple[int, ...], SpatialLayer] = {}
+    for layer in loaded.spatial_layers:
+        parents = {layer.name[:end] for end, letter in enumerate(layer.name) if letter == "."}
+        if not parents & blocks and layer.reshape_transform == loaded.last_layer.reshape_transform:
+            stages[layer.shape] = layer
+    chosen = {layer.module for layer in (*stages.values(), *loaded.layers)}
+    return [layer for layer in loaded.spatial_layers if layer.module in chosen]
+
+
+class _Found:
+    """What was found of a layer so far."""
+
+    def __init__(self, layer: SpatialLayer) -> None:
+        self.layer, self.border = layer, BorderCheck(layer.name)
+        self.sharpness: list[float] = []
+        self.kept: list[float] = []
+
+    def report(self) -> LayerReport:
+        border = self.border.statistics
+        return LayerReport(
+            self.layer,
+            _mean([float(each) for of_batch in border for each in of_batch.maximum]),
+            _mean([of_batch.chance for of_batch in border]),
+            _mean([float(each) for of_batch in border for each in of_batch.brighter]),
+            _mean(self.sharpness),
+            _mean(self.kept),
+            self.border.is_artefact,
+        )
+
+
+def _look_at(images: Tensor, found: Sequence[_Found], recorder: FeatureRecorder) -> None:
+    recorder(images)
+    *features, last = recorder.activations
+    whole = last.float().flatten(2).mean(2)
+    for each, maps in zip(found, features, strict=True):
+        each.border.look_at(maps)
+        maps = leading_map(maps)
+        maps = (maps - maps.amin((1, 2), keepdim=True)).float()
+        shown = interpolate(maps[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        shown = shown / shown.amax((1, 2), keepdim=True).clamp_min(torch.finfo(shown.dtype).tiny)
+        each.sharpness += energy_in_top(shown).tolist()
+        recorder(images * area_matched(shown)[:, None])
+        each.kept += cosine_similarity(recorder.activations[-1].float().flatten(2).mean(2), whole).tolist()
+
+
+def _of_one_size(images: Sequence[Tensor]) -> list[Tensor]:
+    """Return batches of images of one size each."""
+    by_size: dict[torch.Size, list[Tensor]] = {}
+    for each in images:
+        by_size.setdefault(each.shape, []).append(each)
+    return [torch.stack(each) for each in by_size.values()]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _with_recommendation(reports: Sequence[LayerReport]) -> list[LayerReport]:
+    fit = [each for each in reports if not each.is_border_artefact]
+    best = max(fit, key=lambda each: each.embedding_kept, default=None)
+    return [replace(each, recommended=each is best) for each in reports]
