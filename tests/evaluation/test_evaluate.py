@@ -1,6 +1,7 @@
 """Pictures through `evaluate` and its command line: rows, tables, interruptions, and pictures that cannot be used."""
 
 import csv
+import re
 import shutil
 from collections import Counter
 
@@ -57,7 +58,12 @@ def test_every_picture_and_method_is_a_row_with_every_metric_and_every_method_in
     for row in rows:
         assert all(row[name] for name in NAMES if row["method"] != "uniform" or "road" not in name)
         assert (row["model"], row["layer"], row["annotations"]) == (MODEL, "3", "boxes")
-    assert all(f"│ {method} " in result.output for method in methods)
+    lines = result.output.splitlines()
+    assert all(any(line.split()[:1] == [method] for line in lines) for method in methods)
+    assert max(len(line) for line in lines if line.split()[:1] and line.split()[0] in methods) <= 80
+    summed = read(out.with_name("results-summary.csv"))
+    assert {row["method"] for row in summed} == methods
+    assert {row["measure"] for row in summed if row["method"] == "tsm"} == set(NAMES)
     assert "5 pictures scored, 0 skipped" in result.output
 
 
@@ -130,7 +136,12 @@ def test_a_network_without_classes_is_scored_by_its_embedding(data, model):
 def test_an_interrupted_run_says_so_and_goes_on_and_a_finished_one_is_not_computed_again(data, quick, monkeypatch):
     for index in range(5, 10):
         shutil.copy(data / "images" / "0.png", data / "images" / f"{index}.png")
-    expected, out = run(*quick).stdout, quick[-1]
+
+    def without_notes(text):
+        # One on the layer is of the pictures of a run.
+        return [line for line in text.splitlines() if not line.startswith("note:")]
+
+    expected, out = without_notes(run(*quick).stdout), quick[-1]
     whole = out.read_bytes()
     out.unlink()
     real, calls = comparison.saliency_maps, []
@@ -146,10 +157,10 @@ def test_an_interrupted_run_says_so_and_goes_on_and_a_finished_one_is_not_comput
     assert result.exit_code == 130
     assert "the same command goes on" in result.stderr
     assert {row["picture"] for row in read(out)} == {f"images/{index}.png" for index in range(8)}
-    assert run(*quick).stdout == expected
+    assert without_notes(run(*quick).stdout) == expected
     assert out.read_bytes() == whole
     monkeypatch.setattr(comparison, "saliency_maps", lambda *_: pytest.fail("computed again"))
-    assert run(*quick).stdout == expected
+    assert without_notes(run(*quick).stdout) == expected
 
 
 def test_two_runs_do_not_write_to_one_file(quick, tmp_path):
@@ -170,8 +181,8 @@ def test_names_are_neither_markup_nor_escape_sequences_and_methods_of_another_ru
     assert result.exit_code == 0, result.output
     assert "[/x] :cat: \\x1b[31m" in result.output
     assert "\x1b" not in result.output
-    # Five pictures are too few for a star.
-    assert "*" not in result.output.partition("Means over")[0]
+    # Five pictures are too few to call a difference clear.
+    assert not re.search(r"\] [+-]", result.output)
 
 
 def test_a_file_that_holds_no_results_or_no_number_is_left_alone(quick):
@@ -222,7 +233,7 @@ def test_a_picture_takes_one_pass_for_all_methods_two_with_gradients_and_two_for
     evaluate(data, loaded, metrics="drop")
     maps = len(METHODS) + 2 + len(CONTROLS)
     # The uniform map is scored once: it is its own area-matched one.
-    assert seen["images"] / 5 == 1 + 2 + 2 * maps - 1 <= 26.5
+    assert seen["images"] / 5 == 1 + 2 + 2 * maps - 1
 
 
 def test_results_of_another_run_are_not_mixed_in(data, tmp_path):

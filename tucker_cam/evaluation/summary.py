@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +14,7 @@ from scipy.stats import bootstrap
 
 from tucker_cam.evaluation.metrics import Measure
 from tucker_cam.evaluation.results import Row
+from tucker_cam.writing import complete_or_absent
 
 BASELINE = "eigencam"
 _RESAMPLES = 2000
@@ -60,6 +63,21 @@ def summarise(
             mean_interval(np.array(paired), seed) if paired and method != baseline else None,
         )
     return summaries
+
+
+def write_summary(path: Path, summaries: Mapping[str, Mapping[str, Summary]]) -> None:
+    """Write a row for each method and measure: the mean and the difference, each with its interval."""
+    header = ["method", "measure", "pictures", "mean", "low", "high", "difference", "difference_low", "difference_high"]
+    with (
+        complete_or_absent(path) as unfinished,
+        unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        for method, by_measure in summaries.items():
+            for name, found in by_measure.items():
+                numbers = [f"{number:.6g}" for number in (*found.value, *(found.difference or ()))]
+                writer.writerow([method, name, found.pictures, *numbers, *[""] * (6 - len(numbers))])
 
 
 def mean_interval(values: NDArray[np.float64], seed: int) -> Interval:
