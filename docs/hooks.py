@@ -1,0 +1,34 @@
+"""What mkdocs calls while it builds the site: equations become MathML, and the benchmarks' figures pages' pictures.
+
+Browsers draw MathML without a script or the network.
+"""
+
+import re
+from html import unescape
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+_RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+_EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the figures that the benchmarks wrote, as `results/NAME.png`, so that they stand once in the repository."""
+    for figure in sorted(_RESULTS.glob("*.png")):
+        files.append(File.generated(config, f"results/{figure.name}", abs_src_path=str(figure)))
+    return files
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Draw the equations of a page, docstrings included."""
+    return _EQUATION.sub(_mathml, html)
+
+
+def _mathml(found: re.Match[str]) -> str:
+    tag, equation = found.groups()
+    block = tag == "div"
+    mathml = convert(unescape(equation).strip(), display="block" if block else "inline")
+    return f'<div class="equation">{mathml}</div>' if block else mathml
