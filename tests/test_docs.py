@@ -78,18 +78,20 @@ def slugs(text):
 
 @pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.name)
 def test_each_link_to_a_page_leads_to_it_and_to_a_heading(page):
-    for target, anchor in re.findall(r"\]\(((?:\.\./|notebooks/)?[\w-]*(?:\.md|\.ipynb)?)#?([\w.-]*)\)", page.read_text()):
+    for target, anchor in re.findall(
+        r"\]\(((?:\.\./|notebooks/)?[\w-]*(?:\.md|\.ipynb)?)#?([\w.-]*)\)", page.read_text()
+    ):
         file = (page.parent / target).resolve() if target else page
         assert file.is_file(), target
         if anchor.startswith("tucker_cam."):
-            assert f"members:\n        - {anchor.rpartition('.')[2]}" in TEXTS["api.md"] or anchor in TEXTS["api.md"]
+            assert re.search(rf"(::: |- )[\w.]*\b{anchor.rpartition('.')[2]}$", TEXTS["api.md"], re.MULTILINE)
         elif anchor:
             assert anchor in slugs(file.read_text(encoding="utf-8"))
 
 
 def test_the_reference_has_every_public_name():
     text = TEXTS["api.md"]
-    named = [name for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)]
+    named = re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)
     ends = {name.rpartition(".")[2] for name in named}
     models = import_module("tucker_cam.models")
     assert {*tucker_cam.__all__, *models.__all__} - ends == {"Failure", "TuckerCamError"}  # of the module errors
@@ -171,10 +173,11 @@ def test_the_hosts_messages_are_its_own():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_small_was_run_whole_and_names_no_machine(path):
+def test_a_notebook_is_small_was_run_whole_and_without_errors(path):
     text = path.read_text(encoding="utf-8")
     assert len(text) < 400_000
-    assert not re.search(r"/home/|/tmp/|/root/|/work/", text)
     cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
+    # Neither errors nor warnings, which name files of the machine.
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
