@@ -14,6 +14,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 _RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+_FETCHING_SCRIPT = re.compile(r"<script[^>]*>(?:(?!</script>).)*cdnjs(?:(?!</script>).)*</script>", flags=re.DOTALL)
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 
 
@@ -27,6 +28,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_content(html: str, **_: Any) -> str:
     """Draw the equations of a page, docstrings included."""
     return _EQUATION.sub(_mathml, html)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """Take away what a notebook's template would fetch for diagrams, of which there are none."""
+    return _FETCHING_SCRIPT.sub("", output)
 
 
 def _mathml(found: re.Match[str]) -> str:
