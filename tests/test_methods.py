@@ -34,7 +34,7 @@ def test_a_method_that_there_is_not_is_one_clear_error(name, message, tmp_path):
 
 
 def test_a_class_in_the_place_of_a_name_is_one_clear_error():
-    with pytest.raises(TypeError, match="expected a method's name, got .*TSM.*: give classes of your own as a dict"):
+    with pytest.raises(TypeError, match=r"expected a method's name, got .*TSM.*: give classes of your own as a dict"):
         method_named(TSM)
 
 
