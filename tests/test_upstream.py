@@ -21,7 +21,8 @@ import numpy as np, torch, pytorch_grad_cam
 from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection, get_leading_projection
 assert pytorch_grad_cam.__file__.startswith(sys.argv[1]), pytorch_grad_cam.__file__
 torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+nn = torch.nn
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 images = torch.rand(2, 3, 32, 40)
 maps = pytorch_grad_cam.TSM(model, [model[1]])(images, None)
 features = model[:2](images).detach().numpy()
