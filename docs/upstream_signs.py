@@ -1,0 +1,68 @@
+"""How upright EigenCAM's maps are by several rules for the sign of its vector: the table of docs/upstream.md.
+
+    PYTHONPATH=. python docs/upstream_signs.py FOLDER_WITH_MASKS [imgsim/model.pth]
+
+AugNet, a ResNet-50 trained without labels, comes with `pip download --no-deps imgsim`, unzipped.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.polarity import features_of
+from benchmarks.reporting import table
+from tucker_cam.models import load_model
+
+LIMIT = 200
+
+
+def signs(centred: NDArray[np.float64], features: NDArray[np.float64]) -> dict[str, float]:
+    """Return what each rule multiplies the projection, as NumPy gives it, by. Arguments are positions x channels."""
+    vector = np.linalg.svd(centred, full_matrices=False)[2][0]
+    projection = centred @ vector
+    energy = (features**2).sum(1)
+    return {
+        "as NumPy's LAPACK left it": 1,
+        "largest entry of the vector positive (svd_flip)": np.sign(vector[np.abs(vector).argmax()]),
+        "largest value of the map positive (the host's SegEigenCAM)": np.sign(projection[np.abs(projection).argmax()]),
+        "correlates with the channels' mean": np.sign(vector.sum()),
+        "correlates with the features' energy": np.sign(projection @ (energy - energy.mean())),
+    }
+
+
+def upright(features: torch.Tensor, masks: torch.Tensor) -> dict[str, list[bool]]:
+    """Tell for each rule and picture whether the map is higher on the object than beside it."""
+    found: dict[str, list[bool]] = {}
+    for image, mask in zip(features.double().flatten(2).mT.numpy(), masks.flatten(1).numpy(), strict=True):
+        if mask.all() or not mask.any():
+            continue
+        centred = image - image.mean(0)
+        projection = centred @ np.linalg.svd(centred, full_matrices=False)[2][0]
+        contrast = projection[mask].mean() - projection[~mask].mean()
+        for rule, sign in signs(centred, image).items():
+            found.setdefault(rule, []).append(sign * contrast > 0)
+        leading = np.abs(image @ np.linalg.svd(image, full_matrices=False)[2][0])
+        found.setdefault("TSM, which has no sign", []).append(leading[mask].mean() > leading[~mask].mean())
+    return found
+
+
+def main() -> None:
+    folder, *checkpoint = map(Path, sys.argv[1:])
+    models = {f"EfficientNet-Lite0, {layer}": load_model("demo", layers=[layer]) for layer in ("blocks.6", "bn2")}
+    for weights in checkpoint:
+        for layer in ("layer3", "layer4"):
+            models[f"AugNet, {layer}"] = load_model("torchvision:resnet50", weights=weights, layers=[layer])
+    shares: dict[str, list[str]] = {}
+    for loaded in models.values():
+        for rule, pictures in upright(*features_of(folder, LIMIT, loaded)).items():
+            shares.setdefault(rule, []).append(f"{np.mean(pictures):.1%}")
+    print(table(f"upright, of {LIMIT} pictures", list(models), shares))
+
+
+if __name__ == "__main__":
+    main()

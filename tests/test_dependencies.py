@@ -1,0 +1,116 @@
+"""What is imported is declared: in the dependencies what always is, in an extra what its part of the package needs."""
+
+import ast
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# The extra that a module, or a package with its modules, may count on; all others have the dependencies alone.
+PARTS = {
+    "tucker_cam.cli": "cli",
+    "tucker_cam.cli.demo": "demo",
+    "tucker_cam.cli.evaluate": "evaluation",
+    "tucker_cam.cli.spectrum": "evaluation",
+    "tucker_cam.console": "cli",
+    "tucker_cam.evaluation": "evaluation",
+    "tucker_cam.explanations": "cli",
+    "tucker_cam.explanations.cluster": "ray",
+    "tucker_cam.pictures": "cli",
+    "tucker_cam.pictures.annotations": "evaluation",
+    "tucker_cam.progress": "cli",
+    "tucker_cam.writing": "cli",
+}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "tucker_cam").rglob("*.py"))
+}
+OF_OUR_OWN = {"tucker_cam", "benchmarks"} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
+PROVIDERS = packages_distributions()
+
+
+def declared(*extras):
+    """Return the names of the dependencies and of what these extras add, those that they name in turn with them."""
+    requirements = list(PROJECT["dependencies"]) + [line for extra in extras for line in EXTRAS[extra]]
+    names = set()
+    for requirement in map(Requirement, requirements):
+        if requirement.name == PROJECT["name"]:
+            names |= declared(*requirement.extras)
+        else:
+            names.add(canonicalize_name(requirement.name))
+    return names
+
+
+def undeclared(packages, names):
+    foreign = set(packages) - set(sys.stdlib_module_names) - OF_OUR_OWN
+    return {
+        package for package in foreign if names.isdisjoint(map(canonicalize_name, PROVIDERS.get(package, [package])))
+    }
+
+
+def imported_names(statement):
+    if isinstance(statement, ast.Import):
+        return [alias.name for alias in statement.names]
+    if isinstance(statement, ast.ImportFrom):
+        return [statement.module, *(f"{statement.module}.{alias.name}" for alias in statement.names)]
+    return []
+
+
+def statements_on_import(body):
+    """Yield what runs when a module is imported: not its functions, nor what is there for type checkers."""
+    for statement in body:
+        if isinstance(statement, ast.If) and getattr(statement.test, "id", "") == "TYPE_CHECKING":
+            continue
+        yield statement
+        if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from statements_on_import(getattr(statement, "body", []))
+
+
+def packages_on_import(module, seen):
+    """Return the packages of others that an import of this module brings, by way of modules of ours too."""
+    if module in seen or module not in MODULES:
+        return set()
+    seen.add(module)
+    packages = packages_on_import(module.rpartition(".")[0], seen)
+    for statement in statements_on_import(ast.parse(MODULES[module].read_text(encoding="utf-8")).body):
+        for name in imported_names(statement):
+            packages |= packages_on_import(name, seen) if name in MODULES else {name.partition(".")[0]}
+    return packages
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_a_module_imports_is_declared_for_its_part_of_the_package(module):
+    part = max((part for part in PARTS if f"{module}.".startswith(f"{part}.")), key=len, default=None)
+    names = declared(PARTS[part]) if part else declared()
+    assert not undeclared(packages_on_import(module, set()), names)
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [
+        ("tucker_cam", [extra for extra in EXTRAS if extra not in ("test", "dev", "docs")]),
+        ("tests", ["test"]),
+        ("benchmarks", ["test"]),
+    ],
+)
+def test_all_that_is_imported_anywhere_is_declared(folder, extras):
+    packages = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for_type_checkers = {
+            id(inner)
+            for outer in ast.walk(tree)
+            if isinstance(outer, ast.If) and getattr(outer.test, "id", "") == "TYPE_CHECKING"
+            for inner in ast.walk(outer)
+        }
+        for statement in ast.walk(tree):
+            if id(statement) not in for_type_checkers:
+                packages |= {name.partition(".")[0] for name in imported_names(statement)}
+    assert not undeclared(packages, declared(*extras))
