@@ -120,11 +120,10 @@ NETWORKS = {
 DEMO = "lite0"
 
 
-def score(cell: tuple[str, str, Path], weights: Path | None, rows: Path, limit: int | None) -> tuple[float, Any]:
-    """Score a network on a set of pictures, and return the seconds that it took and the evaluation."""
+def score(cell: tuple[str, str, Path], weights: Path | None, rows: Path, limit: int | None) -> tuple[Any, ...]:
+    """Score a network on a set of pictures; return rows, their number, the annotations, and summaries by baseline."""
     network, data, folder = cell
     torch.set_num_threads(1)
-    start = time.perf_counter()
     with threadpool_limits(1):
         evaluation = evaluate(
             folder,
@@ -136,7 +135,7 @@ def score(cell: tuple[str, str, Path], weights: Path | None, rows: Path, limit: 
             progress=False,
         )
     summaries = {baseline: evaluation.summary(baseline=baseline, seed=SEED) for baseline in ("eigencam", "tsm")}
-    return time.perf_counter() - start, (evaluation.rows, evaluation.scored, evaluation.run["annotations"], summaries)
+    return evaluation.rows, evaluation.scored, evaluation.run["annotations"], summaries
 
 
 def milliseconds(network: str, folder: Path, weights: Path | None) -> dict[str, float]:
@@ -188,12 +187,36 @@ def differences_table(head: str, by_baseline: Mapping[str, Summaries]) -> str:
     return table(head, [f"{heading(name)}, minus {baseline}" for name, baseline in columns], rows)
 
 
+GLANCE = {
+    "Lite0: IoU ↑": ("lite0", "ecssd", "best_cut_iou"),
+    "Lite0: probability drop, % ↓": ("lite0", "ecssd-drop", "probability_drop_area_matched"),
+    "AugNet layer4: IoU ↑": ("augnet-layer4", "ecssd", "best_cut_iou"),
+    "AugNet layer4: embedding drop, % ↓": ("augnet-layer4", "ecssd-drop", "similarity_drop_area_matched"),
+    "AugNet layer3: IoU ↑": ("augnet-layer3", "ecssd", "best_cut_iou"),
+}
+
+
+def glance_table(found: Mapping[tuple[str, str], Summaries]) -> str:
+    """Return one table of ECSSD: IoU at the best cut and area-matched drops, of a supervised network and of AugNet."""
+    methods = sorted(found[DEMO, "ecssd"], key=lambda method: method in CONTROLS)
+    rows = {
+        method: [
+            interval(of_method[name].value, percent="drop" in name)
+            if (of_method := found[cell, data].get(method))
+            else ""
+            for cell, data, name in GLANCE.values()
+        ]
+        for method in methods
+    }
+    return table("ECSSD", list(GLANCE), rows)
+
+
 def write_rows(path: Path, cells: Mapping[tuple[str, str], Any]) -> None:
     """Write each row of each cell to three digits, compressed; the same bytes for the same rows."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["network", "pictures", "picture", "method", *SHOWN])
-    for (network, data), (_, (rows, *_)) in cells.items():
+    for (network, data), (rows, *_) in cells.items():
         for row in rows:
             numbers = [f"{row.values[name]:.3g}" if name in row.values else "" for name in SHOWN]
             writer.writerow([network, data, row.picture, row.method, *numbers])
@@ -272,7 +295,6 @@ def main(
     chosen = network or [name for name in NETWORKS if augnet is not None or not name.startswith("augnet")]
     for folder in (rows, out):
         folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
     cells = [(name, data, folder) for data, folder in folders.items() for name in chosen]
     # Of this project's own processes each has one thread; fork would copy what torch has started.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -280,15 +302,16 @@ def main(
         found = {(name, data): result for (name, data, _), result in zip(cells, scored, strict=True)}
         some = next(iter(folders.values()))
         times = dict(zip(chosen, pool.map(partial(milliseconds, folder=some, weights=augnet), chosen), strict=True))
-    hours = (time.perf_counter() - start) / 3600
     about = environment(SEED)
     parts = [
         f"Means with 95 % bootstrap intervals over pictures; ↑ higher is better, ↓ lower is better. Differences are "
         f"paired, bold where the interval excludes 0. Each of {processes} processes with one thread of "
-        f"{about['machine']} ({about['instructions']}), torch {about['torch']}; this run {hours:.1f} hours, the cells "
-        f"{sum(seconds for seconds, _ in found.values()) / 3600:.1f} hours of one core."
+        f"{about['machine']} ({about['instructions']}), torch {about['torch']}."
     ]
-    for (name, data), (_, (_, count, kind, by_baseline)) in found.items():
+    summaries = {cell: by_baseline["eigencam"] for cell, (*_, by_baseline) in found.items()}
+    if {(network, data) for network, data, _ in GLANCE.values()} <= summaries.keys():
+        parts += ["## At a glance", glance_table(summaries)]
+    for (name, data), (_, count, kind, by_baseline) in found.items():
         head = f"{NETWORKS[name].title}; {SETS[data].title}, {count} pictures"
         parts.append(f"## {head}" + (f" with {kind}" if kind != "none" else ""))
         parts += [values_table(head, by_baseline["eigencam"]), differences_table("difference", by_baseline)]
@@ -297,12 +320,11 @@ def main(
     parts.append(table("method", [NETWORKS[name].title for name in chosen], cost))
     if raccoons is not None:
         parts += polarity_tables(raccoons, limit)
-    summaries = {cell: by_baseline["eigencam"] for cell, (_, (*_, by_baseline)) in found.items()}
     write_rows(out / "quality.csv.gz", found)
     if ecssd is not None:
         draw_all(out / "quality.png", summaries)
         if (DEMO, "ecssd") in found:
-            draw_examples(out / "quality-examples.png", found[DEMO, "ecssd"][1][0], ecssd)
+            draw_examples(out / "quality-examples.png", found[DEMO, "ecssd"][0], ecssd)
     (out / "quality.md").write_text("\n\n".join(parts) + "\n")
 
 

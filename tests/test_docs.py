@@ -47,8 +47,8 @@ def test_each_command_runs(command):
 
 
 @pytest.mark.usefixtures("pictures")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is not supported:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is not supported")
 @pytest.mark.parametrize("page", PROGRAMS)
 def test_the_programs_of_a_page_run_one_after_the_other(page, monkeypatch):
     put_in_ultralytics(monkeypatch)
