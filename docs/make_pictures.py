@@ -46,7 +46,7 @@ PHOTOGRAPHS = {
     "grass": (SKIMAGE / "grass.png", "CC0Textures, CC0"),
     "gravel": (SKIMAGE / "gravel.png", "CC0Textures, CC0"),
     "hubble": (SKIMAGE / "hubble_deep_field.jpg", "NASA, public domain"),
-    "retina": (SKIMAGE / "retina.jpg", "Häggström, CC0"),
+    "retina": (SKIMAGE / "retina.jpg", "Mikael Häggström, CC0"),
     "rocket": (SKIMAGE / "rocket.jpg", "SpaceX, public domain"),
 }
 QUARTERS = ("top-left", "top-right", "bottom-left", "bottom-right")
@@ -62,10 +62,12 @@ ROWS = {
 }
 DROP = "similarity_drop_area_matched"
 CONTROL = "centre-gaussian"
-WIDTH, GAP = 1600, 8
+WIDTH, GAP, TEXT_SIZE = 1360, 8, 22
 # As far from white as from GitHub's dark page, #0d1117.
 TEXT = (118, 124, 133)
 TEXT_LEVELS = 16
+# More make the file larger than half a megabyte; the palette is found on so many of the pixels.
+COLOURS, SAMPLE_SIDE = 200, 150
 RULE = f"""\
 Of the {len(PHOTOGRAPHS)} photographs that scikit-image and matplotlib carry as CC0 or in the public domain, the script
 takes, each from those not yet taken: where the maps of EigenCAM and TSM agree most (the highest Pearson
@@ -137,8 +139,8 @@ def choose(columns: Sequence[Column]) -> list[Column]:
 
 def draw(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[str], path: Path) -> None:
     """Write a grid of pictures with its rows' names on the left and its columns' above, transparent around."""
-    font = ImageFont.truetype(MATPLOTLIB / "fonts" / "ttf" / "DejaVuSans-Bold.ttf", 25)
-    left, top = 44, 12 + 32 * (1 + max(name.count("\n") for name in columns))
+    font = ImageFont.truetype(MATPLOTLIB / "fonts" / "ttf" / "DejaVuSans-Bold.ttf", TEXT_SIZE)
+    left, top = 40, 12 + 29 * (1 + max(name.count("\n") for name in columns))
     side = (WIDTH - left) // len(columns) - GAP
     height = top + len(rows) * (side + GAP)
     pictures, text = Image.new("RGB", (WIDTH, height)), Image.new("L", (WIDTH, height))
@@ -155,13 +157,13 @@ def draw(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[st
             pictures.paste(cell.resize((side, side), Image.Resampling.BICUBIC), (x, y))
             there.paste(1, (x, y, x + side, y + side))
     # One palette: the pictures' colours, then the text's at so many levels of opacity.
-    colours = 256 - TEXT_LEVELS
-    shown = pictures.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    sample = pictures.resize((SAMPLE_SIDE, SAMPLE_SIDE), Image.Resampling.NEAREST).quantize(COLOURS, kmeans=1)
+    shown = pictures.quantize(palette=sample, dither=Image.Dither.NONE)
     levels = np.rint(np.asarray(text) / 255 * (TEXT_LEVELS - 1)).astype(np.uint8)
-    image = Image.fromarray(np.where(there, np.asarray(shown), colours + levels).astype(np.uint8), "P")
-    palette = (shown.getpalette() or [])[: 3 * colours]
-    image.putpalette(palette + [0] * (3 * colours - len(palette)) + [*TEXT] * TEXT_LEVELS)
-    opacity = [255] * colours + [255 * level // (TEXT_LEVELS - 1) for level in range(TEXT_LEVELS)]
+    image = Image.fromarray(np.where(there, np.asarray(shown), COLOURS + levels).astype(np.uint8), "P")
+    palette = (shown.getpalette() or [])[: 3 * COLOURS]
+    image.putpalette(palette + [0] * (3 * COLOURS - len(palette)) + [*TEXT] * TEXT_LEVELS)
+    opacity = [255] * COLOURS + [255 * level // (TEXT_LEVELS - 1) for level in range(TEXT_LEVELS)]
     image.save(path, optimize=True, transparency=bytes(opacity))
 
 
@@ -174,7 +176,7 @@ def describe(chosen: Sequence[Column]) -> str:
         "",
         "Photographs, and what four methods say of `tf_efficientnet_lite0`, layer `bn2`. EigenCAM, TSM and MTSM are asked "
         "for no label; GradCAM, for reference, is asked for the class that the network predicts. Red is highest, blue "
-        "lowest, each map on its own scale. Above each photograph: the correlation of EigenCAM's and TSM's maps.",
+        "lowest, each map on its own scale. Above each photograph: r, the correlation of EigenCAM's and TSM's maps.",
         "",
         f"{RULE} Written by `docs/make_pictures.py`.",
         "",
@@ -185,7 +187,9 @@ def describe(chosen: Sequence[Column]) -> str:
         drops = " | ".join(f"{column.drops[name]:.1f}" for name in [*list(ROWS)[1:], CONTROL])
         lines.append(f"| {column.name} | {column.reason} | {column.correlation:.2f} | {drops} |")
     credits = "; ".join(f"{column.name}: {PHOTOGRAPHS[column.name][1]}" for column in chosen)
-    return "\n".join([*lines, "", "Drop: of the embedding, area-matched, in %, lower is better.", "", f"{credits}.", ""])
+    return "\n".join(
+        [*lines, "", "Drop: of the embedding, area-matched, in %, lower is better.", "", f"{credits}.", ""]
+    )
 
 
 def write_front(pictures: Path, names: Sequence[str], folder: Path) -> None:
@@ -213,7 +217,7 @@ def write_front(pictures: Path, names: Sequence[str], folder: Path) -> None:
         return [photograph, *(found.overlay(name, view="network") for name in list(ROWS)[1:])]
 
     folder.mkdir(parents=True, exist_ok=True)
-    titles = [f"{column.name}\n{column.reason}: {column.correlation:.2f}" for column in chosen]
+    titles = [f"{column.name}\n{column.reason}\nr = {column.correlation:.2f}" for column in chosen]
     kinds = list(zip(*map(cells, chosen), strict=True))
     draw(list(zip(ROWS.values(), kinds, strict=True)), titles, folder / "front.png")
     wide = [column for column in chosen if column.reason in ("agree most", "EigenCAM fails", "TSM fails")]
