@@ -208,7 +208,7 @@ class FolderWriter:
             entries = (
                 entry
                 for run, title in zip(runs, titles, strict=True)
-                for entry in gallery_entries(run, f" ({title})" if several else "")
+                for entry in gallery_entries(run, f" ({title})" if several else "", self.out)
             )
             write_gallery(self.out / PAGE, "; ".join(titles), entries)
         except (OSError, TuckerCamError) as error:
