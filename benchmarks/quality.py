@@ -39,13 +39,31 @@ from tucker_cam.evaluation.evaluate import evaluate
 from tucker_cam.evaluation.metrics import MEASURES
 from tucker_cam.evaluation.report import pick_examples
 from tucker_cam.evaluation.summary import Summary
-from tucker_cam.methods import METHODS
+from tucker_cam.methods import LABEL_DEPENDENT, METHODS
 from tucker_cam.models import LoadedModel, load_model
 from tucker_cam.models.families import efficientnet_lite
 from tucker_cam.pictures.annotations import find_samples, network_view
 
 SEED = 0
-SETS = {"ecssd": "ECSSD", "raccoons": "raccoons", "photographs": "ImageNet photographs"}
+LOCALISATION, DROP, BOTH = ("localisation",), ("drop",), ("localisation", "drop")
+
+
+class Pictures(NamedTuple):
+    """A set of pictures, the option that says where it is, what is measured on it, and on how many drawn at random."""
+
+    title: str
+    option: str
+    metrics: tuple[str, ...]
+    limit: int | None = None
+
+
+SETS = {
+    "ecssd": Pictures("ECSSD", "ecssd", LOCALISATION),
+    # Two forward passes for each method and picture: a fifth of the pictures.
+    "ecssd-drop": Pictures("ECSSD", "ecssd", DROP, 200),
+    "raccoons": Pictures("raccoons", "raccoons", BOTH),
+    "photographs": Pictures("ImageNet photographs", "photographs", DROP),
+}
 SHOWN = (
     "best_cut_iou",
     "max_f_beta",
@@ -73,7 +91,7 @@ class CentredTSM(LabelFreeCAM):
         return leading_map(features - features.flatten(2).mean(2)[(...,) + (None,) * (features.dim() - 2)])
 
 
-CHOSEN: Mapping[str, Any] = {**METHODS, "tsm-centred": CentredTSM}
+CHOSEN: dict[str, Any] = {**METHODS, "tsm-centred": CentredTSM}
 
 
 class NetworkAtLayer(NamedTuple):
@@ -112,9 +130,9 @@ def score(cell: tuple[str, str, Path], weights: Path | None, rows: Path, limit: 
             folder,
             NETWORKS[network].load(weights),
             CHOSEN,
-            metrics="drop" if data == "photographs" else ("localisation", "drop"),
+            metrics=SETS[data].metrics,
             out=rows / f"{network}-{data}.csv",
-            limit=limit,
+            limit=limit or SETS[data].limit,
             progress=False,
         )
     summaries = {baseline: evaluation.summary(baseline=baseline, seed=SEED) for baseline in ("eigencam", "tsm")}
@@ -185,14 +203,14 @@ def write_rows(path: Path, cells: Mapping[tuple[str, str], Any]) -> None:
 def draw_all(path: Path, found: Mapping[tuple[str, str], Summaries]) -> None:
     """Draw the measures that are compared, a panel each, methods down and networks by colour, on ECSSD."""
     networks = [network for network, data in found if data == "ecssd"]
-    panels = [name for name in COMPARED if name != "max_f_beta"]
+    panels = {name: "ecssd-drop" if "drop" in name else "ecssd" for name in COMPARED if name != "max_f_beta"}
     figure = Figure(figsize=(13, 6.5), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
-        methods = [*dict.fromkeys(method for network in networks for method in found[network, "ecssd"])]
+    for axes, (name, data) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        methods = [*dict.fromkeys(method for network in networks for method in found[network, data])]
         # Methods first, then the controls.
         methods.sort(key=lambda method: method in CONTROLS)
         for index, network in enumerate(networks):
-            values = [found[network, "ecssd"].get(method, {}).get(name) for method in methods]
+            values = [found[network, data].get(method, {}).get(name) for method in methods]
             places = [place + 0.13 * (index - (len(networks) - 1) / 2) for place in range(len(methods))]
             points = [(place, each.value) for place, each in zip(places, values, strict=True) if each is not None]
             axes.errorbar(
@@ -208,7 +226,7 @@ def draw_all(path: Path, found: Mapping[tuple[str, str], Summaries]) -> None:
         axes.set_yticks(range(len(methods)), methods)
         axes.set_title(f"{MEASURE[name].title}\n{MEASURE[name].better} is better", fontsize=10)
     axes.invert_yaxis()
-    figure.axes[0].legend(fontsize=8, loc="lower left")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.suptitle("ECSSD, means with 95 % bootstrap intervals over pictures")
     figure.savefig(path, dpi=100)
 
@@ -220,14 +238,14 @@ def draw_examples(path: Path, rows: Sequence[Any], folder: Path) -> None:
     """
     loaded = NETWORKS[DEMO].load(None)
     samples, annotations, _ = find_samples(folder)
-    shown = [name for name in ("eigencam", "tsm", "mtsm", "mtsm-energy", "lafam", "gradcam") if name in CHOSEN]
+    shown = ("eigencam", "tsm", "mtsm", "mtsm-energy", "lafam", "gradcam")
     chosen = [each for each in pick_examples(rows, MEASURE["best_cut_iou"]) if each[0] == "tsm"]
     figure = Figure(figsize=(2.2 * len(shown), 2.5 * len(chosen) + 0.4), layout="constrained")
     grid = figure.subplots(len(chosen), len(shown), squeeze=False)
     for of_picture, (_, name, title) in zip(grid, chosen, strict=True):
         view = network_view(next(each for each in samples if each.name == name), annotations, loaded)
         with one_pass_of(loaded, view.network_input[None]) as one_pass:
-            maps = dict(saliency_maps(one_pass, [name], {each: CHOSEN[each] for each in shown}))
+            maps = dict(saliency_maps(one_pass, [name], {each: (CHOSEN | LABEL_DEPENDENT)[each] for each in shown}))
         for axes, method in zip(of_picture, shown, strict=True):
             axes.imshow(maps[method][0], cmap="jet", vmin=0, vmax=1)
             axes.contour(view.mask, levels=[0.5], colors="white", linewidths=1.5)
@@ -250,7 +268,7 @@ def main(
 ) -> None:
     """Score every method with every network on every set of pictures, and write quality.{csv.gz,md,png}."""
     given = {"ecssd": ecssd, "raccoons": raccoons, "photographs": photographs}
-    folders = {data: folder for data, folder in given.items() if folder is not None}
+    folders = {data: folder for data, each in SETS.items() if (folder := given[each.option]) is not None}
     chosen = network or [name for name in NETWORKS if augnet is not None or not name.startswith("augnet")]
     for folder in (rows, out):
         folder.mkdir(parents=True, exist_ok=True)
@@ -271,7 +289,7 @@ def main(
         f"{sum(seconds for seconds, _ in found.values()) / 3600:.1f} hours of one core."
     ]
     for (name, data), (_, (_, count, kind, by_baseline)) in found.items():
-        head = f"{NETWORKS[name].title}; {SETS[data]}, {count} pictures"
+        head = f"{NETWORKS[name].title}; {SETS[data].title}, {count} pictures"
         parts.append(f"## {head}" + (f" with {kind}" if kind != "none" else ""))
         parts += [values_table(head, by_baseline["eigencam"]), differences_table("difference", by_baseline)]
     parts.append("## Time beside the forward pass, CPU ms a picture in a batch of 8")

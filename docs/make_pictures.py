@@ -1,8 +1,8 @@
 """Photographs of installed packages in, the pictures of the README and the documentation out.
 
 Run it as ``python docs/make_pictures.py``, in a checkout with the extra ``test``. It writes ``gallery/gallery.html``,
-which the command line makes of 24 pictures; ``images/front.png``, five photographs that a rule chooses, ``images/wide.png``,
-three of them; and ``images/front.md``: what they show and the rule. The same packages give the same files.
+which the command line makes of 24 pictures; ``images/front.png``, five photographs that a rule chooses;
+``images/wide.png``, three of them; and ``images/front.md``: what they show and the rule. The same packages give the same files.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def describe(chosen: Sequence[Column]) -> str:
         f"![{len(chosen)} photographs, {names}, and below each the heat maps of {', '.join(list(ROWS.values())[1:])}]"
         "(front.png)",
         "",
-        "Photographs, and what four methods say of `tf_efficientnet_lite0`, layer `bn2`. EigenCAM, TSM and MTSM are asked "
-        "for no label; GradCAM, for reference, is asked for the class that the network predicts. Red is highest, blue "
+        "Photographs, and what four methods say of `tf_efficientnet_lite0`, layer `bn2`. EigenCAM, TSM and MTSM are "
+        "asked for no label; GradCAM, for reference, is asked for the class that the network predicts. Red is highest, blue "
         "lowest, each map on its own scale. Above each photograph: r, the correlation of EigenCAM's and TSM's maps.",
         "",
         f"{RULE} Written by `docs/make_pictures.py`.",

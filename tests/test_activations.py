@@ -53,6 +53,13 @@ def test_a_model_that_rewrites_a_layers_output_runs_twice_the_first_time_and_onc
         assert_close(recorder.activations[0], layer(batch).detach(), rtol=0, atol=0)
 
 
+def test_what_one_recorder_saw_rewritten_another_copies_at_once():
+    model, batch = Counting(networks.in_place_cnn()).eval(), images()
+    for runs in (2, 3, 4):
+        assert_close(recorded(model, model.network[0], batch), model.network[0](batch).detach(), rtol=0, atol=0)
+        assert model.runs == runs
+
+
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_rewritten_output_is_what_the_layer_put_out(context, training):

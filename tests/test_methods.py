@@ -6,6 +6,7 @@ import networks
 import pytest
 import torch
 
+from tucker_cam import TSM
 from tucker_cam.methods import method_named
 
 
@@ -30,6 +31,11 @@ def test_a_method_that_there_is_not_is_one_clear_error(name, message, tmp_path):
     (tmp_path / "broken.py").write_text("1 / 0")
     with pytest.raises(ValueError, match=message):
         method_named(name)
+
+
+def test_a_class_in_the_place_of_a_name_is_one_clear_error():
+    with pytest.raises(TypeError, match="expected a method's name, got .*TSM.*: give classes of your own as a dict"):
+        method_named(TSM)
 
 
 def test_a_package_that_a_module_of_ones_own_needs_is_named(tmp_path):

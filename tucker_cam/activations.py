@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from threading import Lock, local
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tucker_cam.arguments import check_features
+from tucker_cam.arguments import all_finite, check_features
 from tucker_cam.errors import BadValueError
 
 ReshapeTransform = Callable[[Any], Tensor]
@@ -86,6 +87,8 @@ class _Uncompiled:
 
 
 _UNCOMPILED = _Uncompiled()
+# The layers whose output was seen to be rewritten.
+_REWRITTEN: WeakSet[nn.Module] = WeakSet()
 
 
 class FeatureRecorder:
@@ -97,9 +100,9 @@ class FeatureRecorder:
     order of execution.
 
     No layer's output is copied, unless it was seen to be rewritten: PyTorch counts how often a tensor is written to.
-    Then the model runs once more, and that layer's output is copied from then on. It is copied from the start where the
-    counter or a second run cannot tell: under `inference_mode`, in training mode, of images that are no tensor or that
-    the model itself rewrites.
+    Then the model runs once more, and that layer's output is copied from then on, by every recorder. It is copied from
+    the start where the counter or a second run cannot tell: under `inference_mode`, in training mode, of images that
+    are no tensor or that the model itself rewrites.
 
     Attributes:
         activations: after a call, the feature maps of each target layer.
@@ -115,7 +118,6 @@ class FeatureRecorder:
         self.activations: list[Tensor] = []
         self.gradients: list[Tensor] = []
         self._running = _Running()
-        self._copied: set[nn.Module] = set()
         self.handles: list[RemovableHandle] = [
             layer.register_forward_hook(self.save_activation) for layer in dict.fromkeys(self.target_layers)
         ]
@@ -124,7 +126,7 @@ class FeatureRecorder:
         self.clear()
         outputs, recorded = self._run(images)
         while rewritten := {layer for layer, found in recorded.items() if found.is_rewritten}:
-            self._copied |= rewritten
+            _REWRITTEN.update(rewritten)
             del outputs, recorded
             outputs, recorded = self._run(images)
         for layer in self.target_layers:
@@ -170,7 +172,7 @@ class FeatureRecorder:
         if recorded is not None and layer not in recorded:
             features = output if self.reshape_transform is None else self.reshape_transform(output)
             features = check_features(features, self._source(layer)).detach()
-            if layer in self._copied or not self._may_be_kept(features):
+            if layer in _REWRITTEN or not self._may_be_kept(features):
                 recorded[layer] = _Recorded(features.clone(), None)
             else:
                 recorded[layer] = _Recorded(features, features._version)
@@ -245,18 +247,16 @@ def feature_maps(features: object, source: Source) -> Tensor:
 
 def _finite(features: Tensor, source: Source) -> Tensor:
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    # One sum tells almost always that all is well; it can also overflow, so the numbers themselves decide.
-    if not features.sum().isfinite():
-        finite = features.isfinite()
-        images = (~finite).flatten(1).any(1).nonzero().flatten().tolist()
-        if images:
-            warnings.warn(
-                f"{source.name} put out NaN or Inf for image {', '.join(map(str, images))} of the batch; "
-                "these numbers count as zero",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            features = features.masked_fill(~finite, 0)
+    if not all_finite(features):
+        bad = ~features.isfinite()
+        images = bad.flatten(1).any(1).nonzero().flatten().tolist()
+        warnings.warn(
+            f"{source.name} put out NaN or Inf for image {', '.join(map(str, images))} of the batch; "
+            "these numbers count as zero",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        features = features.masked_fill(bad, 0)
     return features
 
 

@@ -42,6 +42,12 @@ def check_kind(tensor: Tensor, name: object) -> None:
         )
 
 
+def all_finite(numbers: Tensor) -> bool:
+    """Tell whether there is neither NaN nor Inf among the numbers."""
+    # One sum tells almost always that all is well; it can also overflow, so the numbers themselves decide.
+    return bool(numbers.sum().isfinite()) or bool(numbers.isfinite().all())
+
+
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise ValueError for a value that is none of a `Literal`."""
     if value not in get_args(choices):

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from made_tensors import sizes_made_by
 from test_gram import assert_is_the_leading_map, spectrum
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tucker_cam.decomposition import leading
 from tucker_cam.decomposition.gram import gram_matrix
@@ -87,17 +86,7 @@ def test_the_bound_of_the_gap_is_one_and_no_idle_one(n, exponent):
 @pytest.mark.parametrize("shape", LARGE)
 def test_of_large_features_nothing_as_large_as_a_gram_matrix_is_formed(shape):
     unfolding = spectrum(relative_gap(0.5), *shape).float()
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            sizes.extend(part.numel() for part in tree_leaves(result) if isinstance(part, torch.Tensor))
-            return result
-
-    with Watch():
-        leading_maps(unfolding)
-    sizes = [size for size in sizes if size < unfolding[0].numel()]
+    sizes = [size for size in sizes_made_by(lambda: leading_maps(unfolding)) if size < unfolding[0].numel()]
     assert max(sizes) < gram_matrix(unfolding).numel() / 2
 
 

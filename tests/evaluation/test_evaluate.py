@@ -312,9 +312,23 @@ def test_bad_arguments_are_an_error():
         ({"model": "networks:tiny_video_network"}, "takes clips"),
         ({"metrics": "locals"}, "near it: localisation"),
         ({"methods": ["tsn"]}, "near it: tsm"),
+        ({"methods": {"tsm": METHODS["mtsm"]}}, "names of your own for methods of your own, got tsm"),
+        ({"methods": {"random": METHODS["tsm"]}}, "names of your own for methods of your own, got random"),
+        ({"metrics": Measure("mean_saliency", lambda judged: judged.maps)}, "measures of different names"),
+        ({"metrics": Measure("layer", lambda judged: judged.maps)}, "other names than layer, which are columns"),
     ):
         with pytest.raises(BadValueError, match=message):
             evaluate(**({"data": images, "model": MODEL} | options))
+
+
+def test_without_a_measure_the_maps_statistics_are_there_and_batches_go_into_a_new_file_only(tmp_path):
+    images, out = torch.rand(2, 3, 24, 24), tmp_path / "r.csv"
+    found = evaluate(images, MODEL, "tsm", metrics=[], out=out)
+    assert found.rows[0].values.keys() == {"mean_saliency", "energy_in_top"}
+    before = out.read_bytes()
+    with pytest.raises(BadValueError, match=r"r\.csv: expected a new file"):
+        evaluate(images, MODEL, "tsm", metrics=[], out=out)
+    assert out.read_bytes() == before
 
 
 def test_a_data_sets_labels_are_no_masks():

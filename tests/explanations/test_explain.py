@@ -167,6 +167,11 @@ def preprocessings(tmp_path_factory):
             (0,) * 3,
             (1,) * 3,
         ),
+        "padded all around": (
+            transforms.Compose([transforms.Pad((150, 200)), transforms.Resize((224, 224)), transforms.ToTensor()]),
+            (0,) * 3,
+            (1,) * 3,
+        ),
     }
 
 
@@ -174,7 +179,7 @@ def preprocessings(tmp_path_factory):
 @pytest.mark.parametrize("place", [(500, 300), (1000, 800), (820, 610)])
 @pytest.mark.parametrize(
     "name",
-    ["timm:resnet18", "torchvision:resnet18", "hf:microsoft/resnet-50", "whole", "padded"],
+    ["timm:resnet18", "torchvision:resnet18", "hf:microsoft/resnet-50", "whole", "padded", "padded all around"],
 )
 def test_the_overlay_has_the_pictures_size_and_its_peak_is_where_the_object_is(preprocessings, name, place, exif):
     preprocess, mean, std = preprocessings[name]
@@ -266,6 +271,21 @@ def test_what_another_model_or_layer_makes_goes_beside_and_is_found_again(folder
     assert names == [f"p0 (networks:tiny_loaded_model, {layer})" for layer in "311"]
 
 
+def test_what_another_preprocessing_makes_goes_beside(folder, tmp_path):
+    for size in (None, 48, 48):
+        explain(folder / "p0.png", TINY, size=size, formats=["npy"], out=tmp_path / "out", progress=False)
+    maps = sorted((tmp_path / "out").rglob("p0_tsm.npy"), key=lambda path: len(path.parts))
+    assert [np.load(path).shape for path in maps] == [(24, 24), (48, 48)]
+
+
+def test_of_a_changed_picture_the_files_of_ones_own_method_are_removed_too(folder, tmp_path):
+    options = {"out": tmp_path / "out", "formats": ["npy"], "progress": False}
+    explain([folder / "p0.png", folder / "p1.png"], TINY, {"mine": MTSM}, **options)
+    noise(seed=9).save(folder / "p0.png")
+    explain([folder / "p0.png", folder / "p1.png"], TINY, **options)
+    assert files_in(tmp_path / "out") == ["manifest.json", "p0_tsm.npy", "p1_mine.npy", "p1_tsm.npy"]
+
+
 def test_overlays_that_are_asked_for_in_another_look_are_drawn_again(folder, tmp_path):
     drawn = []
     for look in {}, {"alpha": 1.0}, {"view": "network"}, {"colormap": "viridis"}, {"colormap": "viridis"}:
@@ -297,6 +317,7 @@ def test_where_the_network_looked_stands_in_the_manifest_also_after_a_kill(tmp_p
         ({"alpha": 1.5}, r"alpha in \[0, 1\]"),
         ({"methods": {"../x": TSM}}, "a method's name that a file's can hold"),
         ({"engine": "ray", "gallery": True}, "with Ray, which writes Parquet"),
+        ({"engine": "ray"}, "expected paths or URLs with Ray"),
     ],
 )
 def test_what_cannot_be_written_is_one_clear_error_before_the_work(tmp_path, options, message):

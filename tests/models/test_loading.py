@@ -108,6 +108,17 @@ def test_an_unknown_model_is_answered_with_near_names(name, message):
         load_model(name)
 
 
+@pytest.mark.usefixtures("repositories")
+def test_random_weights_are_the_same_every_time_and_the_callers_random_numbers_stay():
+    digests = set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        digests.add(load_model("hf:microsoft/resnet-50", pretrained=False).digest())
+        assert torch.equal(torch.get_rng_state(), before)
+    assert len(digests) == 1
+
+
 @pytest.mark.parametrize("name", ["demo", "networks:tiny_loaded_model"])
 def test_random_weights_are_refused_where_there_are_no_published_ones(name):
     with pytest.raises(ValueError, match=f"{name}: expected a model of a library or hub for random weights"):

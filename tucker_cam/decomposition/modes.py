@@ -15,7 +15,7 @@ import torch
 from tensorly.decomposition import tucker
 from torch import Tensor
 
-from tucker_cam.arguments import check_choice, check_features
+from tucker_cam.arguments import all_finite, check_choice, check_features
 from tucker_cam.decomposition.gram import is_tall, rescale_extremes, unfold
 from tucker_cam.decomposition.hooi import truncated_components
 from tucker_cam.decomposition.rank import Rank, feasible_rank, full_rank
@@ -86,8 +86,7 @@ def channel_modes(
                  [ 3.,  0.,  0.]]])
     """
     check_features(features, "features")
-    # One sum tells almost always that all is well; it can also overflow, so the numbers themselves decide.
-    if not features.sum().isfinite() and not features.isfinite().all():
+    if not all_finite(features):
         raise BadValueError("expected finite features, got NaN or Inf: use torch.nan_to_num")
     check_choice("engine", engine, Engine)
     spatial = features.shape[2:]

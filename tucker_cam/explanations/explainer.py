@@ -119,9 +119,9 @@ class Explainer:
     @cached_property
     def batch_size(self) -> int:
         """How many pictures the device takes at once: on a GPU, what fills half of its free memory."""
-        example = self.loaded.example()
-        if example.device.type != "cuda":
+        if self.loaded.device.type != "cuda":
             return CPU_BATCH
+        example = self.loaded.example()
         grey = Held("grey", example[0])
         self._explain([grey], example)
         torch.cuda.reset_peak_memory_stats(example.device)

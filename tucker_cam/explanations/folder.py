@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from pathlib import Path
 
 from tucker_cam.errors import BadFileError, BadValueError, Failure, TuckerCamError
 from tucker_cam.explanations.explainer import Explainer
 from tucker_cam.explanations.explanation import Explanation, Look, picture_and_view
 from tucker_cam.explanations.gallery import write_gallery
-from tucker_cam.explanations.manifest import NOT_OURS, Manifest, folder_of_run, identity, not_of_a_run
+from tucker_cam.explanations.manifest import NOT_OURS, Manifest, folder_of_run, identity, manifests_in, not_of_a_run
 from tucker_cam.explanations.outputs import (
     FORMATS,
     KINDS,
@@ -200,16 +201,12 @@ class FolderWriter:
 
     def _write_gallery(self) -> list[Failure]:
         """Write the page of all runs in the folder."""
-        found = [self.out / MANIFEST, *sorted(self.out.glob(f"*/{MANIFEST}"))]
         try:
-            runs = [Manifest(path.parent, None) for path in found if (path.parent / ".gallery").is_dir()]
+            folders = [path.parent for path in manifests_in(self.out)]
+            runs = [Manifest(folder, None) for folder in folders if (folder / ".gallery").is_dir()]
             titles = [f"{run.run['model']}, {', '.join(run.run['layers'])}" for run in runs]
-            several = len(runs) > 1
-            entries = (
-                entry
-                for run, title in zip(runs, titles, strict=True)
-                for entry in gallery_entries(run, f" ({title})" if several else "", self.out)
-            )
+            endings = [f" ({title})" for title in titles] if len(runs) > 1 else [""]
+            entries = chain.from_iterable(map(gallery_entries, runs, endings, repeat(self.out)))
             write_gallery(self.out / PAGE, "; ".join(titles), entries)
         except (OSError, TuckerCamError) as error:
             return [Failure("gallery", BadFileError(f"it could not be written ({error})"))]

@@ -134,14 +134,18 @@ def identity(loaded: LoadedModel, engine: Engine, *, aug_smooth: bool) -> dict[s
     }
 
 
+def manifests_in(out: Path) -> list[Path]:
+    """Return the manifests of a folder and of those one below it."""
+    return [path for path in (out / MANIFEST, *sorted(out.glob(f"*/{MANIFEST}"))) if path.is_file()]
+
+
 def folder_of_run(out: Path, run: Mapping[str, Any]) -> Path:
     """Return the folder of a run in `out`: that itself, or where it holds another run's results one below it.
 
     Raises:
         ValueError: a manifest is none.
     """
-    manifests = [path for path in (out / MANIFEST, *sorted(out.glob(f"*/{MANIFEST}"))) if path.is_file()]
-    texts = {str(path.parent): path.read_text("utf-8", "surrogateescape") for path in manifests}
+    texts = {str(path.parent): path.read_text("utf-8", "surrogateescape") for path in manifests_in(out)}
     return Path(place_of_run(str(out), run, texts))
 
 

@@ -41,6 +41,7 @@ def read_ahead(
         dataset: Any = batches
         yield from DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=read)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        # An error of the reader itself names its process as well, though not by its pid.
+        if "DataLoader worker (pid" not in str(error):
             raise
         raise BadFileError("a process that read pictures was killed, for want of memory perhaps: workers=0") from error

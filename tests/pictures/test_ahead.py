@@ -1,0 +1,60 @@
+"""Batches are read in their order, a few ahead of what is asked for, and an error is the reader's own."""
+
+import os
+import signal
+from functools import partial
+
+import pytest
+
+from tucker_cam.errors import BadFileError, BadValueError
+from tucker_cam.pictures.ahead import check_batch_size, in_batches, read_ahead
+
+BATCHES = [[index, index + 1] for index in range(0, 40, 2)]
+
+
+def noted(batch, folder):
+    (folder / str(batch[0])).touch()
+    return sum(batch)
+
+
+def fails(batch, error):
+    raise error("of the reader")
+
+
+def is_killed(batch):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_what_is_read_comes_in_the_order_of_the_batches(workers, tmp_path):
+    read = read_ahead(BATCHES, partial(noted, folder=tmp_path), workers)
+    assert list(read) == [sum(batch) for batch in BATCHES]
+
+
+# Two batches wait for each process, and one more is asked for when one is taken.
+@pytest.mark.parametrize(("workers", "most"), [(0, 1), (2, 5)])
+def test_only_a_few_batches_are_read_ahead(workers, most, tmp_path):
+    read = read_ahead(BATCHES, partial(noted, folder=tmp_path), workers)
+    next(read)
+    assert 1 <= len(list(tmp_path.iterdir())) <= most
+    read.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [ZeroDivisionError, RuntimeError])
+def test_an_error_of_the_reader_comes_through_as_it_is(workers, error):
+    with pytest.raises(error, match="of the reader"):
+        list(read_ahead(BATCHES, partial(fails, error=error), workers))
+
+
+def test_a_process_that_is_killed_is_an_error_that_says_what_to_do():
+    with pytest.raises(BadFileError, match="killed, for want of memory perhaps: workers=0"):
+        list(read_ahead(BATCHES, is_killed, 1))
+
+
+def test_batches_are_of_one_size_but_the_last():
+    assert in_batches(range(5), 2) == [range(2), range(2, 4), range(4, 5)]
+    assert in_batches([], 2) == []
+    check_batch_size(1)
+    with pytest.raises(BadValueError, match="at least 1, got 0"):
+        check_batch_size(0)

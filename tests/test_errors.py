@@ -1,0 +1,35 @@
+"""Errors are of one kind and of the built-in one that fits, and a failure is a value that keeps its error."""
+
+import pytest
+
+from tucker_cam.errors import (
+    BadFileError,
+    BadTypeError,
+    BadValueError,
+    Failure,
+    MissingPackageError,
+    TuckerCamError,
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "built_in"),
+    [
+        (BadValueError, ValueError),
+        (BadTypeError, TypeError),
+        (BadFileError, OSError),
+        (MissingPackageError, ModuleNotFoundError),
+    ],
+)
+def test_each_error_is_caught_as_ours_and_as_the_built_in_one(error, built_in):
+    for kind in (TuckerCamError, built_in):
+        with pytest.raises(kind, match="way out"):
+            raise error("way out")
+
+
+def test_a_failure_keeps_its_error_and_says_once_whose_it_is():
+    error = BadValueError("a.png: too small\nmore")
+    assert Failure("a.png", error).error is error
+    assert str(Failure("a.png", error)) == "a.png: too small"
+    assert str(Failure("b.png", error)) == "b.png: a.png: too small"
+    assert str(Failure("b.png", KeyError())) == "b.png: KeyError"
