@@ -2,7 +2,8 @@
 
 Run it as ``python docs/make_pictures.py``, in a checkout with the extra ``test``. It writes ``gallery/gallery.html``,
 which the command line makes of 24 pictures; ``images/front.png``, five photographs that a rule chooses;
-``images/wide.png``, three of them; and ``images/front.md``: what they show and the rule. The same packages give the same files.
+``images/wide.png``, three of them; and ``images/front.md``: what they show and the rule. The same
+packages give the same files.
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ def describe(chosen: Sequence[Column]) -> str:
         "(front.png)",
         "",
         "Photographs, and what four methods say of `tf_efficientnet_lite0`, layer `bn2`. EigenCAM, TSM and MTSM are "
-        "asked for no label; GradCAM, for reference, is asked for the class that the network predicts. Red is highest, blue "
-        "lowest, each map on its own scale. Above each photograph: r, the correlation of EigenCAM's and TSM's maps.",
+        "asked for no label; GradCAM, for reference, is asked for the class that the network predicts. Red is highest, "
+        "blue lowest, each map on its own scale. Above each photograph: r, the correlation of EigenCAM's and TSM's maps.",
         "",
         f"{RULE} Written by `docs/make_pictures.py`.",
         "",
