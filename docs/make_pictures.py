@@ -177,7 +177,7 @@ def describe(chosen: Sequence[Column]) -> str:
         "",
         "Photographs, and what four methods say of `tf_efficientnet_lite0`, layer `bn2`. EigenCAM, TSM and MTSM are "
         "asked for no label; GradCAM, for reference, is asked for the class that the network predicts. Red is highest, "
-        "blue lowest, each map on its own scale. Above each photograph: r, the correlation of EigenCAM's and TSM's maps.",
+        "blue lowest, each map on its own scale. Above each: r, the correlation of EigenCAM's and TSM's maps.",
         "",
         f"{RULE} Written by `docs/make_pictures.py`.",
         "",
