@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from itertools import product
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -484,3 +485,18 @@ def test_a_thousand_pictures_hold_images_only_near_the_screen(show):
     page.evaluate("scrollTo(0, 0)")
     assert overlay(page) == made[0]["methods"]["mtsm"]["map"]
     assert page.evaluate(attached) < 300
+
+
+def test_the_gallery_of_the_documentation_opens(browser):
+    path = Path(__file__).parents[2] / "docs" / "gallery" / "gallery.html"
+    with browser.new_context() as context:
+        page, told = context.new_page(), []
+        page.on("console", lambda message: told.append(message.text))
+        page.on("pageerror", lambda error: told.append(str(error)))
+        page.goto(path.as_uri())
+        assert len(names(page)) == 24
+        page.locator(".thumbnail", has_text="coffee").click()
+        page.get_by_label("Beside it").select_option("tsm")
+        assert page.locator("#views b").all_text_contents() == ["eigencam", "tsm"]
+        assert page.locator("#components img").count() == 6
+        assert not told
