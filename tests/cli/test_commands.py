@@ -47,7 +47,10 @@ def test_the_demo_writes_its_panel_and_prints_its_table(tmp_path):
         assert word in result.output
     panel = np.asarray(open_picture(out / "demo.png"))
     assert panel.shape[1] > 1000
-    assert panel.std() > 30
+    for row in (panel[100:330], panel[370:]):
+        photograph, *overlays = np.array_split(row[:, : row.shape[1] // 5 * 5].astype(float), 5, axis=1)
+        assert photograph.std() > 30
+        assert all(np.abs(overlay - photograph).mean() > 20 for overlay in overlays)
     assert [path.name for path in out.iterdir()] == ["demo.png"]
 
 

@@ -452,6 +452,32 @@ def test_a_gallery_shows_the_methods_and_pictures_of_all_runs(pictures, tmp_path
     assert methods["p004"] == {"mtsm", "fem"}
 
 
+def test_a_gallery_links_the_overlays_that_are_there_and_of_its_runs(pictures, tmp_path):
+    def files():
+        blocks = re.findall(r'<script type="application/json">(.*?)</script>', (out / "gallery.html").read_text())
+        shown = {entry["name"]: (entry["colormap"], entry["methods"]) for entry in map(json.loads, blocks)}
+        return {name: (colormap, methods["tsm"].get("file")) for name, (colormap, methods) in shown.items()}
+
+    folder, out = tmp_path / "some", tmp_path / "out"
+    make_pictures(folder / "a #1%", 1)
+    options, name = (folder, *MODEL, "--gallery", "--out", out), "a #1%/p000"
+    (out / "a #1%").mkdir(parents=True)
+    overlay = out / f"{name}_tsm.png"
+    overlay.touch()
+    assert run(*options, "--format", "npy").exit_code == 0
+    assert files() == {name: ("jet", None)}
+    overlay.unlink()
+    assert run(*options, "--colormap", "viridis").exit_code == 0
+    assert files() == {name: ("viridis", "a%20%231%25/p000_tsm.png")}
+    assert run(*options, "--layer", "0").exit_code == 0
+    (below,) = [path.parent.name for path in out.glob("*/manifest.json")]
+    linked = {file for _, file in files().values()}
+    assert linked == {"a%20%231%25/p000_tsm.png", f"{below}/a%20%231%25/p000_tsm.png"}
+    overlay.unlink()
+    assert run(*options, "--layer", "0").exit_code == 0
+    assert {file for _, file in files().values()} == linked - {"a%20%231%25/p000_tsm.png"} | {None}
+
+
 def test_a_batch_is_sized_to_the_memory_of_a_gpu():
     assert Explainer(load_model("networks:tiny_loaded_model", device="cpu"), {"tsm": TSM}).batch_size == 8
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from itertools import product
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -206,7 +207,7 @@ def overlay(page, place=0):
 
 
 def large_overlay(page):
-    return page.locator("#large .overlay").get_attribute("src")
+    return page.locator("#views .overlay").first.get_attribute("src")
 
 
 def focused(page):
@@ -291,6 +292,62 @@ def test_the_detail_view_shows_all_of_a_picture_and_is_moved_and_switched_by_key
     page.locator("li:focus-within", has_text="b.png").wait_for()
 
 
+def test_two_methods_stand_side_by_side_under_one_slider_and_stay_from_picture_to_picture(show):
+    page = show(THREE)
+    page.locator(".thumbnail").first.click()
+    left, right = page.locator("#views figure").all()
+    assert left.is_visible()
+    assert not right.is_visible()
+    page.get_by_label("Beside it").focus()
+    page.keyboard.press("End")
+    page.keyboard.press("Tab")
+    for width in (1280, 390, 320):
+        page.set_viewport_size({"width": width, "height": 800})
+        boxes = [view.locator(".stage").bounding_box() for view in (left, right)]
+        assert boxes[0]["y"] == boxes[1]["y"]
+        assert boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
+        assert boxes[1]["x"] + boxes[1]["width"] <= width
+        assert boxes[0]["width"] == boxes[1]["width"] > 0.38 * width
+    page.locator("dialog .opacity").fill("70")
+    opacity = "image => getComputedStyle(image).opacity"
+    for place in (0, 1):
+        for view, method in ((left, "tsm"), (right, "mtsm")):
+            assert view.locator(".overlay").get_attribute("src") == MAPS[method][place]
+            assert view.locator(".picture").get_attribute("src") == THREE[place]["picture"]
+            assert view.locator("b").text_content() == method
+            assert view.locator(".overlay").evaluate(opacity) == "0.7"
+        page.locator("#next").click()
+    page.get_by_label("Beside it").select_option("no other method")
+    assert not right.is_visible()
+
+
+def test_the_header_says_what_the_colours_mean(show):
+    page = show(THREE)
+    page.set_viewport_size({"width": 390, "height": 700})
+    said = page.get_by_text("Red: the features are strong together there; blue: they are weak. No label was asked for.")
+    assert said.is_visible()
+
+
+@pytest.mark.parametrize("colormap", ["jet", "viridis"])
+def test_the_overlays_that_were_written_are_linked(show, tmp_path, colormap):
+    Image.new("RGB", (600, 400)).save(tmp_path / "a 1%.png")
+    made = {**THREE[0], "colormap": colormap, "methods": {**THREE[0]["methods"]}}
+    made["methods"]["tsm"] = {**made["methods"]["tsm"], "file": "a%201%25.png"}
+    page = show([made, THREE[1]])
+    page.locator(".thumbnail").first.click()
+    link = page.locator("#views a").first
+    assert link.text_content() == "full-size overlay" + (", in viridis" if colormap == "viridis" else "")
+    with page.context.expect_page() as opened:
+        link.click()
+    opened.value.wait_for_load_state()
+    assert opened.value.evaluate("document.images[0].naturalWidth") == 600
+    page.keyboard.press("2")
+    assert not link.is_visible()
+    page.keyboard.press("1")
+    page.keyboard.press("ArrowRight")
+    assert not link.is_visible()
+
+
 def test_tab_and_the_arrow_keys_move_through_the_thumbnails(show):
     page = show([entry(f"{number}.png") for number in range(12)])
     page.locator(".thumbnail").first.focus()
@@ -347,7 +404,7 @@ def test_a_missing_method_is_said_and_sorted_last(show):
     assert not second.is_visible()
     assert not page.locator(".thumbnail .overlay").first.is_visible()
     page.locator(".thumbnail").first.click()
-    assert page.locator("#large").get_by_text("no map of mtsm").is_visible()
+    assert page.locator("#views").get_by_text("no map of mtsm").is_visible()
     assert page.locator(".tile b").all_text_contents() == ["tsm"]
     assert not page.locator("#components-section").is_visible()
     page.keyboard.press("Escape")
@@ -428,3 +485,18 @@ def test_a_thousand_pictures_hold_images_only_near_the_screen(show):
     page.evaluate("scrollTo(0, 0)")
     assert overlay(page) == made[0]["methods"]["mtsm"]["map"]
     assert page.evaluate(attached) < 300
+
+
+def test_the_gallery_of_the_documentation_opens(browser):
+    path = Path(__file__).parents[2] / "docs" / "gallery" / "gallery.html"
+    with browser.new_context() as context:
+        page, told = context.new_page(), []
+        page.on("console", lambda message: told.append(message.text))
+        page.on("pageerror", lambda error: told.append(str(error)))
+        page.goto(path.as_uri())
+        assert len(names(page)) == 24
+        page.locator(".thumbnail", has_text="coffee").click()
+        page.get_by_label("Beside it").select_option("tsm")
+        assert page.locator("#views b").all_text_contents() == ["eigencam", "tsm"]
+        assert page.locator("#components img").count() == 6
+        assert not told

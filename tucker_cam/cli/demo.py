@@ -1,4 +1,4 @@
-"""One command, no arguments: a real network, a real photograph, one panel that compares the methods."""
+"""One command, no arguments: a real network, two real photographs, one panel that compares the methods."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from tucker_cam.text import say
 from tucker_cam.writing import complete_or_absent
 
 _SHOWN = ("eigencam", "tsm", "multivec-eigencam", "mtsm")
-_PHOTOGRAPH = Path(skimage.__file__).parent / "data" / "coffee.png"
+# The methods agree on the cup, and on the cat they differ most of all that docs/make_pictures.py compares.
+_PHOTOGRAPHS = [Path(skimage.__file__).parent / "data" / name for name in ("coffee.png", "chelsea.png")]
 
 
 def run_demo(out: Path) -> None:
@@ -43,22 +44,26 @@ def run_demo(out: Path) -> None:
 
 def _compare(panel: Path) -> Table:
     loaded = load_model("demo")
-    images = loaded.preprocess(open_picture(_PHOTOGRAPH))[None]
+    images = torch.stack([loaded.preprocess(open_picture(path)) for path in _PHOTOGRAPHS])
+    first = images[:1]
     (layer,) = loaded.layers
-    picture = loaded.picture(images[0])
-    views, milliseconds = {"photograph": picture}, {}
+    pictures = [loaded.picture(image) for image in images]
+    views, milliseconds = {"photograph": pictures}, {}
     # One thread for torch and BLAS alike: what several gain depends on what else the machine is doing.
     with threadpool_limits(1), torch.no_grad():
-        forward = _milliseconds(lambda: loaded.model(images))
+        forward = _milliseconds(lambda: loaded.model(first))
         for name in _SHOWN:
             method = METHODS[name]
             with method(loaded.model, loaded.target_layers) as cam:
-                views[method.title] = show_cam_on_image(picture, cam(images, targets=None)[0], use_rgb=True)
-                features = cam.activations_and_grads.activations[0]
+                maps = cam(images, targets=None)
+                views[method.title] = [
+                    show_cam_on_image(*each, use_rgb=True) for each in zip(pictures, maps, strict=True)
+                ]
+                features = cam.activations_and_grads.activations[0][:1]
                 # What the host hands on: its own methods get NumPy arrays, ours the tensors.
                 handed_on = features.numpy() if name == "eigencam" else features
                 milliseconds[method.title] = _milliseconds(
-                    partial(cam.get_cam_image, images, layer.module, None, handed_on, None, False)
+                    partial(cam.get_cam_image, first, layer.module, None, handed_on, None, False)
                 )
     _draw(views, f"tf_efficientnet_lite0, layer {layer.name} ({' x '.join(map(str, features.shape[1:]))})", panel)
     table = Table("method", title=f"forward pass {forward:.1f} ms, one thread")
@@ -79,12 +84,14 @@ def _milliseconds(work: Callable[[], object], repetitions: int = 7) -> float:
     return 1e3 * median(times)
 
 
-def _draw(views: dict[str, NDArray[np.float32]], title: str, panel: Path) -> None:
+def _draw(views: dict[str, list[NDArray[np.float32]]], title: str, panel: Path) -> None:
     with matplotlib.rc_context({"font.size": 13}):
-        figure = Figure(figsize=(3 * len(views), 3.6), layout="constrained")
-        for axes, (name, view) in zip(figure.subplots(1, len(views)), views.items(), strict=True):
-            axes.imshow(view)
-            axes.set_title(name)
-            axes.axis("off")
+        figure = Figure(figsize=(3 * len(views), 6.6), layout="constrained")
+        grid = figure.subplots(len(_PHOTOGRAPHS), len(views))
+        for column, (name, shown) in zip(grid.T, views.items(), strict=True):
+            column[0].set_title(name)
+            for axes, view in zip(column, shown, strict=True):
+                axes.imshow(view)
+                axes.axis("off")
         figure.suptitle(f"{title}, no label given")
         figure.savefig(panel, dpi=100, format="png")

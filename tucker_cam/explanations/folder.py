@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
 from tucker_cam.errors import BadFileError, BadValueError, Failure, TuckerCamError
@@ -206,7 +206,7 @@ class FolderWriter:
             runs = [Manifest(folder, None) for folder in folders if (folder / ".gallery").is_dir()]
             titles = [f"{run.run['model']}, {', '.join(run.run['layers'])}" for run in runs]
             endings = [f" ({title})" for title in titles] if len(runs) > 1 else [""]
-            entries = chain.from_iterable(map(gallery_entries, runs, endings))
+            entries = chain.from_iterable(map(gallery_entries, runs, endings, repeat(self.out)))
             write_gallery(self.out / PAGE, "; ".join(titles), entries)
         except (OSError, TuckerCamError) as error:
             return [Failure("gallery", BadFileError(f"it could not be written ({error})"))]

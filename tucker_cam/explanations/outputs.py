@@ -10,6 +10,7 @@ from math import nan
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from tucker_cam.errors import BadValueError
 from tucker_cam.methods import METHODS
@@ -73,14 +74,14 @@ class MethodFiles(Output):
     @classmethod
     def left(cls, manifest: Manifest, key: str) -> Iterable[Path]:
         methods = dict.fromkeys([*METHODS, *manifest.methods])
-        return [cls._path(manifest.folder, manifest.names[key], method) for method in methods]
+        return [cls.path(manifest.folder, manifest.names[key], method) for method in methods]
 
     def paths(self, name: str) -> list[Path]:
-        return [self._path(self.folder, name, method) for method in self.methods]
+        return [self.path(self.folder, name, method) for method in self.methods]
 
     def write(self, name: str, explanation: Explanation) -> None:
         for method, saliency in explanation.maps.items():
-            path = self._path(self.folder, name, method)
+            path = self.path(self.folder, name, method)
             path.parent.mkdir(parents=True, exist_ok=True)
             with complete_or_absent(path) as unfinished:
                 self.save(unfinished, explanation, saliency)
@@ -90,7 +91,7 @@ class MethodFiles(Output):
         """Write the file of one method."""
 
     @classmethod
-    def _path(cls, folder: Path, name: str, method: str) -> Path:
+    def path(cls, folder: Path, name: str, method: str) -> Path:
         return folder / f"{name}_{method}{cls.suffix}"
 
 
@@ -212,30 +213,36 @@ class GalleryParts(Output):
             unfinished.write_text(json.dumps(entry), encoding="utf-8")
 
 
-def gallery_entries(manifest: Manifest, title: str) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a run's pictures, each with the methods of all its parts.
+def gallery_entries(manifest: Manifest, title: str, page: Path) -> Iterator[dict[str, Any]]:
+    """Yield the entries of a run's pictures, each with the methods of all its parts, and their overlays as links.
 
     Args:
         manifest: of the run.
         title: put behind each name; may be empty.
+        page: the folder of the page.
 
     Raises:
         ValueError: a part is broken.
     """
-    for key in manifest.names:
-        entry: dict[str, Any] = {}
+    for key, name in manifest.names.items():
+        entry: dict[str, Any] = {"colormap": manifest.look.get("colormap", "jet"), "methods": {}}
         for path in sorted(GalleryParts.left(manifest, key)):
             part = _part(path)
-            entry = part | {"methods": entry.get("methods", {}) | part["methods"]}
-        if entry:
+            entry |= part | {"methods": entry["methods"] | part["methods"]}
+        for method, shown in entry["methods"].items():
+            overlay = Overlays.path(manifest.folder, name, method)
+            if manifest.look and overlay.is_file():
+                shown["file"] = quote(bytes(overlay.relative_to(page)))
+        if entry["methods"]:
             yield entry | {"name": f"{entry['name']}{title}"}
 
 
 def _part(path: Path) -> dict[str, Any]:
     try:
         part: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return part | {"picture": part["picture"], "methods": dict(part["methods"])}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        methods = {name: dict(shown) for name, shown in part["methods"].items()}
+        return part | {"picture": part["picture"], "methods": methods}
+    except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadValueError(f"{path}: expected a part of the gallery, found a broken one: delete it") from error
 
 
