@@ -79,7 +79,7 @@ def slugs(text):
 @pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.name)
 def test_each_link_to_a_page_leads_to_it_and_to_a_heading(page):
     for target, anchor in re.findall(
-        r"\]\(((?:\.\./|notebooks/)?[\w-]*(?:\.md|\.ipynb)?)#?([\w.-]*)\)", page.read_text()
+        r"\]\(((?:\.\./|notebooks/)?[\w-]*(?:\.md|\.ipynb|\.patch)?)#?([\w.-]*)\)", page.read_text()
     ):
         file = (page.parent / target).resolve() if target else page
         assert file.is_file(), target

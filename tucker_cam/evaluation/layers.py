@@ -153,14 +153,13 @@ def _look_at(images: Tensor, found: Sequence[_Found], recorder: FeatureRecorder)
     recorder(images)
     *features, last = recorder.activations
     whole = last.float().flatten(2).mean(2)
-    for each, maps in zip(found, features, strict=True):
+    for each, maps in zip(found, map(leading_map, features), strict=True):
         each.border.look_at(maps)
-        maps = leading_map(maps)
-        maps = (maps - maps.amin((1, 2), keepdim=True)).float()
-        shown = interpolate(maps[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        shown = maps.float() - maps.float().amin((1, 2), keepdim=True)
         shown = shown / shown.amax((1, 2), keepdim=True).clamp_min(torch.finfo(shown.dtype).tiny)
         each.sharpness += energy_in_top(shown).tolist()
-        recorder(images * area_matched(shown)[:, None])
+        whole_size = interpolate(shown[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        recorder(images * area_matched(whole_size)[:, None])
         each.kept += cosine_similarity(recorder.activations[-1].float().flatten(2).mean(2), whole).tolist()
 
 

@@ -69,10 +69,10 @@ class BorderCheck:
         self.statistics: list[BorderStatistics] = []
         self._said = False
 
-    def look_at(self, features: Tensor) -> None:
-        """Take the features of a batch; those of 3 x 3 positions or fewer, and of clips, have no border to speak of."""
-        if features.dim() == 4 and min(features.shape[2:]) > 3:
-            self.statistics.append(border_statistics(leading_map(features)))
+    def look_at(self, maps: Tensor) -> None:
+        """Take TSM's maps of a batch; those of 3 x 3 positions or fewer, and of clips, have no border to speak of."""
+        if maps.dim() == 3 and min(maps.shape[1:]) > 3:
+            self.statistics.append(border_statistics(maps))
 
     @property
     def is_artefact(self) -> bool:
@@ -84,7 +84,7 @@ class BorderCheck:
         """Take the features of a batch, up to some number of pictures, and log one line where they are an artefact."""
         if self._said or sum(len(each.around) for each in self.statistics) >= _MOST:
             return
-        self.look_at(features)
+        self.look_at(leading_map(features))
         if self.is_artefact:
             self._said = True
             logger.warning(
