@@ -1,4 +1,4 @@
-"""How upright EigenCAM's maps are by several rules for the sign of its vector: the table of docs/upstream.md.
+"""How upright EigenCAM's maps are by several rules for the sign of its vector: the tables of docs/upstream.md.
 
     PYTHONPATH=. python docs/upstream_signs.py FOLDER_WITH_MASKS [imgsim/model.pth]
 
@@ -11,14 +11,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import skimage.data
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from pytorch_grad_cam import ActivationsAndGradients
 
 from benchmarks.polarity import features_of
 from benchmarks.reporting import table
 from tucker_cam.models import load_model
 
 LIMIT = 200
+# The photographs that come with scikit-image itself.
+PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "clock", "coffee", "coins", "grass", "gravel")
+PHOTOGRAPHS += ("hubble_deep_field", "immunohistochemistry", "moon", "retina", "rocket")
 
 
 def signs(centred: NDArray[np.float64], features: NDArray[np.float64]) -> dict[str, float]:
@@ -51,6 +57,31 @@ def upright(features: torch.Tensor, masks: torch.Tensor) -> dict[str, list[bool]
     return found
 
 
+def follows_the_sum(layer: str) -> dict[str, list[bool]]:
+    """Tell for each rule whether the projection of weighted activations correlates with their sum over the channels.
+
+    That sum is the map that `eigen_smooth` smooths, evidence for the predicted class, and negative where it is against.
+    """
+    loaded = load_model("demo", layers=[layer])
+    recorder = ActivationsAndGradients(loaded.model, loaded.target_layers, None)
+    found: dict[str, list[bool]] = {}
+    for name in PHOTOGRAPHS:
+        picture = Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+        output = recorder(loaded.preprocess(picture)[None])
+        output.max().backward()
+        features, gradients = recorder.activations[0][0].double(), recorder.gradients[0][0].double()
+        weights = {"GradCAM, eigen_smooth": gradients.mean((1, 2), keepdim=True), "EigenGradCAM": gradients}
+        for method, weight in weights.items():
+            weighted = (weight * features).flatten(1).T.numpy()
+            centred = weighted - weighted.mean(0)
+            projection = centred @ np.linalg.svd(centred, full_matrices=False)[2][0]
+            agreement = projection @ (weighted.sum(1) - weighted.sum(1).mean())
+            for rule, sign in signs(centred, weighted).items():
+                found.setdefault(f"{method}: {rule}", []).append(sign * agreement > 0)
+    recorder.release()
+    return found
+
+
 def main() -> None:
     folder, *checkpoint = map(Path, sys.argv[1:])
     models = {f"EfficientNet-Lite0, {layer}": load_model("demo", layers=[layer]) for layer in ("blocks.6", "bn2")}
@@ -62,6 +93,11 @@ def main() -> None:
         for rule, pictures in upright(*features_of(folder, LIMIT, loaded)).items():
             shares.setdefault(rule, []).append(f"{np.mean(pictures):.1%}")
     print(table(f"upright, of {LIMIT} pictures", list(models), shares))
+
+    layers = ("blocks.6", "bn2")
+    agreeing = [{rule: np.mean(each) for rule, each in follows_the_sum(layer).items()} for layer in layers]
+    rows = {rule: [f"{shares[rule]:.1%}" for shares in agreeing] for rule in agreeing[0]}
+    print(table(f"correlates with the sum, of {len(PHOTOGRAPHS)} photographs", list(layers), rows))
 
 
 if __name__ == "__main__":
