@@ -14,6 +14,7 @@ from registry import every_class, every_method, every_method_and_its_oracle
 from torch import nn
 
 from tucker_cam import MTSM, TSM, MultivecEigenCAM, features
+from tucker_cam.cams import GAPWeighted, LaFAM
 from tucker_cam.decomposition import modes
 from tucker_cam.models import load_model
 
@@ -272,3 +273,26 @@ def test_objects_say_in_one_line_what_they_are():
     assert repr(cam.modes(images())[1]) == "ChannelModes(vectors 2x16x16, values 2x16, maps 2x16x8x8)"
     loaded = load_model("networks:tiny_loaded_model")
     assert repr(loaded) == "<LoadedModel: model: networks:tiny_loaded_model; layer: 3 16x6x6>"
+
+
+def test_the_peers_agree_with_cases_computed_by_hand():
+    first = [[[0.0, 1.0], [0.0, 3.0]], [[2.0, 4.0], [2.0, 0.0]]]
+    second = [[[-1.0, 0.0], [0.0, 0.0]], [[0.0, -3.0], [0.0, 0.0]]]
+    maps, model = torch.tensor([first, second]), networks.small_cnn()
+    with LaFAM(model, [model[2]]) as cam:
+        means = torch.tensor([[[1.0, 2.5], [1.0, 1.5]], [[0.0, 0.0], [0.0, 0.0]]])
+        torch.testing.assert_close(cam.saliency(maps), means.double())
+    # 1 F_1 + 2 F_2, and -1/4 F_1 - 3/4 F_2, of any scale.
+    sums = torch.tensor([[[4.0, 9.0], [4.0, 3.0]], [[0.25, 2.25], [0.0, 0.0]]]).double()
+    with GAPWeighted(model, [model[2]]) as cam:
+        found = cam.saliency(maps)
+    torch.testing.assert_close(found / found.amax((1, 2), keepdim=True), sums / sums.amax((1, 2), keepdim=True))
+
+
+def test_the_gap_weighted_sum_is_one_step_of_power_iteration_from_the_uniform_vector():
+    maps, model = torch.rand(3, 6, 4, 5, dtype=torch.float64), networks.small_cnn()
+    unfolding = maps.flatten(2)
+    step = (unfolding.mT @ unfolding @ torch.ones(20, 1, dtype=torch.float64))[..., 0]
+    with GAPWeighted(model, [model[2]]) as cam:
+        found = cam.saliency(maps).flatten(1)
+    torch.testing.assert_close(found / found.amax(1, keepdim=True), step / step.amax(1, keepdim=True))
