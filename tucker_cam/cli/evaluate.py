@@ -65,8 +65,9 @@ def print_table(summaries: Mapping[str, Mapping[str, Summary]], measures: Sequen
         table.add_column(measure.heading, justify="right")
     for method, by_measure in summaries.items():
         table.add_row(method, *(_cell(measure, by_measure.get(measure.name)) for measure in shown))
-    PlainConsole().print(table)
-    say(
+    console = PlainConsole()
+    console.print(table)
+    console.print(
         f"Means over pictures with 95 % bootstrap intervals; + better and - worse than {BASELINE}, by the interval of "
         f"the paired difference (none of fewer than {_ENOUGH} pictures; of so many comparisons, a few come by chance)."
     )

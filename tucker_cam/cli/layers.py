@@ -59,8 +59,9 @@ def print_examined_layers(
             f"{each.embedding_kept:.3f}",
             style="bold" if each.recommended else None,
         )
-    PlainConsole().print(table)
-    say(
+    console = PlainConsole()
+    console.print(table)
+    console.print(
         "TSM's maps: how often the largest value lies on the outermost cells, how often these are brighter than those "
         "inside, how much of the energy the highest tenth holds, and how much of the embedding's direction the "
         "area-matched map keeps. -> recommended: keeps most; !! shows where the pictures end, not what is in them."
