@@ -60,7 +60,8 @@ def multivec_eigencam(image, combine="signed"):
 
 
 def lafam(image):
-    return np.maximum(sum(np.asarray(channel, dtype=np.float64) for channel in image) / len(image), 0)
+    means = sum(np.asarray(channel, dtype=np.float64) for channel in image) / len(image)
+    return means - means.min()
 
 
 def gap_weighted(image):

@@ -280,8 +280,9 @@ def test_the_peers_agree_with_cases_computed_by_hand():
     second = [[[-1.0, 0.0], [0.0, 0.0]], [[0.0, -3.0], [0.0, 0.0]]]
     maps, model = torch.tensor([first, second]), networks.small_cnn()
     with LaFAM(model, [model[2]]) as cam:
-        means = torch.tensor([[[1.0, 2.5], [1.0, 1.5]], [[0.0, 0.0], [0.0, 0.0]]])
-        torch.testing.assert_close(cam.saliency(maps), means.double())
+        # Of the means 1, 2.5, 1, 1.5 and -0.5, -1.5, 0, 0.
+        above = torch.tensor([[[0.0, 1.5], [0.0, 0.5]], [[1.0, 0.0], [1.5, 1.5]]])
+        torch.testing.assert_close(cam.saliency(maps), above.double())
     # 1 F_1 + 2 F_2, and -1/4 F_1 - 3/4 F_2, of any scale.
     sums = torch.tensor([[[4.0, 9.0], [4.0, 3.0]], [[0.25, 2.25], [0.0, 0.0]]]).double()
     with GAPWeighted(model, [model[2]]) as cam:

@@ -301,13 +301,14 @@ class MultivecEigenCAM(LabelFreeCAM, BaseCAM):
 
 
 class LaFAM(LabelFreeCAM, BaseCAM):
-    """LaFAM (Karjauv and Albayrak 2024, arXiv 2407.06059): the mean of the channels, a peer to compare with.
-
-    Deviation from the source: what is negative is cut off, as the host does it with every map.
-    """
+    """LaFAM (Karjauv and Albayrak 2024, arXiv 2407.06059): the mean of the channels above its minimum, a peer."""
 
     def saliency(self, features: Tensor) -> Tensor:
-        return features.double().mean(1).clamp_min(0)
+        means = features.double().mean(1)
+        axes = tuple(range(1, means.dim()))
+        lows, sizes = means.amin(axes, keepdim=True), means.abs().amax(axes, keepdim=True)
+        # Above the minimum of a flat map lie rounding errors.
+        return torch.where(means.amax(axes, keepdim=True) - lows > _MAP_TOLERANCE * sizes, means - lows, 0)
 
 
 class GAPWeighted(LabelFreeCAM, BaseCAM):
