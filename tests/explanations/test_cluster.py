@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from documents import PAGES, commands
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 from test_folder import MODEL, make_pictures, run
-from test_readme import blocks
 
 from tucker_cam.cli import app  # noqa: F401 - imported before the cluster starts, so that it is not timed by it
 
@@ -151,13 +151,13 @@ def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("_cluster")
-def test_the_readmes_command_runs(tmp_path, monkeypatch, caplog):
+def test_the_command_of_the_documentation_runs(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("ray.data._internal.util"), "handlers", [caplog.handler])
-    (block,) = blocks("sh", "### You have a cluster", "## Check it on your own pictures")
+    (command,) = [each for page in PAGES for each in commands(page.read_text()) if "--engine ray" in each]
     monkeypatch.chdir(tmp_path)
     encoded = [{"image": path.read_bytes()} for path in make_pictures(tmp_path / "pictures", 2).iterdir()]
     pq.write_table(pa.Table.from_pylist(encoded), "pictures.parquet")
-    result = run(*shlex.split(block)[2:])
+    result = run(*shlex.split(command)[2:])
     assert "2 pictures: 2 explained, 0 there already, 0 failed; in maps-on-ray" in result.output, result.output
     assert "deprecated" not in caplog.text
     maps, _ = maps_in(tmp_path / "maps-on-ray")
