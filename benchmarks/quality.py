@@ -88,7 +88,7 @@ class CentredTSM(LabelFreeCAM):
 
     def saliency(self, features: Tensor) -> Tensor:
         features = features.double()
-        return leading_map(features - features.flatten(2).mean(2)[(...,) + (None,) * (features.dim() - 2)])
+        return leading_map(features - features.mean(tuple(range(2, features.dim())), keepdim=True))
 
 
 CHOSEN: dict[str, Any] = {**METHODS, "tsm-centred": CentredTSM}

@@ -14,6 +14,9 @@ import torch
 from PIL import Image
 from repositories import dino, make_repositories, moco_v2, vicregl
 from torch import nn
+from typer.testing import CliRunner
+
+from tucker_cam.cli import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -67,6 +70,18 @@ def offline(command):
     if re.match("tucker-cam (evaluate|spectrum)", command):
         command = command.replace("timm:resnet50", "timm:resnet18")
     return shlex.split(command)[1:]
+
+
+def assert_runs(command):
+    """Run a command offline, and see that `explain` writes what it was asked for."""
+    result = CliRunner().invoke(app, offline(command))
+    assert result.exit_code == 0, result.output
+    out = re.search(r"--out (\S+)", command)
+    if out and command.startswith("tucker-cam explain"):
+        written = {path.name for path in Path(out[1]).iterdir()}
+        assert "manifest.json" in written
+        assert len(written) > 1
+        assert ("gallery.html" in written) == ("--gallery" in command)
 
 
 def offline_program(program):

@@ -20,7 +20,7 @@ from ttach import Compose
 
 from tucker_cam.activations import FeatureRecorder, ReshapeTransform, Source, check_maps_of, feature_maps
 from tucker_cam.arguments import check_choice, check_kind
-from tucker_cam.decomposition.gram import largest_magnitude
+from tucker_cam.decomposition.gram import rescale_extremes
 from tucker_cam.decomposition.modes import ChannelModes, Engine, channel_modes
 from tucker_cam.decomposition.projection import Combine, combined_map, leading_map
 from tucker_cam.decomposition.rank import Rank, check_rank
@@ -127,8 +127,8 @@ class LabelFreeCAM(BaseCAM, ABC):
         # Autocast, if the caller has it on, is for the network: here it would round the products to half precision.
         with torch.autocast(features.device.type, enabled=False):
             maps = self.saliency(features)
-        scaled: NDArray[np.float32] = _scaled(maps.cpu().double().clamp_min(0)).float().numpy()
-        return scaled
+        finished: NDArray[np.float32] = scaled(maps.cpu().double().clamp_min(0)).float().numpy()
+        return finished
 
     def _recorded(self, activations: Tensor | NDArray[np.floating[Any]], layer: nn.Module) -> Tensor:
         """Return feature maps that are fit for `saliency`: our own recorder's are, and another's are made so."""
@@ -143,7 +143,7 @@ class LabelFreeCAM(BaseCAM, ABC):
         if len(cam_per_target_layer) > 1:
             # Maps of different layers may have a flat mean, of which the host would scale the rounding errors.
             stacked = torch.from_numpy(np.concatenate(cam_per_target_layer, axis=1))
-            cam_per_target_layer = [_scaled(stacked.mean(1, keepdim=True)).numpy()]
+            cam_per_target_layer = [scaled(stacked.mean(1, keepdim=True)).numpy()]
         maps: NDArray[np.float32] = super().aggregate_multi_layers(cam_per_target_layer)
         return maps
 
@@ -304,11 +304,7 @@ class LaFAM(LabelFreeCAM, BaseCAM):
     """LaFAM (Karjauv and Albayrak 2024, arXiv 2407.06059): the mean of the channels above its minimum, a peer."""
 
     def saliency(self, features: Tensor) -> Tensor:
-        means = features.double().mean(1)
-        axes = tuple(range(1, means.dim()))
-        lows, sizes = means.amin(axes, keepdim=True), means.abs().amax(axes, keepdim=True)
-        # Above the minimum of a flat map lie rounding errors.
-        return torch.where(means.amax(axes, keepdim=True) - lows > _MAP_TOLERANCE * sizes, means - lows, 0)
+        return _above_minimum(features.double().mean(1))
 
 
 class GAPWeighted(LabelFreeCAM, BaseCAM):
@@ -319,21 +315,26 @@ class GAPWeighted(LabelFreeCAM, BaseCAM):
     """
 
     def saliency(self, features: Tensor) -> Tensor:
-        unfolding = features.double().flatten(2)
-        # The scale plays no part, and squares of very large or small numbers are none.
-        unfolding = unfolding / largest_magnitude(unfolding)[:, None, None].clamp_min(torch.finfo(unfolding.dtype).tiny)
+        unfolding = rescale_extremes(features.double())[0].flatten(2)
         return (unfolding.mean(2, keepdim=True).mT @ unfolding).abs().view_as(features[:, 0])
 
 
-def _scaled(maps: Tensor) -> Tensor:
+def scaled(maps: Tensor) -> Tensor:
     """Scale each map to [0, 1]; one whose contrast is rounding errors becomes zeros.
 
     The host's scale_cam_image rounds to float32 before it subtracts the minimum, and divides by the range plus 1e-7:
     that would show the rounding errors of a map of low contrast, and flatten the maps of weak features.
     """
+    above = _above_minimum(maps)
+    peaks = above.amax(tuple(range(1, maps.dim())), keepdim=True)
+    return above / torch.where(peaks > 0, peaks, 1)
+
+
+def _above_minimum(maps: Tensor) -> Tensor:
+    """Return each map less its minimum; zeros where its contrast is rounding errors."""
     axes = tuple(range(1, maps.dim()))
     lows, peaks = maps.amin(axes, keepdim=True), maps.amax(axes, keepdim=True)
-    return torch.where(peaks - lows > _MAP_TOLERANCE * peaks, (maps - lows) / (peaks - lows), 0)
+    return torch.where(peaks - lows > _MAP_TOLERANCE * torch.maximum(peaks, -lows), maps - lows, 0)
 
 
 def _listed(target_layers: Iterable[nn.Module]) -> list[nn.Module]:

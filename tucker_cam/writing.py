@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import csv
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
         raise BadFileError(error.errno, error.strerror, str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_table(path: Path, header: Sequence[str]) -> Iterator[Callable[[Iterable[object]], object]]:
+    """Give what writes a row of a CSV, complete or absent; names in it may hold any byte of a file's name."""
+    with (
+        complete_or_absent(path) as unfinished,
+        unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        yield writer.writerow
 
 
 @contextmanager

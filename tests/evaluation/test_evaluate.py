@@ -342,6 +342,19 @@ def test_without_a_measure_the_maps_statistics_are_there_and_batches_go_into_a_n
     assert out.read_bytes() == before
 
 
+def test_differences_are_from_the_method_that_is_named(data):
+    found = evaluate(data, MODEL, ["tsm", "mtsm"], metrics="localisation")
+    values = {(row.method, row.picture): row.values["best_cut_iou"] for row in found.rows}
+    pictures = sorted({picture for _, picture in values})
+    expected = np.mean([values["mtsm", each] - values["tsm", each] for each in pictures])
+    summary = found.summary(baseline="tsm")
+    assert summary["mtsm"]["best_cut_iou"].difference.mean == pytest.approx(expected)
+    assert summary["tsm"]["best_cut_iou"].difference is None
+    assert summary["eigencam"]["best_cut_iou"].difference is not None
+    with pytest.raises(BadValueError, match="there is no method 'tsn'; near it: tsm"):
+        found.summary(baseline="tsn")
+
+
 def test_a_data_sets_labels_are_no_masks():
     loader = DataLoader(TensorDataset(torch.rand(5, 3, 24, 24), torch.arange(5)), batch_size=2)
     found = evaluate(loader, MODEL, "tsm", metrics="localisation", limit=3)

@@ -1,13 +1,16 @@
 """A layer that shows where the pictures end is told from one that shows an object, also at the border."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from tucker_cam import evaluate, explain
 from tucker_cam.evaluation.layers import candidate_layers, examine_layers
+from tucker_cam.explanations import border
 from tucker_cam.explanations.border import BorderCheck, border_statistics
 from tucker_cam.models import Network, load_model
 
@@ -67,10 +70,12 @@ def test_explain_and_evaluate_say_once_that_a_layer_shows_where_the_pictures_end
         assert all("at 1 the features" in each for each in said)
 
 
-def test_clips_and_maps_of_few_positions_have_no_border():
+def test_clips_and_maps_of_few_positions_have_no_border_and_cost_nothing(monkeypatch):
     check = BorderCheck("layer")
+    monkeypatch.setattr(border, "leading_map", lambda _: pytest.fail("computed for nothing"))
     for shape in ((9, 3, 8), (9, 2, 8, 8)):
         check.look_at(torch.rand(shape))
+        check.warn_of(torch.rand(9, 4, *shape[1:]))
     assert check.statistics == []
 
 
@@ -108,6 +113,24 @@ def test_each_stage_is_looked_at_and_the_one_whose_padding_dominates_is_not_reco
     assert sum(report.recommended for report in found.reports) == 1
     best = max((each for each in found.reports if not each.is_border_artefact), key=lambda each: each.embedding_kept)
     assert best.recommended
+
+
+def test_a_picture_on_which_the_network_fails_costs_no_other_and_leaves_nothing_behind(tmp_path):
+    for index in range(5):
+        Image.effect_noise((24, 24), 80).convert("RGB").save(tmp_path / f"{index}.png")
+    Image.new("RGB", (3, 3)).save(tmp_path / "2-small.png")
+    (tmp_path / "3-broken.png").write_bytes(b"none")
+    found = examine_layers(tmp_path, "networks:demanding_model", progress=False)
+    assert [Path(name).name for name, _ in found.failures] == ["3-broken.png", "2-small.png"]
+    assert found.pictures == 5
+    assert not any(module._forward_hooks for module in found.loaded.model.modules())
+
+
+def test_a_network_for_clips_is_one_clear_error():
+    with pytest.raises(
+        ValueError, match="expected a network for pictures, and networks:tiny_video_network takes clips"
+    ):
+        examine_layers(BRIGHT, "networks:tiny_video_network", progress=False)
 
 
 def test_what_a_map_keeps_of_the_embedding_and_how_sharp_it_is():

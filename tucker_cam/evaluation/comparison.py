@@ -51,7 +51,7 @@ def score_of(loaded: LoadedModel, one_pass: OnePass) -> Score:
         found = output, features
         if images is not whole:
             found = record(loaded.model, layer.module, images, layer.reshape_transform)
-        similarity = cosine_similarity(_embedding(found[1]), _embedding(features))[:, None]
+        similarity = cosine_similarity(pooled(found[1]), pooled(features))[:, None]
         if classes is None:
             return similarity
         return torch.cat([_logits(found[0]).softmax(1).gather(1, classes), similarity], dim=1)
@@ -59,7 +59,8 @@ def score_of(loaded: LoadedModel, one_pass: OnePass) -> Score:
     return score
 
 
-def _embedding(features: Tensor) -> Tensor:
+def pooled(features: Tensor) -> Tensor:
+    """Return the embedding: the mean of feature maps over their positions, batch x channels."""
     return features.float().flatten(2).mean(2)
 
 

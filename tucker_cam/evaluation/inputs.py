@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from tucker_cam.errors import BadValueError, Failure
+from tucker_cam.explanations.explainer import read_input
 from tucker_cam.models import LoadedModel, Network, load_model
 from tucker_cam.models.loading import Loading
-from tucker_cam.pictures.ahead import in_batches, read_ahead
+from tucker_cam.pictures.ahead import in_batches, of_one_size, read_ahead
 from tucker_cam.pictures.annotations import Annotations, NetworkView, Sample, find_samples, network_view
-from tucker_cam.pictures.held import named_inputs
+from tucker_cam.pictures.held import Collection, Picture, named_inputs
 from tucker_cam.progress import progress
 from tucker_cam.text import counted
 
@@ -30,7 +31,8 @@ _Read = tuple[str, NetworkView | Exception]
 class Inputs(NamedTuple):
     """The pictures of a run: of a folder, then with `samples` by their names, or of batches.
 
-    `batches` yields what was read, for a network, by so many together and by so many workers.
+    `batches` yields what was read, for a network, by so many together and by so many workers; `number` is how many
+    there are, where that is known.
     """
 
     where: str
@@ -38,13 +40,20 @@ class Inputs(NamedTuple):
     remarks: list[str]
     samples: dict[str, Sample] | None
     batches: Callable[[Network, int, int | None], Iterator[list[_Read]]]
+    number: int | None = None
 
 
-def load_one_layer(model: Model, **options: Unpack[Loading]) -> LoadedModel:
-    """Return the model, loaded as by `load_model`; ValueError if it takes clips, or has several layers to explain."""
+def load_for_pictures(model: Model, **options: Unpack[Loading]) -> LoadedModel:
+    """Return the model, loaded as by `load_model`; ValueError if it takes clips."""
     loaded = load_model(model, **options)
     if loaded.frames is not None:
         raise BadValueError(f"expected a network for pictures, and {loaded.name} takes clips")
+    return loaded
+
+
+def load_one_layer(model: Model, **options: Unpack[Loading]) -> LoadedModel:
+    """Return the model as of `load_for_pictures`; ValueError too if it has several layers to explain."""
+    loaded = load_for_pictures(model, **options)
     if len(loaded.layers) > 1:
         raise BadValueError(f"expected one layer to score, got {', '.join(loaded.layer_names)}")
     return loaded
@@ -61,7 +70,7 @@ def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) 
     if first is None:
         raise BadValueError("expected batches of network inputs, got none")
     views: Iterator[_Read] = (
-        (name, NetworkView(image, torch.zeros(image.shape[-2:], dtype=torch.bool) if mask is None else mask, []))
+        (name, _without_object(image) if mask is None else NetworkView(image, mask, []))
         for name, image, mask in chain([first], inputs)
     )
 
@@ -76,11 +85,36 @@ def _of_folder(folder: Path, annotations: Annotations | None, limit: int | None)
     samples, kind, remarks = find_samples(folder, annotations=annotations, limit=limit)
 
     def batches(network: Network, size: int, workers: int | None) -> Iterator[list[_Read]]:
-        # Alike in every run; the model itself stays in this process.
-        seen_by = Network(nn.Identity(), network.preprocess, network.mean, network.std)
-        return read_ahead(in_batches(samples, size), partial(_read, annotations=kind, network=seen_by), workers)
+        read = partial(_read, annotations=kind, network=_without_model(network))
+        return read_ahead(in_batches(samples, size), read, workers)
 
-    return Inputs(str(folder.resolve()), kind, remarks, {sample.name: sample for sample in samples}, batches)
+    by_name = {sample.name: sample for sample in samples}
+    return Inputs(str(folder.resolve()), kind, remarks, by_name, batches, len(by_name))
+
+
+def inputs_of(collection: Collection) -> Inputs:
+    """Return what reads pictures that `collect` found; nothing is known of what is in them."""
+
+    def batches(network: Network, size: int, workers: int | None) -> Iterator[list[_Read]]:
+        read = partial(_read_pictures, network=_without_model(network))
+        for part in collection.parts():
+            yield from read_ahead(in_batches(part, size), read, workers)
+
+    return Inputs("pictures", "none", [], None, batches, collection.number)
+
+
+def _without_model(network: Network) -> Network:
+    """Return what reading needs of a network: the model itself stays in this process."""
+    return Network(nn.Identity(), network.preprocess, network.mean, network.std)
+
+
+def _read_pictures(pictures: Sequence[Picture], network: Network) -> list[_Read]:
+    found = [(str(picture), read_input(picture, network)) for picture in pictures]
+    return [(name, each if isinstance(each, Exception) else _without_object(each)) for name, each in found]
+
+
+def _without_object(image: Tensor) -> NetworkView:
+    return NetworkView(image, torch.zeros(image.shape[-2:], dtype=torch.bool), [])
 
 
 def _read(samples: Sequence[Sample], annotations: Annotations, network: Network) -> list[_Read]:
@@ -117,18 +151,13 @@ def go_through(
     failures: list[Failure] = []
     remarks: list[str] = []
     done = 0
-    with progress(title, None if inputs.samples is None else len(inputs.samples), shown=shown) as advance:
+    with progress(title, inputs.number, shown=shown) as advance:
         for batch in inputs.batches(loaded, batch_size, workers):
-            # Not every preprocessing crops.
-            of_one_size: dict[torch.Size, dict[str, NetworkView]] = {}
-            for name, view in batch:
-                if isinstance(view, Exception):
-                    failures.append(Failure(name, view))
-                else:
-                    of_one_size.setdefault(view.network_input.shape, {})[name] = view
-                    remarks += view.remarks
-            for views in of_one_size.values():
-                failures += _together_or_alone(work, views, loaded.device)
+            failures += [Failure(name, view) for name, view in batch if isinstance(view, Exception)]
+            views = {name: view for name, view in batch if isinstance(view, NetworkView)}
+            remarks += [remark for view in views.values() for remark in view.remarks]
+            for these in of_one_size({name: view.network_input for name, view in views.items()}):
+                failures += _together_or_alone(work, {name: views[name] for name in these}, loaded.device)
             done += len(batch)
             advance(len(batch))
     if len(failures) == done:

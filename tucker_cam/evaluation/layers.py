@@ -5,25 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, interpolate
 
 from tucker_cam.activations import FeatureRecorder
+from tucker_cam.cams import scaled
 from tucker_cam.decomposition.projection import leading_map
-from tucker_cam.errors import BadValueError, Failure
-from tucker_cam.evaluation.inputs import Model
+from tucker_cam.errors import Failure
+from tucker_cam.evaluation.comparison import pooled
+from tucker_cam.evaluation.inputs import Model, go_through, inputs_of, load_for_pictures
 from tucker_cam.evaluation.metrics import area_matched, energy_in_top
 from tucker_cam.explanations.border import BorderCheck
-from tucker_cam.explanations.explainer import CPU_BATCH, read_input
-from tucker_cam.models import LoadedModel, SpatialLayer, load_model
+from tucker_cam.explanations.explainer import CPU_BATCH
+from tucker_cam.models import LoadedModel, SpatialLayer
+from tucker_cam.models.layers import common_transform
 from tucker_cam.models.loading import Loading
-from tucker_cam.pictures.ahead import in_batches
 from tucker_cam.pictures.held import Pictures, collect
-from tucker_cam.progress import progress as bar
-from tucker_cam.text import counted
 
 
 @dataclass(frozen=True)
@@ -89,26 +89,23 @@ def examine_layers(
         TypeError, ValueError, OSError: as for `explain`; ValueError if none of the pictures could be used.
     """
     collection = collect(pictures, limit=limit)
-    loaded = load_model(model, **loading)
-    found = {layer: _Found(layer) for layer in candidate_layers(loaded)}
-    failures = list(collection.failures)
-    modules = [*(layer.module for layer in found), loaded.last_layer.module]
-    recorder = FeatureRecorder(loaded.model, modules, loaded.last_layer.reshape_transform)
+    loaded = load_for_pictures(model, **loading)
+    found = [_Found(layer) for layer in candidate_layers(loaded)]
+    layers = [*(each.layer for each in found), loaded.last_layer]
+    recorder = FeatureRecorder(loaded.model, [layer.module for layer in layers], common_transform(layers))
+
+    def look_at(names: Sequence[str], images: Tensor, masks: Tensor) -> None:
+        for each, seen in zip(found, _seen(images, recorder), strict=True):
+            each.add(seen)
+
     try:
-        with torch.no_grad(), bar("examining", collection.number, shown=progress) as advance:
-            for batch in (each for part in collection.parts() for each in in_batches(part, batch_size)):
-                inputs = {str(picture): read_input(picture, loaded) for picture in batch}
-                failures += [Failure(name, each) for name, each in inputs.items() if isinstance(each, Exception)]
-                for images in _of_one_size([each for each in inputs.values() if isinstance(each, Tensor)]):
-                    _look_at(images.to(loaded.device), [*found.values()], recorder)
-                advance(len(batch))
+        failures, _ = go_through(
+            inputs_of(collection), loaded, look_at, "examining", batch_size=batch_size, workers=0, shown=progress
+        )
     finally:
         recorder.release()
-    reports = [each.report() for each in found.values()]
-    count = len(next(iter(found.values())).kept)
-    if not count:
-        raise BadValueError(f"found {counted(len(failures))}, and none could be used: {failures[0].error}")
-    return LayersReport(loaded, _with_recommendation(reports), count, failures)
+    reports = _with_recommendation([each.report() for each in found])
+    return LayersReport(loaded, reports, len(found[0].kept), collection.failures + failures)
 
 
 def candidate_layers(loaded: LoadedModel) -> list[SpatialLayer]:
@@ -128,6 +125,14 @@ def candidate_layers(loaded: LoadedModel) -> list[SpatialLayer]:
     return [layer for layer in loaded.spatial_layers if layer.module in chosen]
 
 
+class _Seen(NamedTuple):
+    """Of a layer and a batch: TSM's maps, how sharp each is, and how much of the embedding it keeps."""
+
+    maps: Tensor
+    sharpness: list[float]
+    kept: list[float]
+
+
 class _Found:
     """What was found of a layer so far."""
 
@@ -135,6 +140,11 @@ class _Found:
         self.layer, self.border = layer, BorderCheck(layer.name)
         self.sharpness: list[float] = []
         self.kept: list[float] = []
+
+    def add(self, seen: _Seen) -> None:
+        self.border.look_at(seen.maps)
+        self.sharpness += seen.sharpness
+        self.kept += seen.kept
 
     def report(self) -> LayerReport:
         border = self.border.statistics
@@ -149,26 +159,19 @@ class _Found:
         )
 
 
-def _look_at(images: Tensor, found: Sequence[_Found], recorder: FeatureRecorder) -> None:
-    recorder(images)
-    *features, last = recorder.activations
-    whole = last.float().flatten(2).mean(2)
-    for each, maps in zip(found, map(leading_map, features), strict=True):
-        each.border.look_at(maps)
-        shown = maps.float() - maps.float().amin((1, 2), keepdim=True)
-        shown = shown / shown.amax((1, 2), keepdim=True).clamp_min(torch.finfo(shown.dtype).tiny)
-        each.sharpness += energy_in_top(shown).tolist()
-        whole_size = interpolate(shown[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-        recorder(images * area_matched(whole_size)[:, None])
-        each.kept += cosine_similarity(recorder.activations[-1].float().flatten(2).mean(2), whole).tolist()
-
-
-def _of_one_size(images: Sequence[Tensor]) -> list[Tensor]:
-    """Return batches of images of one size each."""
-    by_size: dict[torch.Size, list[Tensor]] = {}
-    for each in images:
-        by_size.setdefault(each.shape, []).append(each)
-    return [torch.stack(each) for each in by_size.values()]
+def _seen(images: Tensor, recorder: FeatureRecorder) -> list[_Seen]:
+    """Return what is seen of each layer but the last one, whose features are the embedding's."""
+    with torch.no_grad():
+        recorder(images)
+        *features, last = recorder.activations
+        found = []
+        for maps in map(leading_map, features):
+            shown = scaled(maps.double()).float()
+            whole_size = interpolate(shown[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+            recorder(images * area_matched(whole_size)[:, None])
+            kept = cosine_similarity(pooled(recorder.activations[-1]), pooled(last))
+            found.append(_Seen(maps, energy_in_top(shown).tolist(), kept.tolist()))
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:

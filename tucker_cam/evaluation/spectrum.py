@@ -5,7 +5,6 @@ The paper's Figures 2 and 3 (arXiv 2410.23072): where the first value holds near
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from tucker_cam.evaluation.inputs import Data, Model, find_inputs, go_through, l
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.loading import Loading
 from tucker_cam.text import counted, printable
-from tucker_cam.writing import complete_or_absent
+from tucker_cam.writing import complete_or_absent, new_table
 
 DECOMPOSITIONS = {"SVD, centred": True, "Tucker": False}
 HEADER = ["picture", "decomposition", "index", "share"]
@@ -92,16 +91,11 @@ class Spectrum:
 
     def to_csv(self, path: str | Path) -> None:
         """Write picture, decomposition, index from 1 and share, NaN as nothing; OSError if that cannot be done."""
-        with (
-            complete_or_absent(Path(path)) as unfinished,
-            unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-        ):
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(HEADER)
+        with new_table(Path(path), HEADER) as write_row:
             for name, share in self.shares.items():
                 for (place, index), value in np.ndenumerate(share):
                     shown = "" if np.isnan(value) else f"{value:.6g}"
-                    writer.writerow([self.names[place], name, index + 1, shown])
+                    write_row([self.names[place], name, index + 1, shown])
 
     def plot(self, path: str | Path) -> None:
         """Write box plots of each value's share as PNG, quartiles, whiskers at 5 and 95 %; OSError if it fails."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from scipy.stats import bootstrap
 
 from tucker_cam.evaluation.metrics import Measure
 from tucker_cam.evaluation.results import Row
-from tucker_cam.writing import complete_or_absent
+from tucker_cam.writing import new_table
 
 BASELINE = "eigencam"
 _RESAMPLES = 2000
@@ -68,16 +67,11 @@ def summarise(
 def write_summary(path: Path, summaries: Mapping[str, Mapping[str, Summary]]) -> None:
     """Write a row for each method and measure: the mean and the difference, each with its interval."""
     header = ["method", "measure", "pictures", "mean", "low", "high", "difference", "difference_low", "difference_high"]
-    with (
-        complete_or_absent(path) as unfinished,
-        unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
+    with new_table(path, header) as write_row:
         for method, by_measure in summaries.items():
             for name, found in by_measure.items():
                 numbers = [f"{number:.6g}" for number in (*found.value, *(found.difference or ()))]
-                writer.writerow([method, name, found.pictures, *numbers, *[""] * (6 - len(numbers))])
+                write_row([method, name, found.pictures, *numbers, *[""] * (6 - len(numbers))])
 
 
 def mean_interval(values: NDArray[np.float64], seed: int) -> Interval:

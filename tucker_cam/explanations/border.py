@@ -7,6 +7,7 @@ border of every picture, and its map marks the background: what no sign rule can
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ class BorderCheck:
 
     def look_at(self, maps: Tensor) -> None:
         """Take TSM's maps of a batch; those of 3 x 3 positions or fewer, and of clips, have no border to speak of."""
-        if maps.dim() == 3 and min(maps.shape[1:]) > 3:
+        if _has_border(maps.shape[1:]):
             self.statistics.append(border_statistics(maps))
 
     @property
@@ -82,7 +83,8 @@ class BorderCheck:
 
     def warn_of(self, features: Tensor) -> None:
         """Take the features of a batch, up to some number of pictures, and log one line where they are an artefact."""
-        if self._said or sum(len(each.around) for each in self.statistics) >= _MOST:
+        seen = sum(len(each.around) for each in self.statistics)
+        if self._said or seen >= _MOST or not _has_border(features.shape[2:]):
             return
         self.look_at(leading_map(features))
         if self.is_artefact:
@@ -91,3 +93,7 @@ class BorderCheck:
                 f"note: at {self.layer} the features are strongest all along the border of most pictures, as padding "
                 "makes them: maps may mark the background; tucker-cam layers MODEL PICTURES compares layers"
             )
+
+
+def _has_border(shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and min(shape) > 3

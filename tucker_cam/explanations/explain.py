@@ -23,7 +23,7 @@ from tucker_cam.models import Network, load_model
 from tucker_cam.models.loading import Loading
 from tucker_cam.pictures.ahead import check_batch_size, in_batches
 from tucker_cam.pictures.files import is_url
-from tucker_cam.pictures.held import Collection, Held, Pictures, collect
+from tucker_cam.pictures.held import Collection, Pictures, collect
 from tucker_cam.pictures.sources import Source
 from tucker_cam.text import counted, printable
 
@@ -130,11 +130,12 @@ def explain(
     if engine == "ray":
         if out is None or tuple(formats) != ("overlay",) or gallery:
             raise BadValueError("expected out, no formats and no gallery with Ray, which writes Parquet")
-        if any(isinstance(each, Held) for part in collection.parts() for each in part):
+        given = [each for part in collection.parts() for each in part]
+        sources = [each for each in given if isinstance(each, Source)]
+        if len(sources) < len(given):
             raise BadValueError("expected paths or URLs with Ray, whose nodes read them, got what this program holds")
         from tucker_cam.explanations.cluster import Work, explain_on_ray
 
-        sources = [each for part in collection.parts() for each in part if isinstance(each, Source)]
         work = Work(load, chosen, aug_smooth)
         loaded, failures = explain_on_ray(sources, work, str(out), batch_size=batch_size, workers=workers)
     else:

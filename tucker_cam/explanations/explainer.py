@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -18,7 +18,7 @@ from tucker_cam.explanations.explanation import Explanation
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import LoadedModel, Network
 from tucker_cam.models.network import preprocessed
-from tucker_cam.pictures.ahead import read_ahead
+from tucker_cam.pictures.ahead import of_one_size, read_ahead
 from tucker_cam.pictures.held import Held, Picture
 
 CPU_BATCH = 8
@@ -76,17 +76,12 @@ class Explainer:
         """
         if isinstance(inputs, Tensor):
             return self._together(pictures, inputs)
-        results: dict[int, Explanation | Exception] = {}
-        by_size: dict[torch.Size, dict[int, Tensor]] = {}
-        for index, each in enumerate(inputs):
-            if isinstance(each, Tensor):
-                by_size.setdefault(each.shape, {})[index] = each
-            else:
-                results[index] = each
-        for of_one_size in by_size.values():
-            these = [pictures[index] for index in of_one_size]
-            together = self._together(these, torch.stack(list(of_one_size.values())))
-            results |= dict(zip(of_one_size, together, strict=True))
+        results: dict[int, Explanation | Exception] = {
+            index: each for index, each in enumerate(inputs) if isinstance(each, Exception)
+        }
+        for these in of_one_size({index: each for index, each in enumerate(inputs) if isinstance(each, Tensor)}):
+            together = self._together([pictures[index] for index in these], torch.stack([*these.values()]))
+            results |= dict(zip(these, together, strict=True))
         return [results[index] for index in range(len(inputs))]
 
     def _together(self, pictures: Sequence[Picture], images: Tensor) -> list[Explanation | Exception]:
@@ -130,11 +125,12 @@ class Explainer:
         if self.loaded.device.type != "cuda":
             return CPU_BATCH
         example = self.loaded.example()
-        grey = Held("grey", example[0])
-        self._explain([grey], example)
+        # A copy: what it sees of grey tells nothing of the layer.
+        trial, grey = replace(self), Held("grey", example[0])
+        trial._explain([grey], example)
         torch.cuda.reset_peak_memory_stats(example.device)
         before = torch.cuda.memory_allocated(example.device)
-        self._explain([grey], example)
+        trial._explain([grey], example)
         each = max(torch.cuda.max_memory_allocated(example.device) - before, 1)
         free, _ = torch.cuda.mem_get_info(example.device)
         return int(min(max(free // 2 // each, 1), _LARGEST_BATCH))

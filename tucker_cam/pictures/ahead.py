@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tucker_cam.errors import BadFileError, BadValueError
 
 Item = TypeVar("Item")
+Key = TypeVar("Key")
 Read = TypeVar("Read")
 _MOST_WORKERS = 8
 
@@ -24,6 +27,14 @@ def check_batch_size(size: int) -> None:
 def in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     """Cut the items into batches: alike in every run, so that no figure depends on where one was stopped."""
     return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def of_one_size(inputs: Mapping[Key, Tensor]) -> list[dict[Key, Tensor]]:
+    """Part a batch by the inputs' shapes: only those of one shape go through a network together."""
+    by_size: dict[torch.Size, dict[Key, Tensor]] = {}
+    for key, each in inputs.items():
+        by_size.setdefault(each.shape, {})[key] = each
+    return [*by_size.values()]
 
 
 def read_ahead(
