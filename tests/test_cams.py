@@ -290,6 +290,12 @@ def test_the_peers_agree_with_cases_computed_by_hand():
     torch.testing.assert_close(found / found.amax((1, 2), keepdim=True), sums / sums.amax((1, 2), keepdim=True))
 
 
+def test_a_mean_below_zero_that_differs_by_rounding_errors_only_is_flat():
+    maps, model = -1 - 1e-9 * torch.rand(1, 4, 5, 5, dtype=torch.float64), networks.small_cnn()
+    with LaFAM(model, [model[2]]) as cam:
+        assert not cam.saliency(maps).any()
+
+
 def test_the_gap_weighted_sum_is_one_step_of_power_iteration_from_the_uniform_vector():
     maps, model = torch.rand(3, 6, 4, 5, dtype=torch.float64), networks.small_cnn()
     unfolding = maps.flatten(2)

@@ -64,6 +64,7 @@ def test_every_picture_and_method_is_a_row_with_every_metric_and_every_method_in
     summed = read(out.with_name("results-summary.csv"))
     assert {row["method"] for row in summed} == methods
     assert {row["measure"] for row in summed if row["method"] == "tsm"} == set(NAMES)
+    assert not any(None in row.values() for row in summed)
     assert "5 pictures scored, 0 skipped" in result.output
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from typer.testing import CliRunner
 
 from tucker_cam import evaluate
 from tucker_cam.cli import app
+from tucker_cam.cli.evaluate import print_table
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
-from tucker_cam.evaluation.metrics import MEASURES
+from tucker_cam.evaluation.metrics import MEASURES, Measure
 from tucker_cam.evaluation.report import Example, pick_examples, write_report
 from tucker_cam.evaluation.results import Results, Row, rounded
 from tucker_cam.evaluation.spectrum import spectrum, value_shares
-from tucker_cam.evaluation.summary import summarise
+from tucker_cam.evaluation.summary import Interval, Summary, summarise
 from tucker_cam.pictures.files import open_picture
 
 MODEL = "networks:tiny_loaded_model"
@@ -98,6 +100,41 @@ def test_summaries_agree_with_the_normal_approximation_and_pair_by_picture():
     single = summarise(rows_of({"tsm": {"a": 0.25}}), [CUT])["tsm"]["best_cut_iou"]
     assert (single.value.mean, single.difference) == (0.25, None)
     assert np.isnan(single.value.low)
+
+
+def test_the_printed_table_has_ones_own_measures_first_and_a_sign_where_the_difference_is_clear(capsys):
+    own = Measure("own", lambda judged: judged.maps.amax((1, 2)), "own", "higher")
+    names = ("probability_drop", "best_cut_iou", "similarity_drop_area_matched", "max_f_beta")
+    measures = [*(BY_NAME[name] for name in names), own]
+    above = Summary(10, Interval(0.5, 0.4, 0.6), Interval(0.1, 0.05, 0.2))
+    below, unclear = above._replace(difference=Interval(-1, -2, -0.5)), above._replace(difference=Interval(0.1, -1, 1))
+    few = above._replace(pictures=9)
+    drop = Summary(10, Interval(100, 99.5, 100), Interval(-1, -2, -0.5))
+    of_method = {
+        "eigencam": (above._replace(difference=None), drop._replace(difference=None)),
+        "tsm": (above, drop),
+        "mtsm": (below, drop._replace(difference=Interval(1, 0.5, 2))),
+        "lafam": (unclear, drop._replace(pictures=9)),
+        "fem": (few, drop),
+    }
+    summaries = {
+        method: {each.name: drop if "drop" in each.name else iou for each in measures}
+        for method, (iou, drop) in of_method.items()
+    }
+    print_table(summaries, measures)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == "IoU, best cut embedding: drop, %,".split()
+    assert lines[1].split() == "own (area-matched) area-matched".split()
+    assert "maxF" not in "".join(lines)
+    signs = {line.split()[0]: re.findall(r"\]([+-]?)", line) for line in lines if line.split()[0] in of_method}
+    assert signs == {
+        "eigencam": ["", "", ""],
+        "tsm": ["+", "+", "+"],
+        "mtsm": ["-", "-", "-"],
+        "lafam": ["", "", ""],
+        "fem": ["", "", "+"],
+    }
 
 
 def test_rows_survive_names_of_any_kind_and_a_torn_one_is_thrown_away(tmp_path):

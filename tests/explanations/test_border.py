@@ -115,6 +115,19 @@ def test_each_stage_is_looked_at_and_the_one_whose_padding_dominates_is_not_reco
     assert best.recommended
 
 
+def test_a_layer_that_shows_the_border_is_not_recommended_though_it_keeps_most(monkeypatch):
+    def order(*artefacts):
+        monkeypatch.setattr(BorderCheck, "is_artefact", property(lambda self: self.layer in artefacts))
+        reports = examine_layers(BRIGHT, Stages(), progress=False).reports
+        by_worth = sorted(reports, key=lambda report: -report.embedding_kept)
+        return [report.layer.name for report in by_worth], [each.layer.name for each in reports if each.recommended]
+
+    names, recommended = order()
+    assert recommended == names[:1]
+    assert order(names[0]) == (names, names[1:2])
+    assert order(*names) == (names, [])
+
+
 def test_a_picture_on_which_the_network_fails_costs_no_other_and_leaves_nothing_behind(tmp_path):
     for index in range(5):
         Image.effect_noise((24, 24), 80).convert("RGB").save(tmp_path / f"{index}.png")
