@@ -102,6 +102,26 @@ def test_the_drop_in_benchmark_writes_what_stands_in_its_results(tmp_path):
     assert written == kept
 
 
+@pytest.mark.nightly
+def test_the_benchmark_of_signs_runs_and_reports_every_rule(tmp_path):
+    for index in range(2):
+        picture = Image.fromarray(skimage.data.coffee())
+        picture.save(tmp_path / f"{index}.png")
+        write_boxes(tmp_path / f"{index}.xml", (150, 60, 400, 250), size=picture.size)
+    subprocess.run([sys.executable, "-m", "benchmarks.signs", tmp_path, "--out", tmp_path], check=True, cwd=ROOT)
+    names, kept = (
+        re.findall(r"^\| ([^|]+) \|", (folder / "signs.md").read_text(), re.MULTILINE)
+        for folder in (tmp_path, ROOT / "benchmarks" / "results")
+    )
+    assert names == kept
+
+
+def test_the_page_for_the_host_quotes_its_tables_as_they_were_written():
+    page = (ROOT / "docs" / "upstream.md").read_text()
+    for part in (ROOT / "benchmarks" / "results" / "signs.md").read_text().strip().split("\n\n"):
+        assert part in page
+
+
 def test_the_readmes_results_are_quoted_from_what_the_benchmarks_wrote():
     readme = (ROOT / "README.md").read_text()
     section = readme.partition("## How good the maps are\n")[2].partition("\n## ")[0]

@@ -1,18 +1,20 @@
 """How upright EigenCAM's maps are by several rules for the sign of its vector: the tables of docs/upstream.md.
 
-    PYTHONPATH=. python docs/upstream_signs.py FOLDER_WITH_MASKS [imgsim/model.pth]
+    python -m benchmarks.signs FOLDER_WITH_MASKS --augnet imgsim/model.pth
 
-AugNet, a ResNet-50 trained without labels, comes with `pip download --no-deps imgsim`, unzipped.
+AugNet, a ResNet-50 trained without labels, comes with `pip download --no-deps imgsim`, unzipped. Writes
+benchmarks/results/signs.md. Needs the `test` extra.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import skimage.data
 import torch
+import typer
 from numpy.typing import NDArray
 from PIL import Image
 from pytorch_grad_cam import ActivationsAndGradients
@@ -21,7 +23,6 @@ from benchmarks.polarity import features_of
 from benchmarks.reporting import table
 from tucker_cam.models import load_model
 
-LIMIT = 200
 # The photographs that come with scikit-image itself.
 PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "clock", "coffee", "coins", "grass", "gravel")
 PHOTOGRAPHS += ("hubble_deep_field", "immunohistochemistry", "moon", "retina", "rocket")
@@ -82,23 +83,29 @@ def follows_the_sum(layer: str) -> dict[str, list[bool]]:
     return found
 
 
-def main() -> None:
-    folder, *checkpoint = map(Path, sys.argv[1:])
+def main(
+    folder: Annotated[Path, typer.Argument(help="Pictures with boxes or masks.")],
+    augnet: Annotated[Path | None, typer.Option(help="AugNet's checkpoint.")] = None,
+    limit: Annotated[int, typer.Option(help="So many pictures, drawn at random.")] = 200,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("benchmarks/results"),
+) -> None:
+    """Try each rule on pictures with an object, and on weighted activations, and write signs.md."""
+    torch.set_num_threads(1)
     models = {f"EfficientNet-Lite0, {layer}": load_model("demo", layers=[layer]) for layer in ("blocks.6", "bn2")}
-    for weights in checkpoint:
-        for layer in ("layer3", "layer4"):
-            models[f"AugNet, {layer}"] = load_model("torchvision:resnet50", weights=weights, layers=[layer])
+    for layer in ("layer3", "layer4") if augnet is not None else ():
+        models[f"AugNet, {layer}"] = load_model("torchvision:resnet50", weights=augnet, layers=[layer])
     shares: dict[str, list[str]] = {}
     for loaded in models.values():
-        for rule, pictures in upright(*features_of(folder, LIMIT, loaded)).items():
+        for rule, pictures in upright(*features_of(folder, limit, loaded)).items():
             shares.setdefault(rule, []).append(f"{np.mean(pictures):.1%}")
-    print(table(f"upright, of {LIMIT} pictures", list(models), shares))
-
+    parts = [table(f"upright, of {limit} pictures", list(models), shares)]
     layers = ("blocks.6", "bn2")
     agreeing = [{rule: np.mean(each) for rule, each in follows_the_sum(layer).items()} for layer in layers]
     rows = {rule: [f"{shares[rule]:.1%}" for shares in agreeing] for rule in agreeing[0]}
-    print(table(f"correlates with the sum, of {len(PHOTOGRAPHS)} photographs", list(layers), rows))
+    parts.append(table(f"correlates with the sum, of {len(PHOTOGRAPHS)} photographs", list(layers), rows))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "signs.md").write_text("\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
