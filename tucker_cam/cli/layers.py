@@ -43,7 +43,9 @@ def print_examined_layers(
     from tucker_cam.evaluation.layers import examine_layers
 
     found = examine_layers([*pictures], name, limit=limit, batch_size=batch_size, **loading)
-    table = Table(title=f"{found.loaded.name}, {counted(found.pictures)}", title_justify="left", box=SIMPLE)
+    table = Table(
+        title=f"{found.loaded.name}, {counted(found.pictures)}", title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0)
+    )
     table.add_column("", no_wrap=True)
     table.add_column("layer", overflow="fold")
     table.add_column("output", no_wrap=True)
