@@ -25,10 +25,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy: what a library sums in anot
 import matplotlib
 import numpy as np
 import skimage
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from timm.data import ImageNetInfo
 
 from tucker_cam import evaluate, explain
 from tucker_cam.methods import LABEL_DEPENDENT, METHODS
+from tucker_cam.models import load_model
 
 ROOT = Path(__file__).parents[1]
 SKIMAGE = Path(skimage.__file__).parent / "data"
@@ -75,23 +78,24 @@ takes, each from those not yet taken: where the maps of EigenCAM and TSM agree m
 correlation); where they agree least; where EigenCAM fails, then where TSM does: where the area-matched drop of the
 embedding exceeds most that of a centred Gaussian, which knows nothing of the picture; and the one nearest to the median
 correlation."""
+GALLERY_RULE = f"""\
+The [gallery](../gallery/gallery.html) is of {PICTURES} pictures: all of these photographs, and then their quarters until
+there are so many: first the top left quarter of each, in the order of their names, then the top right ones, where a
+quarter is not smaller than the network's input."""
 
 
 class Column(NamedTuple):
-    """A photograph of the front picture: why it is there, and what was measured on it."""
+    """A photograph of the front picture: why it is there, what the network predicts, and what was measured on it."""
 
     name: str
     reason: str
+    predicted: str
     correlation: float
     drops: dict[str, float]
 
 
 def gather(folder: Path, count: int) -> None:
-    """Write the photographs, then quarters of the large ones until there are so many.
-
-    The quarters: first the top left one of each photograph, in the order of their names, then the top right ones and
-    so on, where a quarter is not smaller than the network's input.
-    """
+    """Write so many pictures by the gallery's rule."""
     whole = {name: Image.open(path).convert("RGB") for name, (path, _) in PHOTOGRAPHS.items()}
     quarters = (
         (f"{name}-{quarter}", picture.crop((right * width, low * height, (right + 1) * width, (low + 1) * height)))
@@ -181,16 +185,25 @@ def describe(chosen: Sequence[Column]) -> str:
         "",
         f"{RULE} Written by `docs/make_pictures.py`.",
         "",
-        "| photograph | why | correlation | drop: EigenCAM | TSM | MTSM, energy | GradCAM | centred Gaussian |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| photograph | why | predicted | correlation | drop: EigenCAM | TSM | MTSM, energy | GradCAM | centred Gaussian |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for column in chosen:
         drops = " | ".join(f"{column.drops[name]:.1f}" for name in [*list(ROWS)[1:], CONTROL])
-        lines.append(f"| {column.name} | {column.reason} | {column.correlation:.2f} | {drops} |")
+        lines.append(f"| {column.name} | {column.reason} | {column.predicted} | {column.correlation:.2f} | {drops} |")
     credits = "; ".join(f"{column.name}: {PHOTOGRAPHS[column.name][1]}" for column in chosen)
     return "\n".join(
-        [*lines, "", "Drop: of the embedding, area-matched, in %, lower is better.", "", f"{credits}.", ""]
+        [*lines, "", "Drop: of the embedding, area-matched, in %, lower is better.", "", f"{credits}.", "", GALLERY_RULE, ""]
     )
+
+
+def predicted(path: Path) -> str:
+    """Return the name of the class that the network predicts, without its synonyms."""
+    network = load_model("demo")
+    with torch.inference_mode():
+        logits = network.model(network.preprocess(Image.open(path))[None])
+    name: str = ImageNetInfo().index_to_description(int(logits.argmax()))
+    return name.partition(",")[0]
 
 
 def write_front(pictures: Path, names: Sequence[str], folder: Path) -> None:
@@ -207,7 +220,13 @@ def write_front(pictures: Path, names: Sequence[str], folder: Path) -> None:
         drops[Path(row.picture).stem][row.method] = row.values[DROP]
     chosen = choose(
         [
-            Column(name, "", np.corrcoef(each.maps["eigencam"].ravel(), each.maps["tsm"].ravel())[0, 1], drops[name])
+            Column(
+                name,
+                "",
+                predicted(pictures / f"{name}.png"),
+                np.corrcoef(each.maps["eigencam"].ravel(), each.maps["tsm"].ravel())[0, 1],
+                drops[name],
+            )
             for name, each in explanations.items()
         ]
     )
