@@ -79,9 +79,9 @@ correlation); where they agree least; where EigenCAM fails, then where TSM does:
 embedding exceeds most that of a centred Gaussian, which knows nothing of the picture; and the one nearest to the median
 correlation."""
 GALLERY_RULE = f"""\
-The [gallery](../gallery/gallery.html) is of {PICTURES} pictures: all of these photographs, and then their quarters until
-there are so many: first the top left quarter of each, in the order of their names, then the top right ones, where a
-quarter is not smaller than the network's input."""
+The [gallery](../gallery/gallery.html) is of {PICTURES} pictures: all of these photographs, and then their quarters
+until there are so many: first the top left quarter of each, in the order of their names, then the top right ones, where
+a quarter is not smaller than the network's input."""
 
 
 class Column(NamedTuple):
@@ -185,16 +185,15 @@ def describe(chosen: Sequence[Column]) -> str:
         "",
         f"{RULE} Written by `docs/make_pictures.py`.",
         "",
-        "| photograph | why | predicted | correlation | drop: EigenCAM | TSM | MTSM, energy | GradCAM | centred Gaussian |",
+        "| photograph | why | predicted | r | drop: EigenCAM | TSM | MTSM, energy | GradCAM | centred Gaussian |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for column in chosen:
         drops = " | ".join(f"{column.drops[name]:.1f}" for name in [*list(ROWS)[1:], CONTROL])
         lines.append(f"| {column.name} | {column.reason} | {column.predicted} | {column.correlation:.2f} | {drops} |")
     credits = "; ".join(f"{column.name}: {PHOTOGRAPHS[column.name][1]}" for column in chosen)
-    return "\n".join(
-        [*lines, "", "Drop: of the embedding, area-matched, in %, lower is better.", "", f"{credits}.", "", GALLERY_RULE, ""]
-    )
+    drop = "Drop: of the embedding, area-matched, in %, lower is better."
+    return "\n".join([*lines, "", drop, "", f"{credits}.", "", GALLERY_RULE, ""])
 
 
 def predicted(path: Path) -> str:

@@ -144,7 +144,11 @@ def test_the_mathematics_never_writes_to_its_features(shape, scale):
     assert torch.equal(whole, before)
 
 
-@pytest.mark.parametrize("context", [torch.device("meta"), torch.inference_mode(), torch.no_grad()], ids=str)
+@pytest.mark.parametrize(
+    "context",
+    [partial(torch.device, "meta"), torch.inference_mode, torch.no_grad],
+    ids=["meta", "inference", "no_grad"],
+)
 @every_method
 def test_the_callers_defaults_reach_neither_the_map_nor_are_they_changed(method, context):
     model, batch = networks.small_cnn(200), images(1, 48)  # large enough for a Krylov subspace
@@ -152,7 +156,7 @@ def test_the_callers_defaults_reach_neither_the_map_nor_are_they_changed(method,
     torch.set_default_dtype(torch.float64)
     torch.use_deterministic_algorithms(True)
     try:
-        with context:
+        with context():
             cam = method(model, [model[2]])
             before = torch.get_default_device()
             assert np.array_equal(cam(batch), expected)
