@@ -289,7 +289,7 @@ def main(
     processes: int = 2,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("benchmarks/results"),
 ) -> None:
-    """Score every method with every network on every set of pictures, and write quality.{csv.gz,md,png}."""
+    """Score every method with every network on every set of pictures; write quality.{csv.gz,md,png} and scores.md."""
     given = {"ecssd": ecssd, "raccoons": raccoons, "photographs": photographs}
     folders = {data: folder for data, each in SETS.items() if (folder := given[each.option]) is not None}
     chosen = network or [name for name in NETWORKS if augnet is not None or not name.startswith("augnet")]
@@ -303,18 +303,19 @@ def main(
         some = next(iter(folders.values()))
         times = dict(zip(chosen, pool.map(partial(milliseconds, folder=some, weights=augnet), chosen), strict=True))
     about = environment(SEED)
-    parts = [
-        f"Means with 95 % bootstrap intervals over pictures; ↑ higher is better, ↓ lower is better. Differences are "
-        f"paired, bold where the interval excludes 0. Each of {processes} processes with one thread of "
-        f"{about['machine']} ({about['instructions']}), torch {about['torch']}."
-    ]
+    how = (
+        "Means with 95 % bootstrap intervals over pictures; ↑ higher is better, ↓ lower is better. "
+        f"Each of {processes} processes with one thread of {about['machine']} ({about['instructions']}), "
+        f"torch {about['torch']}."
+    )
+    parts, scores = [how], [f"{how} Differences are paired, bold where the interval excludes 0."]
     summaries = {cell: by_baseline["eigencam"] for cell, (*_, by_baseline) in found.items()}
     if {(network, data) for network, data, _ in GLANCE.values()} <= summaries.keys():
         parts += ["## At a glance", glance_table(summaries)]
     for (name, data), (_, count, kind, by_baseline) in found.items():
         head = f"{NETWORKS[name].title}; {SETS[data].title}, {count} pictures"
-        parts.append(f"## {head}" + (f" with {kind}" if kind != "none" else ""))
-        parts += [values_table(head, by_baseline["eigencam"]), differences_table("difference", by_baseline)]
+        scores.append(f"## {head}" + (f" with {kind}" if kind != "none" else ""))
+        scores += [values_table(head, by_baseline["eigencam"]), differences_table("difference", by_baseline)]
     parts.append("## Time beside the forward pass, CPU ms a picture in a batch of 8")
     cost = {each: [f"{times[name][each]:.2f}" for name in chosen] for each in times[chosen[0]]}
     parts.append(table("method", [NETWORKS[name].title for name in chosen], cost))
@@ -325,7 +326,8 @@ def main(
         draw_all(out / "quality.png", summaries)
         if (DEMO, "ecssd") in found:
             draw_examples(out / "quality-examples.png", found[DEMO, "ecssd"][0], ecssd)
-    (out / "quality.md").write_text("\n\n".join(parts) + "\n")
+    for name, written in (("quality.md", parts), ("scores.md", scores)):
+        (out / name).write_text("\n\n".join(written) + "\n")
 
 
 if __name__ == "__main__":

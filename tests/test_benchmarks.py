@@ -50,14 +50,15 @@ def test_the_quality_benchmark_runs_and_reports_every_method_and_control(tmp_pat
     command = [sys.executable, "-m", "benchmarks.quality", "--raccoons", tmp_path, "--photographs", tmp_path]
     command += ["--network", "lite0", "--rows", tmp_path / "rows", "--out", tmp_path / "out", "--processes", "1"]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    written = (tmp_path / "out" / "quality.md").read_text()
+    written = (tmp_path / "out" / "scores.md").read_text()
     methods = {*METHODS, "tsm-centred", "gradcam", *CONTROLS}
     for head in ("EfficientNet-Lite0, bn2; raccoons, 2 pictures", "EfficientNet-Lite0, bn2; ImageNet photographs, 2"):
         table = written[written.index(f"| {head}") :].partition("\n\n")[0]
         assert methods <= set(re.findall(r"^\| ([a-z-]+) \|", table, re.MULTILINE))
     rows = gzip.decompress((tmp_path / "out" / "quality.csv.gz").read_bytes()).decode().splitlines()
     assert {row.split(",")[3] for row in rows[1:]} >= methods
-    assert len(re.findall(r"^\| EigenCAM, .* \|", written, re.MULTILINE)) == 6 * 2
+    signs = re.findall(r"^\| EigenCAM, .* \|", (tmp_path / "out" / "quality.md").read_text(), re.MULTILINE)
+    assert len(signs) == 6 * 2
 
 
 @pytest.mark.nightly
