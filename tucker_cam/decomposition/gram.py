@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     Attempt = tuple[Tensor, Tensor, tuple[Tensor, ...]]
     Solver = Callable[..., Attempt]
 
-# An image's features outside of these are scaled first: sums of their squares could leave float32's range, or lose
+# Features whose norm is outside of these are scaled first: sums of their squares could leave float32's range, or lose
 # digits to its denormal numbers.
-_SMALLEST_PEAK, _LARGEST_PEAK = 1e-12, 1e12
+_SMALLEST_NORM, _LARGEST_NORM = 1e-12, 1e12
 # Others, Apple's MPS for one, have no float64 or no eigendecompositions.
 _DEVICES_THAT_DECOMPOSE = ("cpu", "cuda")
 # Numbers that are turned into float64 at a time, but no fewer rows than these: the copy stays in the processor's cache.
-_NUMBERS_AT_A_TIME, _LEAST_ROWS_AT_A_TIME = 2**16, 64
+_NUMBERS_AT_A_TIME, _LEAST_ROWS_AT_A_TIME = 2**17, 64
 # The float32 products of fewer rows are not relied on: BLAS sums them one number after the other, and is off by 5e-6.
 _FEW_ROWS = 16
 
@@ -43,8 +43,11 @@ def settled(solvers: Sequence[Solver], *state: Tensor) -> Tensor:
     """Return the first solver's maps, and the others' for the images that the ones before them leave in doubt."""
     solver, *others = solvers
     maps, in_doubt, state = solver(*state)
-    if others and in_doubt.any():
-        maps[in_doubt] = settled(others, *(part[in_doubt] for part in state))
+    if not others or not in_doubt.any():
+        return maps
+    if in_doubt.all():  # nothing is copied then
+        return settled(others, *state)
+    maps[in_doubt] = settled(others, *(part[in_doubt] for part in state))
     return maps
 
 
@@ -53,13 +56,16 @@ def rescale_extremes(
 ) -> tuple[Float[Tensor, "batch channels *spatial"], Float[Tensor, " batch"]]:
     """Return the features, at least float32, with squares that a float can hold, and what each image was divided by.
 
-    That is 1, but for an image whose largest magnitude is above 1e12 or below 1e-12: there it is that magnitude.
+    That is 1, but for an image whose norm is above 1e12 or below 1e-12: there it is the largest magnitude.
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(features, dim=tuple(range(1, features.dim())))
+    ordinary = (norms > _SMALLEST_NORM) & (norms < _LARGEST_NORM)
+    if ordinary.all():
+        return features, torch.ones_like(norms)
     peaks = largest_magnitude(features)
-    extreme = (peaks > _LARGEST_PEAK) | ((peaks < _SMALLEST_PEAK) & (peaks > 0))
-    divisors = torch.where(extreme, peaks, 1)
-    return (features / divisors.reshape(-1, *[1] * (features.dim() - 1)) if extreme.any() else features), divisors
+    divisors = torch.where(ordinary | (peaks == 0), 1, peaks)
+    return features / divisors.reshape(-1, *[1] * (features.dim() - 1)), divisors
 
 
 def largest_magnitude(features: Float[Tensor, "batch channels *spatial"]) -> Float[Tensor, " batch"]:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 # TensorLy's rule: stop after at least three sweeps when the relative error moves by less than this.
 _TOLERANCE = 1e-4
 _LEAST_SWEEPS, _MOST_SWEEPS = 3, 100
-# Singular values from a float64 Gram matrix are noise below this share of the largest one.
-_NEGLIGIBLE = 1e-7
+# Squared singular values from a float64 Gram matrix are noise below this share of the largest one.
+_NEGLIGIBLE = 1e-14
 
 
 class Components(NamedTuple):
@@ -75,14 +75,17 @@ def truncated_components(unfolding: Unfolding, spatial: tuple[int, ...], rank: t
         settled = ((error - previous).abs() < _TOLERANCE) | (sweep == _MOST_SWEEPS)
         if settled.any():
             norms = _project(others, {mode: factors[mode]}).flatten(2).norm(dim=2)
-            found.append([part[settled] for part in (running, norms, maps, directions)])
+            outcome: tuple[Tensor, ...] = running, norms, maps, directions
             if settled.all():
+                found.append(outcome)
                 break
+            found.append(tuple(part[settled] for part in outcome))
             source, squared_norm, running, error, *factors = (
                 part[~settled] for part in (source, squared_norm, running, error, *factors)
             )
     images, values, maps, directions = (torch.cat(parts) for parts in zip(*found, strict=True))
-    values, maps, directions = (part[images.argsort()] for part in (values, maps, directions))
+    if len(found) > 1:
+        values, maps, directions = (part[images.argsort()] for part in (values, maps, directions))
     values, order = values.sort(dim=1, descending=True)
     return Components(
         values,
@@ -98,7 +101,8 @@ def _initial_factors(source: Tensor, spatial: tuple[int, ...], rank: tuple[int, 
         if tall:
             before, own, after = prod(spatial[:mode]), spatial[mode], prod(spatial[mode + 1 :])
             # The Gram matrix of a spatial unfolding, from that of the positions.
-            matrix = torch.einsum("bxhyxky->bhk", source.reshape(-1, before, own, after, before, own, after))
+            matrix = source.reshape(-1, before, own, after, before, own, after).diagonal(dim1=1, dim2=4)
+            matrix = matrix.diagonal(dim1=2, dim2=4).sum((-2, -1))
             factors.append(torch.linalg.eigh(matrix)[1][..., -length:])
         else:
             tensor = source.reshape(*source.shape[:2], *spatial)
@@ -116,8 +120,9 @@ def _update_from_gram(
     basis = _kronecker(factors)
     mixed = basis.mT @ matrix
     squares, right = torch.linalg.eigh(mixed @ basis)
-    lengths = squares[:, None, -rank:].clamp_min(0).sqrt()
-    scaled = right[..., -rank:] * torch.where(lengths > _NEGLIGIBLE * lengths[..., -1:], 1 / lengths, 0)
+    squares = squares[:, None, -rank:].clamp_min(0)
+    inverse = torch.where(squares > _NEGLIGIBLE * squares[..., -1:], squares, torch.inf).rsqrt()
+    scaled = right[..., -rank:] * inverse
     return scaled.mT @ mixed, basis @ scaled
 
 

@@ -25,7 +25,7 @@ from tucker_cam.decomposition.gram import (
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Float64
 
     from tucker_cam.decomposition.gram import Attempt, Row, Scalars, Square, Unfolding
 
@@ -36,27 +36,31 @@ _PROMISE, _PROMISE_OF_FLOAT64 = 1e-5, 1e-9
 _SINGLE_NOISE, _DOUBLE_NOISE = 2e-7, 1e-14
 # A product with one row is summed number after number: 1e-6 was measured where one channel is massive.
 _ROW_NOISE = 2e-6
+_NUMBERS_IN_CACHE = 2**20
 # From this size on a Krylov subspace is faster than the products that squaring takes.
 _LARGE = 128
-# After four squarings the matrix is its 16th power; a step with a power costs a tenth of a squaring, and four of these
-# leave of a second eigenvalue of 0.8 times the first one 1e-8. Five squarings more: of one of 0.99, too.
-_SQUARINGS, _MORE_SQUARINGS = 4, 5
+# After three squarings the matrix is its 8th power; a step with a power costs a tenth of a squaring, and eight of these
+# leave of a second eigenvalue of 0.8 times the first one 1e-7. Five squarings more: of one of 0.99, 1e-10.
+_SQUARINGS, _MORE_SQUARINGS, _STEPS_IN_POWER = 3, 5, 8
 # Most feature maps take four steps; what is not found in these many is decomposed. In float64, down to this residual.
 _STEPS_AT_A_TIME, _STEPS, _PRECISE_STEPS, _RESIDUAL = 2, 20, 12, 1e-11
 _TINY = torch.finfo(torch.float64).tiny
 
 
+@torch.no_grad()
 def leading_maps(unfolding: Unfolding) -> Float[Tensor, "batch positions"]:
     """Return each image's map along its leading singular vector, not negative, in float64."""
     single = float32_products_do(unfolding)
-    noise = _SINGLE_NOISE if single else _DOUBLE_NOISE
     if min(unfolding.shape[1:]) >= _LARGE:
-        # Channels a few at a time: their squares stay in the processor's cache.
-        squares = torch.stack([rows.square().sum(1) for rows in unfolding.split(32, dim=1)]).sum(0).double()
         solvers = [partial(_lanczos, noise=_ROW_NOISE), partial(_lanczos, noise=_DOUBLE_NOISE)][not single :]
-        return settled([*solvers, partial(_decomposed, exact=False)], unfolding, squares, _start(unfolding))
+        solvers.append(partial(_decomposed, exact=False))
+        # Each product goes twice through an image: the second time it is in the processor's cache.
+        numbers = unfolding[0].numel() if unfolding.device.type == "cpu" else 1
+        parts = unfolding.split(max(_NUMBERS_IN_CACHE // numbers, 1))
+        return torch.cat([settled(solvers, part, _squared_lengths(part), _start(part)) for part in parts])
+    noise = _SINGLE_NOISE if single else _DOUBLE_NOISE
     tall = as_tall(unfolding)
-    matrix = (tall.mT @ tall).double() if single else gram_matrix(unfolding)
+    matrix = tall.mT.bmm(tall).double() if single else gram_matrix(unfolding)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     squares = diagonal if is_tall(unfolding) else unfolding.square().sum(1).double()
     power = matrix / _above_zero(diagonal.sum(1))[:, None, None]
@@ -67,7 +71,7 @@ def leading_maps(unfolding: Unfolding) -> Float[Tensor, "batch positions"]:
 def _squared(unfolding: Unfolding, squares: Tensor, matrix: Square, power: Square, *, noise: float) -> Attempt:
     """Find the leading eigenvector of the matrix in a power of it."""
     power, vectors, gaps = _found_in_power(matrix, power, _SQUARINGS)
-    values, residuals = _residuals(vectors, vectors @ matrix)
+    values, residuals = _residuals(vectors, vectors.bmm(matrix))
     turned = (residuals.norm(dim=(1, 2)) / _above_zero(values) + noise) / _above_zero(gaps)
     return *_judged(unfolding, squares, vectors, values, turned), (unfolding, squares, matrix, power)
 
@@ -80,8 +84,9 @@ def _corrected(unfolding: Unfolding, squares: Tensor, matrix: Square, power: Squ
     """
     _, vectors, gaps = _found_in_power(matrix, power, _MORE_SQUARINGS, before=_SQUARINGS)
     values, residuals = _residuals(vectors, _product(unfolding, vectors, single=False))
-    identity = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
-    shifted = values[:, None, None] * (identity + vectors.mT @ vectors) - matrix
+    # The pseudoinverse, by a matrix that adds to theta on the vector itself, where there is nothing to find.
+    shifted = torch.baddbmm(matrix, values[:, None, None] * vectors.mT, vectors, beta=-1)
+    shifted.diagonal(dim1=-2, dim2=-1).add_(values[:, None])
     missing = torch.linalg.solve_ex(shifted, residuals.mT).result.mT
     length = missing.norm(dim=(1, 2))
     turned = length**2 + (length * noise + _DOUBLE_NOISE) / _above_zero(gaps)
@@ -99,16 +104,18 @@ def _found_in_power(matrix: Square, power: Square, times: int, before: int = 0) 
     and Young, 1936). With $q = v^\top P v \le p_1$ that bounds $\lambda_2 / \lambda_1 = (p_2 / p_1)^{1/2^k}$, but for
     the rounding errors, which a squaring doubles and adds to.
     """
+    other = torch.empty_like(power)  # in turns: new memory costs as much as a squaring
     for _ in range(times):
-        power = power @ power
+        power, other = torch.bmm(power, power, out=other), power
     diagonal = power.diagonal(dim1=-2, dim2=-1)
-    power = power / _above_zero(diagonal.sum(1))[:, None, None]
-    vectors = power[torch.arange(len(power), device=power.device), None, diagonal.argmax(1)]
-    for factor in (power, power, power, power, matrix, matrix):
-        vectors = vectors @ factor
+    power /= _above_zero(diagonal.sum(1))[:, None, None]
+    largest = diagonal.argmax(1)[:, None, None].expand(-1, 1, len(power[0]))
+    vectors = power.gather(1, largest)
+    for factor in [power] * _STEPS_IN_POWER + [matrix] * 2:
+        vectors = vectors.bmm(factor)
     vectors = _unit(vectors)
-    first = vectors @ power @ vectors.mT
-    rest = (power - first * vectors.mT * vectors).norm(dim=(1, 2))
+    first = vectors.bmm(power).bmm(vectors.mT)
+    rest = torch.baddbmm(power, first * vectors.mT, vectors, alpha=-1, out=other).norm(dim=(1, 2))
     exponent = 2 ** (before + times)
     rounding = exponent * len(power[0]) * torch.finfo(power.dtype).eps
     ratios = (rest / _above_zero(first.flatten()) + rounding) ** (1 / exponent)
@@ -170,6 +177,11 @@ def _product(unfolding: Unfolding, vectors: Row, *, single: bool) -> Float[Tenso
     for rows in rows_in_float64(unfolding):
         total.baddbmm_(vectors @ rows.mT, rows)
     return total
+
+
+def _squared_lengths(unfolding: Unfolding) -> Float64[Tensor, "batch positions"]:
+    """Return the squared norm of the features at each position; of a few channels at a time, squares stay in cache."""
+    return torch.stack([rows.square().sum(1) for rows in unfolding.split(32, dim=1)]).sum(0).double()
 
 
 def _start(unfolding: Unfolding) -> Float[Tensor, "batch 1 n"]:

@@ -45,8 +45,8 @@ def leading_map(
     r"""Project each image on its first channel direction: the Tucker Saliency Map.
 
     $|a_1^\top F_{(1)}|$, with $a_1$ the first column of the mode-1 factor (arXiv 2410.23072). The features are finite
-    and not centred, the options those of `channel_modes`. The map is neither negative nor normalised; an image's
-    features above 1e12 or below 1e-12 are scaled to 1 first.
+    and not centred, the options those of `channel_modes`. The map is neither negative nor normalised; features
+    whose norm is above 1e12 or below 1e-12 are divided by their largest magnitude first.
 
     Example:
         >>> leading_map(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]]))
