@@ -185,12 +185,8 @@ def plot_growth(growth: dict[str, list[dict[str, object]]], path: Path) -> None:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, (axis, points) in zip(figure.subplots(1, 3), growth.items(), strict=True):
         for name in ("TSM", "MTSM"):
-            axes.loglog(
-                [point[axis] for point in points],
-                [point[name]["median_ms"] for point in points],
-                marker="o",
-                label=name,
-            )
+            milliseconds = [point[name]["median_ms"] for point in points]
+            axes.loglog([point[axis] for point in points], milliseconds, marker="o", label=name)
         axes.set(xlabel=axis, ylabel="ms", title="one thread")
         axes.legend()
     figure.savefig(path, dpi=110)

@@ -84,7 +84,7 @@ def test_nothing_in_nothing_out():
 
 
 def test_directions_that_the_features_do_not_have_are_nothing_and_no_noise():
-    unfolding = torch.rand(3, 40, 1) * torch.rand(3, 1, 30)
+    unfolding = torch.rand(3, 40, 1) * torch.rand(3, 1, 30, dtype=torch.float64)
     components = truncated_components(unfolding, (5, 6), (4, 2, 3))
     assert (components.values[:, 0] > 1).all()
     for part in (components.values[:, 1:], components.maps[:, 1:], components.directions[..., 1:]):
