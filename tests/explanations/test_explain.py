@@ -297,6 +297,30 @@ def test_overlays_that_are_asked_for_in_another_look_are_drawn_again(folder, tmp
     assert len(set(drawn)) == 4
 
 
+def test_another_look_leaves_the_overlays_of_other_pictures_and_methods(folder, tmp_path):
+    out = tmp_path / "out"
+    explain([folder / "p0.png", folder / "p1.png"], TINY, ["tsm", "mtsm"], out=out, progress=False)
+    before = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    explain(folder / "p0.png", TINY, out=out, progress=False, alpha=0.9)
+    after = {path.name: path.read_bytes() for path in out.glob("*.png")}
+    assert len(before) == 4
+    assert {name for name in after if after[name] != before[name]} == {"p0_tsm.png"}
+    # And what has the look stays, without another pass.
+    explain(folder / "p0.png", TINY, out=out, progress=False, alpha=0.9)
+    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == after
+
+
+def test_a_run_that_failed_before_its_first_picture_does_not_hold_the_folder(folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as broken:
+        broken.setattr("tucker_cam.explanations.folder.FolderWriter._write_part", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            explain(folder / "p0.png", TINY, out=out, progress=False)
+    assert files_in(out) == ["manifest.json"]
+    explain(folder / "p0.png", TINY, out=out, progress=False, size=32)
+    assert files_in(out) == ["manifest.json", "p0_tsm.png"]
+
+
 def test_where_the_network_looked_stands_in_the_manifest_also_after_a_kill(tmp_path):
     noise(80, 40).save(tmp_path / "wide.png")
     for _ in range(2):

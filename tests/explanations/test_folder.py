@@ -541,7 +541,7 @@ def test_a_run_that_an_older_version_began_goes_on(pictures, tmp_path):
     arguments = (pictures, *MODEL, "--format", "npy", "--out", out)
     assert run(*arguments).exit_code == 0
     content = json.loads((out / "manifest.json").read_text())
-    for key in ("engine", "preprocessing", "methods", "look"):
+    for key in ("engine", "preprocessing", "methods"):
         del content[key]
     for entry in content["pictures"].values():
         del entry["view"], entry["size"]

@@ -24,7 +24,6 @@ from tucker_cam.explanations.outputs import (
     SUFFIXES,
     GalleryParts,
     Output,
-    Overlays,
     gallery_entries,
 )
 from tucker_cam.methods import check_name
@@ -97,6 +96,8 @@ class FolderWriter:
         with only_run(self.out / MANIFEST):
             run = identity(self.explainer.loaded, "torch", aug_smooth=self.explainer.aug_smooth)
             manifest = Manifest(folder_of_run(self.out, run), run)
+            if manifest.is_new and manifest.folder != self.out:
+                logger.info(f"note: {self.out} holds results of another model, layer or preprocessing: these go beside")
             self._claim(manifest)
             count = there = 0
             with progress("explaining", pictures.number, shown=shown) as advance:
@@ -120,12 +121,6 @@ class FolderWriter:
                 if (manifest.folder / name).exists():
                     raise not_of_a_run(manifest.folder / name)
         manifest.methods = [*dict.fromkeys([*manifest.methods, *self.explainer.methods])]
-        if "overlay" in self.formats and manifest.look != self.look._asdict():
-            # They are drawn again, also where this run is killed in between.
-            for key in manifest.ours():
-                for path in Overlays.left(manifest, key):
-                    path.unlink(missing_ok=True)
-            manifest.look = self.look._asdict()
         manifest.write()
 
     def _write_part(self, pictures: Sequence[Picture], manifest: Manifest, advance: Callable[[int], None]) -> int:

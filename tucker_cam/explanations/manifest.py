@@ -44,7 +44,6 @@ class Manifest:
         stamps: by picture.
         views: by picture; see `View`.
         methods: whose files are there.
-        look: of the overlays; empty where there are none.
 
     Raises:
         ValueError: the manifest is none.
@@ -57,7 +56,6 @@ class Manifest:
         self.stamps: dict[str, Stamp] = {}
         self.views: dict[str, list[float] | None] = {}
         self.methods: list[str] = []
-        self.look: dict[str, Any] = {}
         self.is_new = not self.path.exists()
         if not self.is_new:
             content = read_manifest(self.path.read_text("utf-8", "surrogateescape"), str(folder))
@@ -69,7 +67,7 @@ class Manifest:
         self.places = {key: place for place, key in enumerate(self.names)}
 
     def _take(self, content: Mapping[str, Any]) -> None:
-        self.methods, self.look = list(content.get("methods", [])), dict(content.get("look", {}))
+        self.methods = list(content.get("methods", []))
         for key, picture in content["pictures"].items():
             self.names[key] = safe_name(picture["name"])
             size = picture.get("size")
@@ -104,10 +102,6 @@ class Manifest:
         """Note where in a picture the network looked, to a hundredth of a pixel."""
         self.views[key] = None if view is None else [round(edge, 2) for edge in view]
 
-    def ours(self) -> list[str]:
-        """Return the pictures but those of which the files are somebody else's."""
-        return [key for key in self.names if self.stamps[key] != NOT_OURS]
-
     def write(self) -> None:
         """Write the manifest.
 
@@ -117,7 +111,7 @@ class Manifest:
         pictures = {key: {"name": name, **self.stamps[key]._asdict()} for key, name in self.names.items()}
         for key, view in self.views.items():
             pictures[key]["view"] = view
-        content = {**self.run, "versions": versions(), "methods": self.methods, "look": self.look, "pictures": pictures}
+        content = {**self.run, "versions": versions(), "methods": self.methods, "pictures": pictures}
         with complete_or_absent(self.path) as unfinished:
             unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -160,11 +154,13 @@ def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, str])
     Raises:
         ValueError: one of them is no manifest.
     """
-    for place, text in manifests.items():
-        content = read_manifest(text, place)
+    contents = {place: read_manifest(text, place) for place, text in manifests.items()}
+    for place, content in contents.items():
         if all(content.get(key) == value for key, value in run.items()):
             return place
-    if out not in manifests:
+    taken = contents.get(out)
+    # What a run left that failed before its first picture is nobody's.
+    if taken is None or (taken["engine"] == run["engine"] and taken.get("pictures") == {}):
         return out
     model = re.sub(r"[^\w.+-]+", "-", run["model"])
     name = "_".join([model, *run["layers"], *(["ray"] if run["engine"] == "ray" else [])])[:_LONGEST_FOLDER]

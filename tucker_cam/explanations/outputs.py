@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 STORE, PAGE = "maps.zarr", "gallery.html"
+_LOOK = "tucker_cam look"
 
 
 class Output(ABC):
@@ -96,18 +97,44 @@ class MethodFiles(Output):
 
 
 class Overlays(MethodFiles):
-    """The map over the picture; of a clip an animated one, over what the network saw."""
+    """The map over the picture; of a clip an animated one, over what the network saw.
+
+    The file says how it was drawn. What was drawn in another look is drawn again, of the pictures and by the methods
+    that are explained; the other overlays stay as they are.
+    """
 
     suffix = ".png"
 
+    def has(self, name: str) -> bool:
+        return all(_look_of(path) == self.look for path in self.paths(name))
+
     def save(self, path: Path, explanation: Explanation, saliency: NDArray[np.float32]) -> None:
+        from PIL.PngImagePlugin import PngInfo
+
+        about = PngInfo()
+        about.add_text(_LOOK, json.dumps(self.look._asdict()))
         if saliency.ndim == 2:
             # Twice as fast as Pillow's default, and a few per cent larger.
-            explanation.drawn(saliency, self.look).save(path, format="PNG", compress_level=1)
+            explanation.drawn(saliency, self.look).save(path, format="PNG", compress_level=1, pnginfo=about)
             return
         seen = explanation.network.picture(explanation.network_input)
         first, *others = [self.look.draw(frame, each) for frame, each in zip(seen, saliency, strict=True)]
-        first.save(path, format="PNG", save_all=True, append_images=others)
+        first.save(path, format="PNG", save_all=True, append_images=others, pnginfo=about)
+
+
+def _look_of(path: Path) -> Look | None:
+    """Return what an overlay says of its look; None where there is none, or one of somebody else's."""
+    from PIL import Image
+
+    from tucker_cam.explanations.explanation import Look
+
+    try:
+        with Image.open(path) as overlay:
+            look = Look(**json.loads(overlay.info[_LOOK]))
+        look.check()
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, Image.DecompressionBombError):
+        return None
+    return look
 
 
 class ArrayFiles(MethodFiles):
@@ -225,14 +252,15 @@ def gallery_entries(manifest: Manifest, title: str, page: Path) -> Iterator[dict
         ValueError: a part is broken.
     """
     for key, name in manifest.names.items():
-        entry: dict[str, Any] = {"colormap": manifest.look.get("colormap", "jet"), "methods": {}}
+        entry: dict[str, Any] = {"colormap": "jet", "methods": {}}
         for path in sorted(GalleryParts.left(manifest, key)):
             part = _part(path)
             entry |= part | {"methods": entry["methods"] | part["methods"]}
         for method, shown in entry["methods"].items():
             overlay = Overlays.path(manifest.folder, name, method)
-            if manifest.look and overlay.is_file():
+            if look := _look_of(overlay):
                 shown["file"] = quote(bytes(overlay.relative_to(page)))
+                entry["colormap"] = look.colormap
         if entry["methods"]:
             yield entry | {"name": f"{entry['name']}{title}"}
 
