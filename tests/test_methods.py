@@ -19,6 +19,7 @@ def _in_a_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("gradcam", "gradcam needs a class, and this takes label-free methods: use pytorch_grad_cam.GradCAM"),
         ("tms", "there is no method 'tms'; near it: tsm"),
         ("not_there:Mine", "no module 'not_there'"),
         ("networks:NotThere", "networks has no function or class 'NotThere'"),

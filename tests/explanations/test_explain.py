@@ -54,7 +54,7 @@ def test_a_folder_is_explained_one_after_the_other_and_what_fails_keeps_its_erro
         np.testing.assert_allclose(explanation.maps["mtsm"], expected_map(noise(seed=index), MTSM), atol=1e-5)
 
 
-def test_pictures_arrays_and_paths_in_a_list_are_explained(folder):
+def test_pictures_arrays_and_paths_in_a_list_are_explained(folder, caplog):
     picture = noise()
     array = np.asarray(picture)
     given = [picture, array, (array / 255).astype(np.float32), folder / "p0.png", str(folder / "missing.png")]
@@ -63,6 +63,7 @@ def test_pictures_arrays_and_paths_in_a_list_are_explained(folder):
         np.testing.assert_allclose(explanation.maps["tsm"], expected_map(picture), atol=1e-5)
         assert np.array_equal(np.asarray(explanation.picture), array)
     assert [failure.name for failure in explanations.failures] == [str(folder / "missing.png")]
+    assert [record.getMessage() for record in caplog.records] == [str(failure) for failure in explanations.failures]
 
 
 def test_batches_of_network_inputs_are_explained_also_from_a_loader():

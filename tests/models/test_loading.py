@@ -166,7 +166,11 @@ def test_ones_own_bare_module_is_taken_to_have_imagenets_preprocessing():
         ("broken:f", ValueError, r"broken could not be imported \(SyntaxError"),
         ("ending:f", ValueError, r"ending:f could not be built \(SystemExit: no arguments\)"),
         ("networks:text_model", ValueError, r"takes one picture, and it failed on one of 3x224x224 \(RuntimeError: "),
-        ("hub:facebookresearch/vicreg:unreachable", OSError, r"not be had \(no route to host\); pretrained=False"),
+        (
+            "hub:facebookresearch/vicreg:unreachable",
+            OSError,
+            r"not be had \(no route to host\); random weights, pretrained=False",
+        ),
         ("hub:facebookresearch/vicreg:resnet51", ValueError, "could not be built .*resnet51"),
         ("hub:facebookresearch/vicreg:none", TypeError, "expected a torch.nn.Module or .* from hub:.*, got NoneType"),
         ("hf:nobody/nothing", OSError, "hf:nobody/nothing could not be had"),

@@ -92,8 +92,9 @@ def explain(
         progress: show a bar while files are written.
 
     Returns:
-        An iterable that does the work while it is gone through, and again when it is gone through again. With `out`
-        its `failures` are those of the writing.
+        An iterable that does the work while it is gone through, and again when it is gone through again. A picture that
+        fails is told of by the logger ``tucker_cam`` and stands in its `failures`. With `out` these are those of the
+        writing.
 
     Raises:
         TypeError, ValueError: what was given holds no pictures; an unknown method, format or look, or a bad size of the
@@ -169,14 +170,20 @@ class Explanations:
         return self._pictures.number
 
     def __iter__(self) -> Iterator[Explanation]:
-        self.failures = list(self._pictures.failures)
+        self.failures = []
+        for failure in self._pictures.failures:
+            self._fail(failure)
         for part in self._pictures.parts():
             for batch in self._explainer.explain_all(in_batches(part, self._batch_size), self._workers):
                 for picture, found in batch:
                     if isinstance(found, Exception):
-                        self.failures.append(Failure(str(picture), found))
+                        self._fail(Failure(str(picture), found))
                     else:
                         yield found
+
+    def _fail(self, failure: Failure) -> None:
+        self.failures.append(failure)
+        logger.warning(str(failure))
 
     def save(
         self,

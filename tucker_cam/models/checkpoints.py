@@ -90,10 +90,13 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
     places = _best(found, needed)
     fitting = found[places[0]] if places else {}
     if missing := sorted(needed - fitting.keys()):
+        there = sorted(next(iter(states.values())))
+        count = len(needed)
+        some = f"{count - len(missing)} of its {count} entries; missing or of another shape: {_some(missing)}"
+        found_instead = some if fitting else f"another one (entries: {len(there)}, needed: {count})"
         raise BadValueError(
-            f"{file}: expected the whole backbone of {type(model).__name__}, found "
-            f"{len(needed) - len(missing)} of its {len(needed)} entries; missing or of another shape: "
-            f"{_some(missing)}; the file has {_some(sorted(next(iter(states.values()))))}"
+            f"{file}: expected the whole backbone of {type(model).__name__}, found {found_instead}; the file has "
+            f"{_some(there)}"
         )
     if len({frozenset(found[place][name].data_ptr() for name in needed) for place in places}) > 1:
         raise BadValueError(

@@ -277,10 +277,10 @@ def choose_layers(model: nn.Module, run: DryRun, layers: Sequence[str | int | nn
     for layer in layers:
         name = names.get(layer, type(layer).__name__) if isinstance(layer, nn.Module) else str(layer)
         if name not in known:
-            near = get_close_matches(name, known, n=3, cutoff=0.4) or list(known)[-3:]
+            near = get_close_matches(name, run.named, n=3, cutoff=0.4) or list(run.named)[-3:]
             raise BadValueError(
                 f"{type(model).__name__} has no layer {name!r} with a spatial map; near it: {', '.join(near)}; "
-                "`load_model(...).spatial_layers` holds all"
+                f"`tucker-cam layers` and `load_model(...).spatial_layers` list all, from -{len(run.layers)} to -1"
             )
         chosen.append(known[name])
     return chosen

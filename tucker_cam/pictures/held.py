@@ -135,7 +135,8 @@ def _as_picture(given: Any, index: int) -> Image.Image:
     if not isinstance(given, np.ndarray):
         raise BadTypeError(f"expected a path, an image or an array as picture {index}, got {type(given).__name__}")
     if given.ndim != 3 or given.shape[2] != 3 or 0 in given.shape:
-        raise BadValueError(f"expected a picture as height x width x 3, got {given.shape}")
+        expected = "expected a picture as height x width x 3, or a PIL image"
+        raise BadValueError(f"{expected}, got an array of {'x'.join(map(str, given.shape))}")
     if np.issubdtype(given.dtype, np.floating):
         if not (given.min() >= 0 and given.max() <= 1):
             raise BadValueError("expected a floating point picture in [0, 1], got numbers outside: divide by 255")
