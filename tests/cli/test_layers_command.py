@@ -60,6 +60,7 @@ def test_the_layers_command_compares_the_layers_on_pictures(tmp_path):
     result = CliRunner().invoke(app, command, env={"COLUMNS": "80"})
     assert result.exit_code == 1  # of one that cannot be read
     assert "broken.png" in result.output
+    assert "fewer than 10 pictures" in result.output
     rows = [line.split() for line in result.output.splitlines() if "%" in line and "x" in line]
     assert [row[row[0] in ("->", "!!")] for row in rows] == ["relu", "layer1", "layer2", "layer3", "layer4"]
     assert sum("->" in line and "x" in line for line in result.output.splitlines()) == 1
