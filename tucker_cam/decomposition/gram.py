@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # Features whose norm is outside of these are scaled first: sums of their squares could leave float32's range, or lose
 # digits to its denormal numbers.
-_SMALLEST_NORM, _LARGEST_NORM = 1e-12, 1e12
+SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
 # Others, Apple's MPS for one, have no float64 or no eigendecompositions.
 _DEVICES_THAT_DECOMPOSE = ("cpu", "cuda")
 # Numbers that are turned into float64 at a time, but no fewer rows than these: the copy stays in the processor's cache.
@@ -60,7 +60,7 @@ def rescale_extremes(
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     norms = torch.linalg.vector_norm(features, dim=tuple(range(1, features.dim())))
-    ordinary = (norms > _SMALLEST_NORM) & (norms < _LARGEST_NORM)
+    ordinary = (norms > SMALLEST_NORM) & (norms < LARGEST_NORM)
     if ordinary.all():
         return features, torch.ones_like(norms)
     peaks = largest_magnitude(features)

@@ -15,19 +15,24 @@ import torch
 from torch import Tensor
 
 from tucker_cam.decomposition.gram import (
+    LARGEST_NORM,
+    SMALLEST_NORM,
     as_tall,
     eigenpairs,
     float32_products_do,
     gram_matrix,
     is_tall,
+    rescale_extremes,
     rows_in_float64,
     settled,
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Float64
+    from collections.abc import Sequence
 
-    from tucker_cam.decomposition.gram import Attempt, Row, Scalars, Square, Unfolding
+    from jaxtyping import Float
+
+    from tucker_cam.decomposition.gram import Attempt, Row, Scalars, Solver, Square, Unfolding
 
 # What a map may be off, as a share of its contrast, its largest less its smallest value.
 _PROMISE, _PROMISE_OF_FLOAT64 = 1e-5, 1e-9
@@ -48,8 +53,11 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 @torch.no_grad()
-def leading_maps(unfolding: Unfolding) -> Float[Tensor, "batch positions"]:
-    """Return each image's map along its leading singular vector, not negative, in float64."""
+def leading_maps(unfolding: Unfolding, *, rescaled: bool = False) -> Float[Tensor, "batch positions"]:
+    """Return each image's map along its leading singular vector, not negative, in float64.
+
+    Extreme features are rescaled first, if that was not done.
+    """
     single = float32_products_do(unfolding)
     if min(unfolding.shape[1:]) >= _LARGE:
         solvers = [partial(_lanczos, noise=_ROW_NOISE), partial(_lanczos, noise=_DOUBLE_NOISE)][not single :]
@@ -57,13 +65,17 @@ def leading_maps(unfolding: Unfolding) -> Float[Tensor, "batch positions"]:
         # Each product goes twice through an image: the second time it is in the processor's cache.
         numbers = unfolding[0].numel() if unfolding.device.type == "cpu" else 1
         parts = unfolding.split(max(_NUMBERS_IN_CACHE // numbers, 1))
-        return torch.cat([settled(solvers, part, _squared_lengths(part), _start(part)) for part in parts])
+        return torch.cat([_in_krylov_subspace(rescale_extremes(part)[0], solvers) for part in parts])
     noise = _SINGLE_NOISE if single else _DOUBLE_NOISE
     tall = as_tall(unfolding)
     matrix = tall.mT.bmm(tall).double() if single else gram_matrix(unfolding)
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     squares = diagonal if is_tall(unfolding) else unfolding.square().sum(1).double()
-    power = matrix / _above_zero(diagonal.sum(1))[:, None, None]
+    squared_norm = diagonal.sum(1)
+    bounded = squared_norm.clamp(SMALLEST_NORM**2, LARGEST_NORM**2)
+    if not rescaled and not torch.equal(squared_norm, bounded):
+        return leading_maps(rescale_extremes(unfolding)[0], rescaled=True)
+    power = matrix / bounded[:, None, None]
     solvers = [partial(_squared, noise=noise), partial(_corrected, noise=noise), partial(_decomposed, exact=not single)]
     return settled(solvers, unfolding, squares, matrix, power)
 
@@ -179,9 +191,10 @@ def _product(unfolding: Unfolding, vectors: Row, *, single: bool) -> Float[Tenso
     return total
 
 
-def _squared_lengths(unfolding: Unfolding) -> Float64[Tensor, "batch positions"]:
-    """Return the squared norm of the features at each position; of a few channels at a time, squares stay in cache."""
-    return torch.stack([rows.square().sum(1) for rows in unfolding.split(32, dim=1)]).sum(0).double()
+def _in_krylov_subspace(unfolding: Unfolding, solvers: Sequence[Solver]) -> Float[Tensor, "batch positions"]:
+    # Channels a few at a time: their squares stay in cache.
+    squares = torch.stack([rows.square().sum(1) for rows in unfolding.split(32, dim=1)]).sum(0).double()
+    return settled(solvers, unfolding, squares, _start(unfolding))
 
 
 def _start(unfolding: Unfolding) -> Float[Tensor, "batch 1 n"]:

@@ -54,13 +54,12 @@ def leading_map(
     """
     if engine == "tensorly":
         return _modes(features, rank=rank, engine=engine).maps[:, 0].abs()
-    unfolding = unfold(rescale_extremes(features)[0])
     spatial = features.shape[2:]
     ranks = feasible_rank(rank, tuple(features.shape[1:]))
     if ranks is None:
-        maps = leading_maps(unfolding)
+        maps = leading_maps(unfold(features.to(torch.promote_types(features.dtype, torch.float32))))
     else:
-        maps = truncated_components(unfolding, spatial, ranks).maps[:, 0].abs()
+        maps = truncated_components(unfold(rescale_extremes(features)[0]), spatial, ranks).maps[:, 0].abs()
     return maps.reshape(len(features), *spatial)
 
 
