@@ -31,7 +31,7 @@ from timm.data import ImageNetInfo
 
 from tucker_cam import evaluate, explain
 from tucker_cam.methods import LABEL_DEPENDENT, METHODS
-from tucker_cam.models import load_model
+from tucker_cam.models import Network, load_model
 
 ROOT = Path(__file__).parents[1]
 SKIMAGE = Path(skimage.__file__).parent / "data"
@@ -196,9 +196,8 @@ def describe(chosen: Sequence[Column]) -> str:
     return "\n".join([*lines, "", drop, "", f"{credits}.", "", GALLERY_RULE, ""])
 
 
-def predicted(path: Path) -> str:
+def predicted(network: Network, path: Path) -> str:
     """Return the name of the class that the network predicts, without its synonyms."""
-    network = load_model("demo")
     with torch.inference_mode():
         logits = network.model(network.preprocess(Image.open(path))[None])
     name: str = ImageNetInfo().index_to_description(int(logits.argmax()))
@@ -209,7 +208,8 @@ def write_front(pictures: Path, names: Sequence[str], folder: Path) -> None:
     """Measure the photographs, choose, draw and describe."""
     methods = {name: METHODS[name] for name in SHOWN} | {"gradcam": LABEL_DEPENDENT["gradcam"]}
     paths = [pictures / f"{name}.png" for name in names]
-    explanations = {Path(each.name).stem: each for each in explain(paths, methods=methods)}
+    network = load_model("demo")
+    explanations = {Path(each.name).stem: each for each in explain(paths, network, methods)}
     with TemporaryDirectory() as whole:
         for path in paths:
             shutil.copy(path, whole)
@@ -222,7 +222,7 @@ def write_front(pictures: Path, names: Sequence[str], folder: Path) -> None:
             Column(
                 name,
                 "",
-                predicted(pictures / f"{name}.png"),
+                predicted(network, pictures / f"{name}.png"),
                 np.corrcoef(each.maps["eigencam"].ravel(), each.maps["tsm"].ravel())[0, 1],
                 drops[name],
             )

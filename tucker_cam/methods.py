@@ -81,8 +81,8 @@ def method_named(name: str) -> Method:
         raise BadTypeError(f"expected a method's name, got {name!r}: give classes of your own as a dict, by names")
     module, colon, kind = name.partition(":")
     if name in LABEL_DEPENDENT:
-        kind = LABEL_DEPENDENT[name].kind
-        raise BadValueError(f"{name} needs a class, and this takes label-free methods: use pytorch_grad_cam.{kind}")
+        known = LABEL_DEPENDENT[name]
+        raise BadValueError(f"{name} needs a class, and this takes label-free methods: use {known.module}.{known.kind}")
     if not colon:
         return METHODS[check_name("method", name, METHODS)]
     from_own_module(name)

@@ -76,7 +76,7 @@ def test_the_bound_of_the_gap_is_one_and_no_idle_one(n, exponent):
     matrix = basis @ (values[..., None] * basis.mT)
     power = matrix / values.sum(1)[:, None, None]
     true = 1 - values[:, 1] / values[:, 0]
-    for times, before, least, most in ((3, 0, 0.4, 0.8), (5, 3, 0.02, 0.08)):
+    for times, before, least, most in ((3, 0, 0.4, 0.8), (5, 3, 0.01, 0.04)):
         power, _, gaps = leading._found_in_power(matrix, power, times, before)
         assert (gaps <= true).all()
         resolved = (true > least) & (true < most)

@@ -172,7 +172,7 @@ def test_products_that_may_be_rounded_to_tf32_are_not_relied_on(shape, rank):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 5e37])
-@pytest.mark.parametrize("shape", [(20, 3, 4), (8, 5, 5)])
+@pytest.mark.parametrize("shape", [(20, 3, 4), (8, 5, 5), (130, 10, 13)])
 def test_features_whose_squares_no_float_can_hold_keep_their_map(scale, shape, dtype):
     scale = scale**8 if dtype == torch.float64 else scale
     batch = (features(shape, torch.float64) * scale).to(dtype)

@@ -259,7 +259,8 @@ def test_a_stream_is_written_part_by_part(tmp_path, monkeypatch):
         np.testing.assert_allclose(zarr.open_group(tmp_path / "maps.zarr")["tsm"][index], expected, atol=1e-5)
 
 
-def test_what_another_model_or_layer_makes_goes_beside_and_is_found_again(folder, tmp_path):
+def test_what_another_model_or_layer_makes_goes_beside_and_is_found_again(folder, tmp_path, caplog):
+    caplog.set_level("INFO", "tucker_cam")
     out, options = tmp_path / "out", {"out": tmp_path / "out", "gallery": True, "progress": False}
     explain(folder / "p0.png", TINY, **options)
     first = {name: (out / name).read_bytes() for name in files_in(out) if name != "gallery.html"}
@@ -268,6 +269,8 @@ def test_what_another_model_or_layer_makes_goes_beside_and_is_found_again(folder
         assert (out / f"networks-tiny_loaded_model{place}" / "p0_tsm.png").is_file()
     assert {name: (out / name).read_bytes() for name in first} == first
     assert len([each for each in files_in(out) if each.endswith("manifest.json")]) == 3
+    said = [record.getMessage() for record in caplog.records if "go beside" in record.getMessage()]
+    assert said == [f"note: {out} holds the results of another run: these go beside them"] * 2
     names = re.findall(r'"name":"([^"]*)"', (out / "gallery.html").read_text())
     assert names == [f"p0 (networks:tiny_loaded_model, {layer})" for layer in "311"]
 

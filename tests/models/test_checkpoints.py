@@ -223,7 +223,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_runs_nothing(tmp_path, legacy):
         ({"epoch": 3, "state_dict": {}}, "expected a state dict, found no tensors with names"),
         (
             {"features.0.weight": torch.zeros(4, 3, 3, 3)},
-            r"found another one \(entries: 1, needed: \d+\)",
+            r"the whole backbone of ResNet, found another one \(entries: 1, needed: \d+\)",
         ),
     ],
 )

@@ -279,8 +279,11 @@ def test_layers_are_chosen_by_name_and_by_negative_index():
     run = dry_run(model, torch.rand(1, 3, 8, 8))
     assert [layer.name for layer in choose_layers(model, run, ["0", "-1", "-2"])] == ["0", "1", "0"]
     for name in ("-3", "-0", "4", "44", nn.ReLU()):
-        with pytest.raises(ValueError, match=r"Sequential has no layer '.*' with a spatial map; near it: "):
+        with pytest.raises(ValueError, match=r"Sequential has no layer '.*' with a spatial map; near it: ") as refused:
             choose_layers(model, run, [name])
+        near, _, rest = str(refused.value).partition("near it: ")[2].partition("; ")
+        assert set(near.split(", ")) <= {"0", "1"}  # no indices
+        assert rest.endswith("list all, from -2 to -1")
 
 
 def test_layers_that_become_maps_in_different_ways_are_refused_together():

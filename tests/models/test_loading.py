@@ -169,7 +169,7 @@ def test_ones_own_bare_module_is_taken_to_have_imagenets_preprocessing():
         (
             "hub:facebookresearch/vicreg:unreachable",
             OSError,
-            r"not be had \(no route to host\); random weights",
+            r"not be had \(no route to host\); random weights, pretrained=False",
         ),
         ("hub:facebookresearch/vicreg:resnet51", ValueError, "could not be built .*resnet51"),
         ("hub:facebookresearch/vicreg:none", TypeError, "expected a torch.nn.Module or .* from hub:.*, got NoneType"),

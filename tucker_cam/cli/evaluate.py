@@ -14,7 +14,7 @@ from tucker_cam.errors import BadValueError, Failure
 from tucker_cam.evaluation.evaluate import check_output, evaluate
 from tucker_cam.evaluation.metrics import Measure
 from tucker_cam.evaluation.report import FORMATS
-from tucker_cam.evaluation.summary import BASELINE, Interval, Summary, write_summary
+from tucker_cam.evaluation.summary import BASELINE, ENOUGH, Interval, Summary, write_summary
 from tucker_cam.text import counted, say
 
 _COLUMNS = 3
@@ -27,8 +27,6 @@ _SAY_MOST = (
     "similarity_insertion",
     "similarity_deletion",
 )
-# Of fewer pictures a percentile bootstrap's interval leaves 0 out far too often.
-_ENOUGH = 10
 
 
 def evaluate_folder(
@@ -69,7 +67,7 @@ def print_table(summaries: Mapping[str, Mapping[str, Summary]], measures: Sequen
     console.print(table)
     console.print(
         f"Means over pictures with 95 % bootstrap intervals; + better and - worse than {BASELINE}, by the interval of "
-        f"the paired difference (none of fewer than {_ENOUGH} pictures; of so many comparisons, a few come by chance)."
+        f"the paired difference (none of fewer than {ENOUGH} pictures; of so many comparisons, a few come by chance)."
     )
 
 
@@ -80,7 +78,7 @@ def _cell(measure: Measure, summary: Summary | None) -> str:
     sign = "+" if low > 0 else "-" if high < 0 else " "
     if measure.better == "lower":
         sign = {"+": "-", "-": "+"}.get(sign, sign)
-    clear = summary.pictures >= _ENOUGH and measure.better
+    clear = summary.pictures >= ENOUGH and measure.better
     return f"{_interval(summary.value)}{sign if clear else ' '}"
 
 

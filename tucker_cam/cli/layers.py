@@ -14,7 +14,6 @@ from tucker_cam.models import NoLayerError, SpatialLayer, load_model
 from tucker_cam.models.loading import Loading
 from tucker_cam.text import counted, say
 
-_FEW = 10
 _UNBOUNDED = 10_000
 """Of no terminal a line is a row, whatever its length."""
 
@@ -42,6 +41,7 @@ def print_examined_layers(
 ) -> list[Failure]:
     """Print what the layers' maps are like on pictures, the recommended one marked, and return what failed."""
     from tucker_cam.evaluation.layers import examine_layers
+    from tucker_cam.evaluation.summary import ENOUGH
 
     found = examine_layers([*pictures], name, limit=limit, batch_size=batch_size, **loading)
     table = Table(
@@ -69,8 +69,8 @@ def print_examined_layers(
         "inside, how much of the energy the highest tenth holds, and how much of the embedding's direction the "
         "area-matched map keeps. -> recommended: keeps most; !! shows where the pictures end, not what is in them."
     )
-    if found.pictures < _FEW:
-        say(f"fewer than {_FEW} pictures: the next ones may recommend another layer")
+    if found.pictures < ENOUGH:
+        say(f"fewer than {ENOUGH} pictures: the next ones may recommend another layer")
     return found.failures
 
 

@@ -54,11 +54,10 @@ def settled(solvers: Sequence[Solver], *state: Tensor) -> Tensor:
 def rescale_extremes(
     features: Float[Tensor, "batch channels *spatial"],
 ) -> tuple[Float[Tensor, "batch channels *spatial"], Float[Tensor, " batch"]]:
-    """Return the features, at least float32, with squares that a float can hold, and what each image was divided by.
+    """Return the features with squares that a float can hold, and what each image was divided by.
 
     That is 1, but for an image whose norm is above 1e12 or below 1e-12: there it is the largest magnitude.
     """
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
     norms = torch.linalg.vector_norm(features, dim=tuple(range(1, features.dim())))
     ordinary = (norms > SMALLEST_NORM) & (norms < LARGEST_NORM)
     if ordinary.all():
@@ -74,10 +73,11 @@ def largest_magnitude(features: Float[Tensor, "batch channels *spatial"]) -> Flo
 
 
 def unfold(features: Float[Tensor, "batch channels *spatial"]) -> Float[Tensor, "batch channels positions"]:
-    """Return the mode-1 unfolding, on a device that can decompose it.
+    """Return the mode-1 unfolding, at least float32, on a device that can decompose it.
 
     A view where the layout in memory allows one, as NCHW and channels_last do.
     """
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
     return (features if features.device.type in _DEVICES_THAT_DECOMPOSE else features.cpu()).flatten(2)
 
 

@@ -91,8 +91,8 @@ def channel_modes(
     check_choice("engine", engine, Engine)
     spatial = features.shape[2:]
     ranks = feasible_rank(rank, tuple(features.shape[1:]))
-    rescaled, divisors = rescale_extremes(features)
-    unfolding = unfold(rescaled).double()
+    rescaled, divisors = rescale_extremes(unfold(features))
+    unfolding = rescaled.double()
     divisors = divisors.to(unfolding)
     if center:
         unfolding = unfolding - unfolding.mean(-1, keepdim=True)

@@ -57,9 +57,9 @@ def leading_map(
     spatial = features.shape[2:]
     ranks = feasible_rank(rank, tuple(features.shape[1:]))
     if ranks is None:
-        maps = leading_maps(unfold(features.to(torch.promote_types(features.dtype, torch.float32))))
+        maps = leading_maps(unfold(features))
     else:
-        maps = truncated_components(unfold(rescale_extremes(features)[0]), spatial, ranks).maps[:, 0].abs()
+        maps = truncated_components(rescale_extremes(unfold(features))[0], spatial, ranks).maps[:, 0].abs()
     return maps.reshape(len(features), *spatial)
 
 
@@ -87,7 +87,7 @@ def combined_map(
         weighted = modes.maps.flatten(2) * modes.values[..., None]
         combined = weighted.sum(1).abs() if combine == "signed" else weighted.norm(dim=1)
     else:
-        unfolding = unfold(rescale_extremes(features)[0])
+        unfolding = rescale_extremes(unfold(features))[0]
         means = unfolding.mean(2, keepdim=True, dtype=torch.float64) if center else None
         combined = (_signed_sum if combine == "signed" else _energy)(unfolding, means)
     return combined.reshape(len(features), *features.shape[2:])
@@ -95,8 +95,8 @@ def combined_map(
 
 def _modes(features: Float[Tensor, "batch channels *spatial"], **options: Any) -> ChannelModes:
     """Return `channel_modes` in float64: rounded, a map of low contrast would show it."""
-    rescaled, _ = rescale_extremes(features)
-    return channel_modes(unfold(rescaled).double().reshape(features.shape), **options)
+    rescaled, _ = rescale_extremes(unfold(features))
+    return channel_modes(rescaled.double().reshape(features.shape), **options)
 
 
 def _signed_sum(unfolding: Unfolding, means: Means | None) -> Float[Tensor, "batch positions"]:

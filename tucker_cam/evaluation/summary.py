@@ -16,6 +16,8 @@ from tucker_cam.evaluation.results import Row
 from tucker_cam.writing import new_table
 
 BASELINE = "eigencam"
+# Of fewer pictures a percentile bootstrap's interval leaves 0 out far too often.
+ENOUGH = 10
 _RESAMPLES = 2000
 
 

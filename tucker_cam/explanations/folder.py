@@ -97,7 +97,7 @@ class FolderWriter:
             run = identity(self.explainer.loaded, "torch", aug_smooth=self.explainer.aug_smooth)
             manifest = Manifest(folder_of_run(self.out, run), run)
             if manifest.is_new and manifest.folder != self.out:
-                logger.info(f"note: {self.out} holds results of another model, layer or preprocessing: these go beside")
+                logger.info(f"note: {self.out} holds the results of another run: these go beside them")
             self._claim(manifest)
             count = there = 0
             with progress("explaining", pictures.number, shown=shown) as advance:
