@@ -178,6 +178,9 @@ def test_the_work_is_done_to_its_end_when_nobody_reads_what_it_prints(monkeypatc
             monkeypatch.setattr(sys, name, pipe)
         with pytest.raises(SystemExit) as ended:
             main()
+        # As Python does when it ends: the streams of `main` do so when they are collected, and the pipe is closed then.
+        sys.stdout.flush()
+        sys.stderr.flush()
     assert ended.value.code == 0
     assert (tmp_path / "out" / "coffee_tsm.png").is_file()
 
