@@ -15,6 +15,7 @@ from mkdocs.structure.files import File, Files
 
 _RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 _FETCHING_SCRIPT = re.compile(r"<script[^>]*>(?:(?!</script>).)*cdnjs(?:(?!</script>).)*</script>", flags=re.DOTALL)
+_SHORT_CODE = re.compile(r"<code>([^<]{1,30})</code>")
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 
 
@@ -26,8 +27,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Draw the equations of a page, docstrings included."""
-    return _EQUATION.sub(_mathml, html)
+    """Draw the equations of a page, docstrings included, and mark the code that stays on a line."""
+    return _SHORT_CODE.sub(r'<code class="short">\1</code>', _EQUATION.sub(_mathml, html))
 
 
 def on_post_page(output: str, **_: Any) -> str:
