@@ -177,7 +177,8 @@ def _judged(
     else:
         maps = torch.cat([vectors @ rows.mT for rows in rows_in_float64(unfolding)], dim=2).squeeze(1).abs()
     promise = _PROMISE_OF_FLOAT64 if unfolding.dtype == torch.float64 else _PROMISE
-    return maps, ~(turned * squares.amax(1).sqrt() <= promise * (maps.amax(1) - maps.amin(1)))
+    lowest, highest = torch.aminmax(maps, dim=1)
+    return maps, ~(turned * squares.amax(1).sqrt() <= promise * (highest - lowest))
 
 
 def _product(unfolding: Unfolding, vectors: Row, *, single: bool) -> Float[Tensor, "batch 1 n"]:
