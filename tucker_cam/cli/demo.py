@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
 
-import matplotlib
 import numpy as np
 import skimage
 import torch
@@ -74,24 +73,18 @@ def _compare(panel: Path) -> Table:
     return table
 
 
-def _milliseconds(work: Callable[[], object], repetitions: int = 7) -> float:
-    work()
-    times = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return 1e3 * median(times)
+def _milliseconds(work: Callable[[], object]) -> float:
+    # The first call is not like the others.
+    return 1e3 * median(timeit.repeat(work, number=1, repeat=8)[1:])
 
 
 def _draw(views: dict[str, list[NDArray[np.float32]]], title: str, panel: Path) -> None:
-    with matplotlib.rc_context({"font.size": 13}):
-        figure = Figure(figsize=(3 * len(views), 6.6), layout="constrained")
-        grid = figure.subplots(len(_PHOTOGRAPHS), len(views))
-        for column, (name, shown) in zip(grid.T, views.items(), strict=True):
-            column[0].set_title(name)
-            for axes, view in zip(column, shown, strict=True):
-                axes.imshow(view)
-                axes.axis("off")
-        figure.suptitle(f"{title}, no label given")
-        figure.savefig(panel, dpi=100, format="png")
+    figure = Figure(figsize=(3 * len(views), 6.6), layout="constrained")
+    grid = figure.subplots(len(_PHOTOGRAPHS), len(views))
+    for column, (name, shown) in zip(grid.T, views.items(), strict=True):
+        column[0].set_title(name, fontsize=15.6)
+        for axes, view in zip(column, shown, strict=True):
+            axes.imshow(view)
+            axes.axis("off")
+    figure.suptitle(f"{title}, no label given", fontsize=15.6)
+    figure.savefig(panel, dpi=100, format="png")

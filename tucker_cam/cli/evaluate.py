@@ -14,10 +14,9 @@ from tucker_cam.errors import BadValueError, Failure
 from tucker_cam.evaluation.evaluate import check_output, evaluate
 from tucker_cam.evaluation.metrics import Measure
 from tucker_cam.evaluation.report import FORMATS
-from tucker_cam.evaluation.summary import BASELINE, ENOUGH, Interval, Summary, write_summary
+from tucker_cam.evaluation.summary import BASELINE, ENOUGH, Summary, write_summary
 from tucker_cam.text import counted, say
 
-_COLUMNS = 3
 _SAY_MOST = (
     "best_cut_iou",
     "probability_drop_area_matched",
@@ -57,31 +56,25 @@ def print_table(summaries: Mapping[str, Mapping[str, Summary]], measures: Sequen
     scored = [each for each in measures if any(each.name in of_method for of_method in summaries.values())]
     # One's own measures, then those of the list, then the others.
     order = [each.name for each in scored if not each.group] + [*_SAY_MOST]
-    shown = sorted(scored, key=lambda each: order.index(each.name) if each.name in order else len(order))[:_COLUMNS]
+    shown = sorted(scored, key=lambda each: order.index(each.name) if each.name in order else len(order))[:3]
     table = Table("method", box=None, padding=(0, 1, 0, 0))
     for measure in shown:
         table.add_column(measure.heading, justify="right")
     for method, by_measure in summaries.items():
         table.add_row(method, *(_cell(measure, by_measure.get(measure.name)) for measure in shown))
-    console = PlainConsole()
-    console.print(table)
-    console.print(
+    PlainConsole().print(
+        table,
         f"Means over pictures with 95 % bootstrap intervals; + better and - worse than {BASELINE}, by the interval of "
-        f"the paired difference (none of fewer than {ENOUGH} pictures; of so many comparisons, a few come by chance)."
+        f"the paired difference (none of fewer than {ENOUGH} pictures; of so many comparisons, a few come by chance).",
     )
 
 
 def _cell(measure: Measure, summary: Summary | None) -> str:
     if summary is None:
         return "- "
-    low, high = summary.difference[1:] if summary.difference else (math.nan, math.nan)
-    sign = "+" if low > 0 else "-" if high < 0 else " "
-    if measure.better == "lower":
-        sign = {"+": "-", "-": "+"}.get(sign, sign)
-    clear = summary.pictures >= ENOUGH and measure.better
-    return f"{_interval(summary.value)}{sign if clear else ' '}"
-
-
-def _interval(interval: Interval) -> str:
-    mean, low, high = (f"{number:.3f}" if abs(number) < 10 else f"{number:.1f}" for number in interval)
-    return mean if math.isnan(interval.low) else f"{mean} [{low.removeprefix('0')},{high.removeprefix('0')}]"
+    mean, low, high = (f"{number:.3f}" if abs(number) < 10 else f"{number:.1f}" for number in summary.value)
+    shown = mean if math.isnan(summary.value.low) else f"{mean} [{low.removeprefix('0')},{high.removeprefix('0')}]"
+    if summary.difference is None or summary.pictures < ENOUGH or not measure.better:
+        return f"{shown} "
+    higher, lower = ("+", "-") if measure.better == "higher" else ("-", "+")
+    return shown + (higher if summary.difference.low > 0 else lower if summary.difference.high < 0 else " ")

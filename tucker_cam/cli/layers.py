@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from typing import Unpack
 
 from rich.box import SIMPLE
 from rich.table import Table
@@ -14,15 +15,13 @@ from tucker_cam.models import NoLayerError, SpatialLayer, load_model
 from tucker_cam.models.loading import Loading
 from tucker_cam.text import counted, say
 
-_UNBOUNDED = 10_000
-"""Of no terminal a line is a row, whatever its length."""
 
-
-def print_layers(name: str, loading: Loading) -> None:
+def print_layers(name: str, **loading: Unpack[Loading]) -> None:
     """Print the layers with a spatial map in the order in which they run, the chosen ones marked."""
     console = PlainConsole()
     if not console.is_terminal:
-        console.width = _UNBOUNDED
+        # A line is a row, whatever its length.
+        console.width = 10_000
     try:
         loaded = load_model(name, **loading)
     except NoLayerError as error:
@@ -37,7 +36,7 @@ def print_layers(name: str, loading: Loading) -> None:
 
 
 def print_examined_layers(
-    pictures: Sequence[str], name: str, loading: Loading, *, limit: int, batch_size: int
+    pictures: Sequence[str], name: str, *, limit: int, batch_size: int, **loading: Unpack[Loading]
 ) -> list[Failure]:
     """Print what the layers' maps are like on pictures, the recommended one marked, and return what failed."""
     from tucker_cam.evaluation.layers import examine_layers
@@ -62,12 +61,11 @@ def print_examined_layers(
             f"{each.embedding_kept:.3f}",
             style="bold" if each.recommended else None,
         )
-    console = PlainConsole()
-    console.print(table)
-    console.print(
+    PlainConsole().print(
+        table,
         "TSM's maps: how often the largest value lies on the outermost cells, how often these are brighter than those "
         "inside, how much of the energy the highest tenth holds, and how much of the embedding's direction the "
-        "area-matched map keeps. -> recommended: keeps most; !! shows where the pictures end, not what is in them."
+        "area-matched map keeps. -> recommended: keeps most; !! shows where the pictures end, not what is in them.",
     )
     if found.pictures < ENOUGH:
         say(f"fewer than {ENOUGH} pictures: the next ones may recommend another layer")
