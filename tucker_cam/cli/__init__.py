@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from inspect import Signature, signature
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,24 +38,26 @@ OutputFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder for the 
 DataFolder = Annotated[Path, typer.Argument(help="Folder of pictures, at any depth.")]
 _MODELS = ", ".join(family.usage for family in FAMILIES.values())
 ModelName = Annotated[str, typer.Option("--model", "-m", help=f"{_MODELS}, the last one your own function.")]
+Limit = Annotated[int | None, typer.Option(help="Take a random sample of so many pictures.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1)]
+_WORKERS_HELP = "Processes that read pictures, or actors. (default: one core is left)"
+Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help=_WORKERS_HELP)]
 _LAYER_HELP = (
     "Dotted name of the layer to explain, or its negative index in `tucker-cam layers`; of several, the maps are "
     "averaged. (default: the last one with a spatial map)"
 )
-LayerNames = Annotated[list[str] | None, typer.Option("--layer", help=_LAYER_HELP)]
-Limit = Annotated[int | None, typer.Option(help="Take a random sample of so many pictures.")]
-RandomWeights = Annotated[bool, typer.Option("--no-pretrained", help="Random weights; none are downloaded.")]
-Weights = Annotated[
-    Path | None, typer.Option(help="A checkpoint, of torch.save or .safetensors; the backbone is found in it.")
-]
-Size = Annotated[int | None, typer.Option(min=1, help="Side of the network's input. (default: the model's own)")]
-NoCrop = Annotated[bool, typer.Option("--no-crop", help="Show the network the whole picture, not its middle.")]
-Mean = Annotated[tuple[float, float, float] | None, typer.Option(help="What the input is normalised by, in [0, 1].")]
-Std = Annotated[tuple[float, float, float] | None, typer.Option(help="See --mean.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps ... (default: cuda if there is one)")]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1)]
-_WORKERS_HELP = "Processes that read pictures, or actors. (default: one core is left)"
-Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help=_WORKERS_HELP)]
+_WEIGHTS_HELP = "A checkpoint, of torch.save or .safetensors; the backbone is found in it."
+_LOADING = {
+    "layers": (list[str] | None, typer.Option(None, "--layer", help=_LAYER_HELP)),
+    "no_pretrained": (bool, typer.Option(False, "--no-pretrained", help="Random weights; none are downloaded.")),
+    "weights": (Path | None, typer.Option(None, help=_WEIGHTS_HELP)),
+    "size": (int | None, typer.Option(None, min=1, help="Side of the network's input. (default: the model's own)")),
+    "no_crop": (bool, typer.Option(False, "--no-crop", help="Show the network the whole picture, not its middle.")),
+    "mean": (tuple[float, float, float] | None, typer.Option(None, help="What the input is normalised by, in [0, 1].")),
+    "std": (tuple[float, float, float] | None, typer.Option(None, help="See --mean.")),
+    "device": (str | None, typer.Option(None, help="cpu, cuda, mps ... (default: cuda if there is one)")),
+}
+"""The options of every command that loads a model."""
 _DEBUG = ContextVar("debug", default=False)
 _EXTRAS = {"pyarrow": "ray", "ray": "ray", "zarr": "zarr"}
 
@@ -87,23 +89,10 @@ def _prepare(
     warnings.formatwarning = lambda message, *_, **__: f"{printable(f'warning: {message}')}\n"
 
 
-def _loading(
-    layers: LayerNames = None,
-    no_pretrained: RandomWeights = False,
-    weights: Weights = None,
-    size: Size = None,
-    no_crop: NoCrop = False,
-    mean: Mean = None,
-    std: Std = None,
-    device: Device = None,
-) -> None:
-    """Hold the options of every command that loads a model."""
-
-
 def _command(extra: str, *, goes_on: bool = False) -> Callable[[Callable[..., Sequence[Failure]]], Callable[..., None]]:
     """Make a command of a function that returns the pictures that failed while the others were done: exit code 1.
 
-    It has the options of `_loading` too; the function gets them as ``**loading``, the arguments of `load_model`.
+    It has the options of `_LOADING` too; the function gets them as ``**loading``, the arguments of `load_model`.
     """
 
     def make(function: Callable[..., Sequence[Failure]]) -> Callable[..., None]:
@@ -119,7 +108,10 @@ def _command(extra: str, *, goes_on: bool = False) -> Callable[[Callable[..., Se
                 raise typer.Exit(1)
 
         *own, _ = signature(function, eval_str=True).parameters.values()
-        shared = signature(_loading, eval_str=True).parameters.values()
+        shared = [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+            for name, (kind, option) in _LOADING.items()
+        ]
         command.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
         return app.command()(command)
 

@@ -24,7 +24,7 @@ from tucker_cam.pictures.files import open_picture
 from tucker_cam.text import say
 from tucker_cam.writing import complete_or_absent
 
-_SHOWN = ("eigencam", "tsm", "multivec-eigencam", "mtsm")
+_SHOWN = [METHODS[name] for name in ("eigencam", "tsm", "multivec-eigencam", "mtsm")]
 # The methods agree on the cup, and on the cat they differ most of all that docs/make_pictures.py compares.
 _PHOTOGRAPHS = [Path(skimage.__file__).parent / "data" / name for name in ("coffee.png", "chelsea.png")]
 
@@ -51,8 +51,7 @@ def _compare(panel: Path) -> Table:
     # One thread for torch and BLAS alike: what several gain depends on what else the machine is doing.
     with threadpool_limits(1), torch.no_grad():
         forward = _milliseconds(lambda: loaded.model(first))
-        for name in _SHOWN:
-            method = METHODS[name]
+        for method in _SHOWN:
             with method(loaded.model, loaded.target_layers) as cam:
                 maps = cam(images, targets=None)
                 views[method.title] = [
@@ -60,7 +59,7 @@ def _compare(panel: Path) -> Table:
                 ]
                 features = cam.activations_and_grads.activations[0][:1]
                 # What the host hands on: its own methods get NumPy arrays, ours the tensors.
-                handed_on = features.numpy() if name == "eigencam" else features
+                handed_on = features.numpy() if method.name == "eigencam" else features
                 milliseconds[method.title] = _milliseconds(
                     partial(cam.get_cam_image, first, layer.module, None, handed_on, None, False)
                 )
