@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from defusedxml import ElementTree
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from tucker_cam.errors import BadFileError, BadValueError
@@ -34,7 +34,7 @@ _WHERE = (
     "those of a picture's name are found, boxes beside it or in a folder annotations, masks in masks or "
     "SegmentationClass"
 )
-_ORIENTATION = 0x0112
+_NOT_SCORED = "so not scored on localisation"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def find_samples(folder: Path, *, annotations: Annotations | None = None, limit:
         OSError, ValueError: there is no such folder, or no picture in it, or none with these annotations.
     """
     if not folder.is_dir():
-        raise BadFileError(f"{folder}: expected a folder of pictures, found none of that name")
+        there = "a file" if folder.exists() else "none of that name"
+        raise BadFileError(f"{folder}: expected a folder of pictures, found {there}")
     files: dict[Annotations, list[Path]] = {"boxes": [], "masks": [], "none": []}
     for path in sorted(without_results(files_below(folder, PICTURES | {".xml"}), folder)):
         above = path.relative_to(folder).parts[:-1]
@@ -103,8 +104,8 @@ def find_samples(folder: Path, *, annotations: Annotations | None = None, limit:
     if annotations in files:
         samples = [sample for sample in samples if sample.annotation is not None]
     if not samples:
-        said = "; ".join([f"{folder}: expected pictures with {kind}, found none among {len(pictures)}", *remarks])
-        raise BadValueError(said)
+        found_none = f"{folder}: expected pictures with {kind}, found none among {len(pictures)}"
+        raise BadValueError("; ".join([found_none, *remarks]))
     return Samples(random_sample(samples, limit), kind, remarks)
 
 
@@ -113,24 +114,22 @@ def network_view(sample: Sample, annotations: Annotations, network: Network) -> 
     picture = open_picture(sample.picture)
     network_input = preprocessed(network.preprocess, picture, str(sample.picture))
     if sample.annotation is None or annotations == "none":
-        remark = f"{sample.picture}: without {annotations}, so not scored on localisation"
-        nothing = torch.zeros(network_input.shape[-2:], dtype=torch.bool)
-        return NetworkView(network_input, nothing, [] if annotations == "none" else [remark])
+        remarks = [] if annotations == "none" else [f"{sample.picture}: without {annotations}, {_NOT_SCORED}"]
+        return NetworkView(network_input, torch.zeros(network_input.shape[-2:], dtype=torch.bool), remarks)
     with open_image(sample.picture) as stored:
-        sizes, orientation = (picture.size, stored.size), stored.getexif().get(_ORIENTATION, 1)
+        sizes, orientation = (picture.size, stored.size), stored.getexif().get(ExifTags.Base.Orientation, 1)
     drawn = (_draw_boxes if annotations == "boxes" else _read_mask)(sample.annotation, sizes)
     # Sent through the model's own preprocessing, it follows its resizing and cropping to the pixel.
-    black_and_white = Image.fromarray(drawn.astype(np.uint8) * 255)
+    black_and_white = Image.fromarray(drawn).convert("RGB")
     if black_and_white.size != picture.size:
         # Drawn on the file as it is stored: turned as the photograph was.
-        black_and_white.getexif()[_ORIENTATION] = orientation
+        black_and_white.getexif()[ExifTags.Base.Orientation] = orientation
         black_and_white = ImageOps.exif_transpose(black_and_white)
-    mask_input = preprocessed(network.preprocess, black_and_white.convert("RGB"), str(sample.annotation))
+    mask_input = preprocessed(network.preprocess, black_and_white, str(sample.annotation))
     mask = torch.from_numpy(network.picture(mask_input)[..., 0] > 0.5)
-    if mask.any():
-        return NetworkView(network_input, mask, [])
     why = "its object is cropped away or too small for the network" if drawn.any() else "without an object"
-    return NetworkView(network_input, mask, [f"{sample.annotation}: {why}, so not scored on localisation"])
+    remarks = [] if mask.any() else [f"{sample.annotation}: {why}, {_NOT_SCORED}"]
+    return NetworkView(network_input, mask, remarks)
 
 
 def _annotation(picture: Path, folder: Path, kind: Annotations, by_name: Mapping[Path, Path]) -> Path | None:
@@ -196,14 +195,12 @@ def _read_mask(file: Path, sizes: _Sizes) -> NDArray[np.bool_]:
     """
     try:
         with open_image(file) as mask:
-            _check_size(file, mask.size, sizes)
-            values, mode, least = np.atleast_3d(np.asarray(mask)), mask.mode, 127 if mask.format == "JPEG" else 0
-    except BadValueError:
-        raise
+            values, mode, is_jpeg = np.atleast_3d(np.asarray(mask)), mask.mode, mask.format == "JPEG"
     except Exception as error:
         # Pillow's decoders raise nearly anything.
         raise BadFileError(f"{file}: expected a mask as a picture, found none or a broken one ({error})") from error
-    drawn = values > least
+    _check_size(file, (values.shape[1], values.shape[0]), sizes)
+    drawn = values > (127 if is_jpeg else 0)
     if mode == "P":
         drawn &= values != 255
     elif mode.endswith("A"):

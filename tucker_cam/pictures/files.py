@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,8 +20,7 @@ _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP", "AVI
 def open_picture(path: Path) -> Image.Image:
     """Open a picture as RGB, turned as its EXIF data says."""
     with open_file(str(path)) as file:
-        (picture,) = decode_frames(file, str(path), 1)
-    return picture
+        return decode_frames(file, str(path), 1)[0]
 
 
 def is_url(path: str) -> bool:
@@ -86,13 +84,9 @@ def open_image(file: BinaryIO | Path) -> Image.Image:
 
     Pillow knows other formats, of which PostScript would start another program on what is in the file.
     """
+    Image.init()
+    # Asked for a format that it has not, it fails on every picture.
+    formats = [name for name in _FORMATS if name in Image.OPEN]
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(file, formats=_known_formats())
-
-
-@cache
-def _known_formats() -> list[str]:
-    """Return those that this version of Pillow has: asked for another, it fails on every picture."""
-    Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
+        return Image.open(file, formats=formats)

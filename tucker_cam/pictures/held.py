@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,23 +72,16 @@ def collect(pictures: Pictures, *, out: Path | None = None, limit: int | None = 
     elif limit is not None:
         raise BadValueError("expected no limit where the number of pictures is not known: take as many batches")
     else:
-        batches = _Once(pictures) if isinstance(pictures, Iterator) else pictures
-        return Collection(lambda: _of_batches(batches), None, [])
+        times = iter([pictures]) if isinstance(pictures, Iterator) else repeat(pictures)
+        return Collection(lambda: _of_batches(_next_time(times)), None, [])
     chosen = random_sample(found, limit)
     return Collection(lambda: iter([chosen]), len(chosen), failures)
 
 
-class _Once:
-    """What can be gone through only once, and says so the second time."""
-
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self.batches: Iterator[Any] | None = batches
-
-    def __iter__(self) -> Iterator[Any]:
-        if self.batches is None:
-            raise BadValueError("expected batches that can be gone through again, got an iterator: give a list of them")
-        batches, self.batches = self.batches, None
+def _next_time(times: Iterator[Iterable[Any]]) -> Iterable[Any]:
+    for batches in times:
         return batches
+    raise BadValueError("expected batches that can be gone through again, got an iterator: give a list of them")
 
 
 def named_inputs(batches: Iterable[Any]) -> Iterator[tuple[list[str], Tensor, list[Any]]]:
@@ -96,9 +90,7 @@ def named_inputs(batches: Iterable[Any]) -> Iterator[tuple[list[str], Tensor, li
     for batch in batches:
         images, *others = batch if isinstance(batch, (list, tuple)) else (batch,)
         if not isinstance(images, Tensor):
-            raise BadTypeError(
-                f"expected batches of network inputs, or a list of pictures, got {type(images).__name__}"
-            )
+            raise BadTypeError(f"expected batches of network inputs or a list of pictures, got {type(images).__name__}")
         if images.dim() not in (4, 5):
             raise BadValueError(
                 f"expected a batch of network inputs, batch x channels x height x width, got {tuple(images.shape)}: "
@@ -135,12 +127,11 @@ def _as_picture(given: Any, index: int) -> Image.Image:
     if not isinstance(given, np.ndarray):
         raise BadTypeError(f"expected a path, an image or an array as picture {index}, got {type(given).__name__}")
     if given.ndim != 3 or given.shape[2] != 3 or 0 in given.shape:
-        expected = "expected a picture as height x width x 3, or a PIL image"
-        raise BadValueError(f"{expected}, got an array of {'x'.join(map(str, given.shape))}")
+        raise BadValueError(f"expected a picture as height x width x 3, or a PIL image, got an array of {given.shape}")
     if np.issubdtype(given.dtype, np.floating):
         if not (given.min() >= 0 and given.max() <= 1):
             raise BadValueError("expected a floating point picture in [0, 1], got numbers outside: divide by 255")
         given = np.rint(255 * given).astype(np.uint8)
     if given.dtype != np.uint8:
         raise BadTypeError(f"expected a picture of uint8, or of floating point in [0, 1], got {given.dtype}")
-    return Image.fromarray(np.ascontiguousarray(given))
+    return Image.fromarray(given)

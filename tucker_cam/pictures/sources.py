@@ -71,7 +71,7 @@ class Source:
     @property
     def stamp(self) -> Stamp:
         """When a local file was last written, and its size."""
-        if is_url(self.path) or not os.path.exists(self.path):
+        if not os.path.exists(self.path):
             return Stamp(0, 0)
         found = os.stat(self.path)
         return Stamp(found.st_mtime_ns, found.st_size)
@@ -209,7 +209,6 @@ def _in_file(path: str, stem: str) -> list[Source]:
 
 
 def _holds_results(folder: Path) -> bool:
-    file = folder / MANIFEST
     with suppress(OSError):
-        return file.is_file() and b'"tucker-cam"' in file.read_bytes()
+        return b'"tucker-cam"' in (folder / MANIFEST).read_bytes()
     return False

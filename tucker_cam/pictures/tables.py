@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -31,10 +31,10 @@ def encoded_picture(path: str, group: int, row: int) -> bytes:
 @lru_cache(maxsize=2)
 def _images(path: str, group: int) -> Any:
     with _opened(path) as table:
-        columns = table.schema_arrow.names
-        if columns.count("image") != 1:
-            raise BadFileError(f"expected one column image, found {', '.join(columns)}")
-        return table.read_row_group(group, columns=["image"])["image"]
+        columns, images = table.schema_arrow.names, table.read_row_group(group, columns=["image"])
+    if columns.count("image") != 1:
+        raise BadFileError(f"expected one column image, found {', '.join(columns)}")
+    return images["image"]
 
 
 @contextmanager
@@ -46,19 +46,15 @@ def _opened(path: str) -> Iterator[Any]:
     with open_file(path) as file:
         try:
             yield pq.ParquetFile(file)
-        except BadFileError:
-            raise
         except Exception as error:
             # Arrow's decoders fail in their own ways.
             raise BadFileError(f"{path}: expected a Parquet file, found something else or a broken one") from error
 
 
 def _names(table: Any, group: int) -> list[str | None]:
-    names: list[str | None] = [None] * table.metadata.row_group(group).num_rows
-    # There is no such column, or it is there twice, or broken.
-    with suppress(Exception):
-        for row, value in enumerate(table.read_row_group(group, columns=["name"])["name"]):
-            # Text that is no UTF-8.
-            with suppress(ValueError):
-                names[row] = value.as_py() and str(value.as_py())
-    return names
+    try:
+        names = table.read_row_group(group, columns=["name"])["name"].to_pylist()
+    except Exception:
+        # There is no such column, or it is there twice, or holds text that is no UTF-8.
+        return [None] * table.metadata.row_group(group).num_rows
+    return [name and str(name) for name in names]
