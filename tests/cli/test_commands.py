@@ -89,21 +89,16 @@ def test_layers_and_smoothing_can_be_asked_for(photograph, tmp_path):
     assert min(differences) > 0.01
 
 
-def test_what_cannot_be_read_or_written_is_named_and_the_others_done(photograph, tmp_path):
-    reasons = {"none.png": "no such file", "text.jpg": "another kind", "other.png": "could not be written"}
-    (tmp_path / "text.jpg").write_text("no picture")
+def test_a_map_that_cannot_be_written_is_named_and_the_others_are(photograph, tmp_path):
+    in_the_way = tmp_path / "out" / "other_tsm.png"
     (tmp_path / "other.png").write_bytes(photograph.read_bytes())
-    arguments, map_of_other = (*TINY, "--out", tmp_path / "out"), tmp_path / "out" / "other_tsm.png"
-    assert run("explain", tmp_path / "other.png", *arguments).exit_code == 0
-    map_of_other.unlink()
-    map_of_other.mkdir()
-    result = run("explain", *(tmp_path / name for name in reasons), photograph, *arguments)
+    assert run("explain", tmp_path / "other.png", *TINY, "--out", tmp_path / "out").exit_code == 0
+    in_the_way.unlink()
+    in_the_way.mkdir()
+    result = run("explain", tmp_path / "other.png", photograph, *TINY, "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert "3 pictures: 1 explained, 0 there already, 2 failed" in result.output
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    for error, (name, reason) in zip(errors, reasons.items(), strict=True):
-        assert str(tmp_path / name) in error
-        assert reason in error
+    assert "2 pictures: 1 explained, 0 there already, 1 failed" in result.output
+    assert f"error: {tmp_path / 'other.png'}: could not be written" in result.stderr
     assert (tmp_path / "out" / "coffee_tsm.png").is_file()
 
 

@@ -25,19 +25,13 @@ def is_killed(batch):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("workers", [None, 0, 2])
-def test_what_is_read_comes_in_the_order_of_the_batches(workers, tmp_path):
-    read = read_ahead(BATCHES, partial(noted, folder=tmp_path), workers)
-    assert list(read) == [sum(batch) for batch in BATCHES]
-
-
 # Two batches wait for each process, and one more is asked for when one is taken.
-@pytest.mark.parametrize(("workers", "most"), [(0, 1), (2, 5)])
-def test_only_a_few_batches_are_read_ahead(workers, most, tmp_path):
+@pytest.mark.parametrize(("workers", "most"), [(0, 1), (2, 5), (None, len(BATCHES))])
+def test_what_is_read_comes_in_the_order_of_the_batches_a_few_of_them_ahead(workers, most, tmp_path):
     read = read_ahead(BATCHES, partial(noted, folder=tmp_path), workers)
-    next(read)
+    first = next(read)
     assert 1 <= len(list(tmp_path.iterdir())) <= most
-    read.close()
+    assert [first, *read] == [sum(batch) for batch in BATCHES]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

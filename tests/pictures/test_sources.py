@@ -158,7 +158,11 @@ def test_a_sample_is_the_same_again_and_part_of_a_larger_one():
         random_sample(range(20), 0)
 
 
-def test_a_16_bit_picture_keeps_its_greys(tmp_path):
+def test_a_picture_of_more_than_8_bits_keeps_its_greys_or_is_refused(tmp_path):
     greys = np.linspace(0, 65535, 256).reshape(16, 16)
     Image.fromarray(greys.astype(np.uint16)).save(tmp_path / "deep.png")
     np.testing.assert_allclose(np.asarray(open_picture(tmp_path / "deep.png"))[..., 0], greys / 257, atol=1)
+    for dtype in (np.float32, np.int32):
+        Image.fromarray(greys.astype(dtype)).save(tmp_path / "a.tif")
+        with pytest.raises(OSError, match=r"a.tif: expected a picture of 8 or 16 bits a channel, found one of 32"):
+            open_picture(tmp_path / "a.tif")
