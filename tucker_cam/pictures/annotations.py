@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 from xml.etree.ElementTree import ParseError
@@ -30,15 +29,11 @@ _FOLDERS: dict[Annotations, tuple[str, ...]] = {
     "boxes": ("annotations", "Annotations"),
     "masks": ("masks", "Masks", "SegmentationClass"),
 }
-_WHERE = (
-    "those of a picture's name are found, boxes beside it or in a folder annotations, masks in masks or "
-    "SegmentationClass"
-)
+_WHERE = "found are boxes beside a picture or in annotations, and masks in masks or SegmentationClass, by its name"
 _NOT_SCORED = "so not scored on localisation"
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """A picture of a folder: its path below it, with slashes, its file, and the file of its boxes or mask, if any."""
 
     name: str

@@ -59,9 +59,7 @@ def _view(preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: in
     return None
 
 
-def _coordinates(
-    preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: int | None
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _coordinates(preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: int | None) -> NDArray[np.float64]:
     """Return where in the picture, in [0, 1], each place of the network's input lies, its x and its y; NaN if none."""
     black, white = _levels(preprocess, frames)
     width, height = size
@@ -69,8 +67,7 @@ def _coordinates(
     sent[..., 0] = (np.arange(width) + 0.5) / width
     sent[..., 1] = (np.arange(height)[:, None] + 0.5) / height
     red, green, blue = np.asarray((_sent(preprocess, sent, frames) - black) / (white - black))
-    padding = np.abs(blue - _BLUE) > _ROUNDING
-    return np.where(padding, np.nan, red), np.where(padding, np.nan, green)
+    return np.where(np.abs(blue - _BLUE) > _ROUNDING, np.nan, [red, green])
 
 
 @lru_cache(maxsize=8)
