@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from tucker_cam import __version__
 from tucker_cam.__main__ import main
 from tucker_cam.cli import app
 from tucker_cam.console import PlainConsole
+from tucker_cam.models import load_model
 from tucker_cam.pictures.files import open_picture
 from tucker_cam.text import say
 
@@ -87,6 +91,18 @@ def test_layers_and_smoothing_can_be_asked_for(photograph, tmp_path):
         maps.append(np.load(tmp_path / str(index) / "coffee_tsm.npy"))
     differences = [np.abs(one - other).max() for index, one in enumerate(maps) for other in maps[:index]]
     assert min(differences) > 0.01
+
+
+def test_the_options_of_a_model_are_the_arguments_of_load_model(monkeypatch):
+    given = {}
+    module = import_module("tucker_cam.cli.layers")
+    monkeypatch.setattr(module, "print_layers", lambda model, **loading: given.update(loading))
+    flags = ("--no-pretrained", "--no-crop", "--weights", "w.pth", "--size", 64, "--device", "cpu")
+    numbers = ("--mean", 0, 0.5, 1, "--std", 1, 2, 3)
+    assert run("layers", "demo", *flags, *numbers, "--layer", "a", "--layer", "-1").exit_code == 0
+    expected = {"pretrained": False, "crop": False, "weights": Path("w.pth"), "size": 64, "device": "cpu"}
+    assert given == expected | {"mean": (0, 0.5, 1), "std": (1, 2, 3), "layers": ["a", "-1"]}
+    assert given.keys() == signature(load_model).parameters.keys() - {"model"}
 
 
 def test_a_map_that_cannot_be_written_is_named_and_the_others_are(photograph, tmp_path):
