@@ -22,6 +22,8 @@ from tucker_cam.models import load_model
 from tucker_cam.pictures.files import open_picture
 from tucker_cam.text import say
 
+# By an import they would be the commands, which are called the same.
+DEMO, LAYERS = import_module("tucker_cam.cli.demo"), import_module("tucker_cam.cli.layers")
 TINY = ("-m", "networks:tiny_loaded_model")
 
 
@@ -61,7 +63,7 @@ def test_a_folder_that_the_demo_cannot_write_to_is_found_before_the_work(tmp_pat
     def work(*_):
         raise AssertionError("the work began")
 
-    monkeypatch.setattr("tucker_cam.cli.demo.load_model", work)
+    monkeypatch.setattr(DEMO, "load_model", work)
     (tmp_path / "file").touch()
     (tmp_path / "taken" / "demo.png").mkdir(parents=True)
     for out in (tmp_path / "file" / "below", tmp_path / "taken"):
@@ -95,8 +97,7 @@ def test_layers_and_smoothing_can_be_asked_for(photograph, tmp_path):
 
 def test_the_options_of_a_model_are_the_arguments_of_load_model(monkeypatch):
     given = {}
-    module = import_module("tucker_cam.cli.layers")
-    monkeypatch.setattr(module, "print_layers", lambda model, **loading: given.update(loading))
+    monkeypatch.setattr(LAYERS, "print_layers", lambda model, **loading: given.update(loading))
     flags = ("--no-pretrained", "--no-crop", "--weights", "w.pth", "--size", 64, "--device", "cpu")
     numbers = ("--mean", 0, 0.5, 1, "--std", 1, 2, 3)
     assert run("layers", "demo", *flags, *numbers, "--layer", "a", "--layer", "-1").exit_code == 0
@@ -142,7 +143,7 @@ def test_an_interrupted_command_that_does_not_go_on_does_not_say_so(monkeypatch)
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tucker_cam.cli.demo.run_demo", interrupted)
+    monkeypatch.setattr(DEMO, "run_demo", interrupted)
     result = run("demo")
     assert (result.exit_code, result.stderr) == (130, "stopped\n")
 
