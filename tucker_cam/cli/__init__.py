@@ -43,8 +43,8 @@ BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1)]
 _WORKERS_HELP = "Processes that read pictures, or actors. (default: one core is left)"
 Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help=_WORKERS_HELP)]
 _LAYER_HELP = (
-    "Dotted name of the layer to explain, or its negative index in `tucker-cam layers`; of several, the maps are "
-    "averaged. (default: the last one with a spatial map)"
+    "Dotted name of the layer to explain, or its negative index in `tucker-cam layers`; of several, explain averages "
+    "the maps. (default: the last one with a spatial map)"
 )
 _WEIGHTS_HELP = "A checkpoint, of torch.save or .safetensors; the backbone is found in it."
 _LOADING = {
