@@ -137,9 +137,8 @@ def evaluate(
                 these = {name: method for name, method in chosen.items() if name in missing}
                 results.append(compare(images, masks, names, loaded, these, measures, border))
 
-        failures, remarks = go_through(
-            inputs, loaded, score, "scoring", batch_size=batch_size, workers=workers, shown=progress
-        )
+        batches = inputs.read(loaded, batch_size, workers)
+        failures, remarks = go_through(batches, loaded.device, score, "scoring", number=inputs.number, shown=progress)
     remarks += [
         f"{row.picture}: {row.method} gave a map with NaN or Inf, so not scored"
         for row in results.rows.values()

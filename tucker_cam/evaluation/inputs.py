@@ -23,24 +23,36 @@ from tucker_cam.text import counted
 
 Data = str | Path | Tensor | Iterable[Any]
 Model = str | nn.Module | Network
+Read = tuple[str, NetworkView | Exception]
+"""A picture's name, and what the network sees of it or why that could not be read."""
 Work = Callable[[Sequence[str], Tensor, Tensor], None]
 """What is done with the names, the images and the masks of a batch, on the model's device."""
-_Read = tuple[str, NetworkView | Exception]
 
 
 class Inputs(NamedTuple):
-    """The pictures of a run: of a folder, then with `samples` by their names, or of batches.
-
-    `batches` yields what was read, for a network, by so many together and by so many workers; `number` is how many
-    there are, where that is known.
-    """
+    """The pictures of a run: of a folder, then with `samples` by their names, or of batches, in `views`."""
 
     where: str
     annotations: Annotations
     remarks: list[str]
-    samples: dict[str, Sample] | None
-    batches: Callable[[Network, int, int | None], Iterator[list[_Read]]]
-    number: int | None = None
+    samples: dict[str, Sample] | None = None
+    views: Iterator[Read] = iter(())
+
+    @property
+    def number(self) -> int | None:
+        """How many there are; None where that is not known."""
+        return None if self.samples is None else len(self.samples)
+
+    def read(self, network: Network, batch_size: int, workers: int | None) -> Iterator[list[Read]]:
+        """Yield the pictures in batches; those of a folder are read by so many workers."""
+        if self.samples is None:
+            while batch := list(islice(self.views, batch_size)):
+                yield batch
+            return
+        # The model itself stays in this process.
+        network = Network(nn.Identity(), network.preprocess, network.mean, network.std)
+        read = partial(_read, annotations=self.annotations, network=network)
+        yield from read_ahead(in_batches([*self.samples.values()], batch_size), read, workers)
 
 
 def load_for_pictures(model: Model, **options: Unpack[Loading]) -> LoadedModel:
@@ -62,63 +74,43 @@ def load_one_layer(model: Model, **options: Unpack[Loading]) -> LoadedModel:
 def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) -> Inputs:
     """Return what reads the pictures; if there are none, the errors of `find_samples`."""
     if isinstance(data, (str, Path)):
-        return _of_folder(Path(data), annotations, limit)
+        samples, kind, remarks = find_samples(Path(data), annotations=annotations, limit=limit)
+        return Inputs(str(Path(data).resolve()), kind, remarks, {sample.name: sample for sample in samples})
     if annotations is not None:
         raise BadValueError(f"expected a folder for annotations={annotations!r}, got batches: give their masks")
-    inputs = islice(_of_batches([data] if isinstance(data, Tensor) else data), limit)
-    first = next(inputs, None)
+    found = islice(_of_batches([data] if isinstance(data, Tensor) else data), limit)
+    first = next(found, None)
     if first is None:
         raise BadValueError("expected batches of network inputs, got none")
-    views: Iterator[_Read] = (
-        (name, _without_object(image) if mask is None else NetworkView(image, mask, []))
-        for name, image, mask in chain([first], inputs)
-    )
-
-    def batches(network: Network, size: int, workers: int | None) -> Iterator[list[_Read]]:
-        while batch := list(islice(views, size)):
-            yield batch
-
-    return Inputs("batches", "none" if first[2] is None else "masks", [], None, batches)
+    return Inputs("batches", first[0], [], views=(view for _, view in chain([first], found)))
 
 
-def _of_folder(folder: Path, annotations: Annotations | None, limit: int | None) -> Inputs:
-    samples, kind, remarks = find_samples(folder, annotations=annotations, limit=limit)
-
-    def batches(network: Network, size: int, workers: int | None) -> Iterator[list[_Read]]:
-        read = partial(_read, annotations=kind, network=_without_model(network))
-        return read_ahead(in_batches(samples, size), read, workers)
-
-    by_name = {sample.name: sample for sample in samples}
-    return Inputs(str(folder.resolve()), kind, remarks, by_name, batches, len(by_name))
-
-
-def inputs_of(collection: Collection) -> Inputs:
-    """Return what reads pictures that `collect` found; nothing is known of what is in them."""
-
-    def batches(network: Network, size: int, workers: int | None) -> Iterator[list[_Read]]:
-        read = partial(_read_pictures, network=_without_model(network))
-        for part in collection.parts():
-            yield from read_ahead(in_batches(part, size), read, workers)
-
-    return Inputs("pictures", "none", [], None, batches, collection.number)
+def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[Annotations, Read]]:
+    for names, images, others in named_inputs(batches):
+        # A data set's labels are of no use here.
+        given = others and isinstance(others[0], Tensor) and others[0].dim() > 1
+        kind: Annotations = "masks" if given else "none"
+        masks = others[0] if given else torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool)
+        for name, image, mask in zip(names, images, masks, strict=True):
+            yield kind, (name, NetworkView(image, mask, []))
 
 
-def _without_model(network: Network) -> Network:
-    """Return what reading needs of a network: the model itself stays in this process."""
-    return Network(nn.Identity(), network.preprocess, network.mean, network.std)
+def read_pictures(collection: Collection, network: Network, batch_size: int) -> Iterator[list[Read]]:
+    """Yield pictures that `collect` found, in batches; nothing is known of what is in them."""
+    for part in collection.parts():
+        for batch in in_batches(part, batch_size):
+            yield [(str(picture), _without_object(picture, network)) for picture in batch]
 
 
-def _read_pictures(pictures: Sequence[Picture], network: Network) -> list[_Read]:
-    found = [(str(picture), read_input(picture, network)) for picture in pictures]
-    return [(name, each if isinstance(each, Exception) else _without_object(each)) for name, each in found]
-
-
-def _without_object(image: Tensor) -> NetworkView:
+def _without_object(picture: Picture, network: Network) -> NetworkView | Exception:
+    image = read_input(picture, network)
+    if isinstance(image, Exception):
+        return image
     return NetworkView(image, torch.zeros(image.shape[-2:], dtype=torch.bool), [])
 
 
-def _read(samples: Sequence[Sample], annotations: Annotations, network: Network) -> list[_Read]:
-    read: list[_Read] = []
+def _read(samples: Sequence[Sample], annotations: Annotations, network: Network) -> list[Read]:
+    read: list[Read] = []
     for sample in samples:
         try:
             read.append((sample.name, network_view(sample, annotations, network)))
@@ -127,22 +119,8 @@ def _read(samples: Sequence[Sample], annotations: Annotations, network: Network)
     return read
 
 
-def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    for names, images, others in named_inputs(batches):
-        # A data set's labels are of no use here.
-        masks = others[0] if others and isinstance(others[0], Tensor) and others[0].dim() > 1 else None
-        yield from zip(names, images, [None] * len(images) if masks is None else masks, strict=True)
-
-
 def go_through(
-    inputs: Inputs,
-    loaded: LoadedModel,
-    work: Work,
-    title: str,
-    *,
-    batch_size: int,
-    workers: int | None,
-    shown: bool,
+    batches: Iterable[list[Read]], device: torch.device, work: Work, title: str, *, number: int | None, shown: bool
 ) -> tuple[list[Failure], list[str]]:
     """Hand the pictures of a batch and of one size to `work`; return what failed, and a line on each that is odd.
 
@@ -151,13 +129,13 @@ def go_through(
     failures: list[Failure] = []
     remarks: list[str] = []
     done = 0
-    with progress(title, inputs.number, shown=shown) as advance:
-        for batch in inputs.batches(loaded, batch_size, workers):
+    with progress(title, number, shown=shown) as advance:
+        for batch in batches:
             failures += [Failure(name, view) for name, view in batch if isinstance(view, Exception)]
             views = {name: view for name, view in batch if isinstance(view, NetworkView)}
             remarks += [remark for view in views.values() for remark in view.remarks]
             for these in of_one_size({name: view.network_input for name, view in views.items()}):
-                failures += _together_or_alone(work, {name: views[name] for name in these}, loaded.device)
+                failures += _together_or_alone(work, {name: views[name] for name in these}, device)
             done += len(batch)
             advance(len(batch))
     if len(failures) == done:

@@ -16,7 +16,7 @@ from tucker_cam.cams import scaled
 from tucker_cam.decomposition.projection import leading_map
 from tucker_cam.errors import Failure
 from tucker_cam.evaluation.comparison import pooled
-from tucker_cam.evaluation.inputs import Model, go_through, inputs_of, load_for_pictures
+from tucker_cam.evaluation.inputs import Model, go_through, load_for_pictures, read_pictures
 from tucker_cam.evaluation.metrics import area_matched, energy_in_top
 from tucker_cam.explanations.border import BorderCheck
 from tucker_cam.explanations.explainer import CPU_BATCH
@@ -90,21 +90,25 @@ def examine_layers(
     """
     collection = collect(pictures, limit=limit)
     loaded = load_for_pictures(model, **loading)
-    found = [_Found(layer) for layer in candidate_layers(loaded)]
+    found = [_Found(layer, BorderCheck(layer.name), [], []) for layer in candidate_layers(loaded)]
     layers = [*(each.layer for each in found), loaded.last_layer]
     recorder = FeatureRecorder(loaded.model, [layer.module for layer in layers], common_transform(layers))
 
     def look_at(names: Sequence[str], images: Tensor, masks: Tensor) -> None:
-        for each, seen in zip(found, _seen(images, recorder), strict=True):
-            each.add(seen)
+        for each, (maps, sharpness, kept) in zip(found, _seen(images, recorder), strict=True):
+            each.border.look_at(maps)
+            each.sharpness.extend(sharpness)
+            each.kept.extend(kept)
 
+    batches = read_pictures(collection, loaded, batch_size)
     try:
-        failures, _ = go_through(
-            inputs_of(collection), loaded, look_at, "examining", batch_size=batch_size, workers=0, shown=progress
-        )
+        failures, _ = go_through(batches, loaded.device, look_at, "examining", number=collection.number, shown=progress)
     finally:
         recorder.release()
-    reports = _with_recommendation([each.report() for each in found])
+    reports = [each.report() for each in found]
+    fit = [each for each in reports if not each.is_border_artefact]
+    best = max(fit, key=lambda each: each.embedding_kept, default=None)
+    reports = [replace(each, recommended=each is best) for each in reports]
     return LayersReport(loaded, reports, len(found[0].kept), collection.failures + failures)
 
 
@@ -125,60 +129,44 @@ def candidate_layers(loaded: LoadedModel) -> list[SpatialLayer]:
     return [layer for layer in loaded.spatial_layers if layer.module in chosen]
 
 
-class _Seen(NamedTuple):
-    """Of a layer and a batch: TSM's maps, how sharp each is, and how much of the embedding it keeps."""
+class _Found(NamedTuple):
+    """What was found of a layer so far: where its maps are strong, how sharp each is, and what it keeps."""
 
-    maps: Tensor
+    layer: SpatialLayer
+    border: BorderCheck
     sharpness: list[float]
     kept: list[float]
-
-
-class _Found:
-    """What was found of a layer so far."""
-
-    def __init__(self, layer: SpatialLayer) -> None:
-        self.layer, self.border = layer, BorderCheck(layer.name)
-        self.sharpness: list[float] = []
-        self.kept: list[float] = []
-
-    def add(self, seen: _Seen) -> None:
-        self.border.look_at(seen.maps)
-        self.sharpness += seen.sharpness
-        self.kept += seen.kept
 
     def report(self) -> LayerReport:
         border = self.border.statistics
         return LayerReport(
             self.layer,
-            _mean([float(each) for of_batch in border for each in of_batch.maximum]),
+            _mean([share for of_batch in border for share in of_batch.maximum.tolist()]),
             _mean([of_batch.chance for of_batch in border]),
-            _mean([float(each) for of_batch in border for each in of_batch.brighter]),
+            _mean([brighter for of_batch in border for brighter in of_batch.brighter.tolist()]),
             _mean(self.sharpness),
             _mean(self.kept),
             self.border.is_artefact,
         )
 
 
-def _seen(images: Tensor, recorder: FeatureRecorder) -> list[_Seen]:
-    """Return what is seen of each layer but the last one, whose features are the embedding's."""
+def _seen(images: Tensor, recorder: FeatureRecorder) -> list[tuple[Tensor, list[float], list[float]]]:
+    """Return TSM's maps, their sharpness and what they keep, of each layer but the last, which is the embedding's.
+
+    Of all before any is noted: a batch that fails is gone through again, picture by picture.
+    """
     with torch.no_grad():
         recorder(images)
         *features, last = recorder.activations
-        found = []
+        seen = []
         for maps in map(leading_map, features):
             shown = scaled(maps.double()).float()
             whole_size = interpolate(shown[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
             recorder(images * area_matched(whole_size)[:, None])
             kept = cosine_similarity(pooled(recorder.activations[-1]), pooled(last))
-            found.append(_Seen(maps, energy_in_top(shown).tolist(), kept.tolist()))
-    return found
+            seen.append((maps, energy_in_top(shown).tolist(), kept.tolist()))
+    return seen
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def _with_recommendation(reports: Sequence[LayerReport]) -> list[LayerReport]:
-    fit = [each for each in reports if not each.is_border_artefact]
-    best = max(fit, key=lambda each: each.embedding_kept, default=None)
-    return [replace(each, recommended=each is best) for each in reports]

@@ -52,37 +52,31 @@ def spectrum(
     inputs = find_inputs(data, "none" if isinstance(data, (str, Path)) else None, limit)
     loaded = load_one_layer(model, **loading)
     pictures: list[str] = []
-    parts: dict[str, list[NDArray[np.float64]]] = {name: [] for name in DECOMPOSITIONS}
+    parts: list[dict[str, Tensor]] = []
 
     def decompose(names: Sequence[str], images: Tensor, masks: Tensor) -> None:
         _, features = record(loaded.model, loaded.target_layers[0], images, loaded.reshape_transform)
-        for name, found in value_shares(features).items():
-            parts[name].append(found)
+        shares = {}
+        for name, center in DECOMPOSITIONS.items():
+            values = channel_modes(features, center=center).values.double().cpu()
+            share = (values / values.sum(1, keepdim=True))[:, :_VALUES]
+            shares[name] = pad(share, (0, _VALUES - share.shape[1]), value=torch.nan)
+        parts.append(shares)
         pictures.extend(names)
 
-    failures, _ = go_through(
-        inputs, loaded, decompose, "decomposing", batch_size=batch_size, workers=workers, shown=progress
-    )
-    shares = {name: np.concatenate(each) for name, each in parts.items()}
+    batches = inputs.read(loaded, batch_size, workers)
+    failures, _ = go_through(batches, loaded.device, decompose, "decomposing", number=inputs.number, shown=progress)
+    shares = {name: torch.cat([part[name] for part in parts]).numpy() for name in DECOMPOSITIONS}
     return Spectrum(pictures, shares, failures, loaded)
-
-
-def value_shares(features: Tensor, count: int = _VALUES) -> dict[str, NDArray[np.float64]]:
-    r"""Return $s_i / \sum_j s_j$ of feature maps, of the SVD of $F_c$ and of the full-rank Tucker of F.
-
-    By decomposition, batch x `count`, descending, in [0, 1]; NaN where there are fewer values, or only zeros.
-    """
-    shares = {}
-    for name, center in DECOMPOSITIONS.items():
-        values = channel_modes(features, center=center).values.double().cpu()
-        share = (values / values.sum(1, keepdim=True))[:, :count]
-        shares[name] = pad(share, (0, count - share.shape[1]), value=torch.nan).numpy()
-    return shares
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """How much each of the first ten singular values of each picture holds, as of `value_shares`; and what failed."""
+    r"""How much each of the first ten singular values of each picture holds of all, and what failed.
+
+    `shares` are $s_i / \sum_j s_j$, by decomposition, pictures x 10, descending, in [0, 1]; NaN where there are fewer
+    values, or only zeros.
+    """
 
     names: list[str]
     shares: dict[str, NDArray[np.float64]]
