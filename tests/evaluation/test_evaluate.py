@@ -20,7 +20,7 @@ from tucker_cam.errors import BadValueError
 from tucker_cam.evaluation import comparison, metrics
 from tucker_cam.evaluation.comparison import one_pass_of, score_of
 from tucker_cam.evaluation.controls import CONTROLS
-from tucker_cam.evaluation.metrics import MEASURES, Measure, choose_measures
+from tucker_cam.evaluation.metrics import MEASURES, Measure
 from tucker_cam.methods import METHODS
 from tucker_cam.models import load_model
 from tucker_cam.pictures.annotations import find_samples, network_view
@@ -122,8 +122,6 @@ def test_a_measure_of_ones_own_is_in_rows_summary_file_and_report(data, tmp_path
     assert found.summary()["mine"]["largest"].value.mean == 1
     assert {row["largest"] for row in read(tmp_path / "r.csv") if row["method"] == "uniform"} == {"0.5"}
     assert "largest value\nneither is better" in [axes.get_title() for axes in drawn[0].axes]
-    with pytest.raises(BadValueError, match="different names"):
-        choose_measures(["localisation", largest, largest], ())
 
 
 @pytest.mark.parametrize("model", ["networks:tiny_backbone", "networks:tiny_tuple_model"])
@@ -233,8 +231,7 @@ def test_a_picture_takes_one_pass_for_all_methods_two_with_gradients_and_two_for
     loaded.model.register_forward_hook(lambda module, inputs, output: seen.update(images=len(output)))
     evaluate(data, loaded, metrics="drop")
     maps = len(METHODS) + 2 + len(CONTROLS)
-    # The uniform map is scored once: it is its own area-matched one.
-    assert seen["images"] / 5 == 1 + 2 + 2 * maps - 1
+    assert seen["images"] / 5 == 1 + 2 + 2 * maps
 
 
 def test_results_of_another_run_are_not_mixed_in(data, tmp_path):
@@ -326,8 +323,11 @@ def test_bad_arguments_are_an_error():
         ({"methods": ["tsn"]}, "near it: tsm"),
         ({"methods": {"tsm": METHODS["mtsm"]}}, "names of your own for methods of your own, got tsm"),
         ({"methods": {"random": METHODS["tsm"]}}, "names of your own for methods of your own, got random"),
-        ({"metrics": Measure("mean_saliency", lambda judged: judged.maps)}, "measures of different names"),
-        ({"metrics": Measure("layer", lambda judged: judged.maps)}, "other names than layer, which are columns"),
+        (
+            {"metrics": Measure("mean_saliency", lambda judged: judged.maps)},
+            "measures of different names, got the columns picture",
+        ),
+        ({"metrics": Measure("layer", lambda judged: judged.maps)}, "measures of different names"),
     ):
         with pytest.raises(BadValueError, match=message):
             evaluate(**({"data": images, "model": MODEL} | options))

@@ -15,7 +15,7 @@ from torch import Tensor
 from tucker_cam.errors import BadFileError, BadValueError, Failure
 from tucker_cam.evaluation.comparison import Builder, compare, one_pass_of, saliency_maps, score_names
 from tucker_cam.evaluation.controls import CONTROLS
-from tucker_cam.evaluation.inputs import Data, Inputs, Model, find_inputs, go_through, load_one_layer
+from tucker_cam.evaluation.inputs import Data, Inputs, Model, find_inputs, go_through, load_for_pictures
 from tucker_cam.evaluation.metrics import Measure, choose_measures
 from tucker_cam.evaluation.report import FORMATS, Example, pick_examples, write_report
 from tucker_cam.evaluation.results import Results, Row
@@ -97,7 +97,7 @@ def evaluate(
     for remark in inputs.remarks:
         logger.info(f"note: {remark}")
     with nullcontext() if path is None else only_run(path):
-        loaded = load_one_layer(model, **loading)
+        loaded = load_for_pictures(model, **loading)
         if loaded.classifies:
             chosen |= {name: method for name, method in LABEL_DEPENDENT.items() if method.is_there}
         if inputs.annotations == "none":
@@ -111,10 +111,6 @@ def evaluate(
             "annotations": inputs.annotations,
         }
         results = Results(path, run, [measure.name for measure in measures])
-        if columns := {"picture", "method", *run}.intersection(results.measures):
-            raise BadValueError(
-                f"expected measures of other names than {', '.join(columns)}, which are columns already"
-            )
         pictures = inputs.samples
         if pictures is None and results.rows:
             raise BadValueError(f"{path}: expected a new file, as nothing tells batches from those of an earlier run")
@@ -199,21 +195,20 @@ class Evaluation:
             ValueError, OSError: the path ends in none of .png, .jpg, .pdf and .svg, or cannot be written.
         """
         check_output(Path(path), formats=FORMATS)
-        rows = self.rows
-        scored = {name for row in rows for name, value in row.values.items() if not math.isnan(value)}
-        ranked_by = next(each for name in _RANKED_BY for each in self.measures if each.name == name and name in scored)
+        summaries = self.summary()
+        shown = {each.name: each for each in self.measures if any(each.name in found for found in summaries.values())}
+        ranked_by = next(shown[name] for name in _RANKED_BY if name in shown)
         known = () if self._inputs.samples is None else (*self._methods, *CONTROLS)
-        examples = [self._example(*each) for each in pick_examples(rows, ranked_by) if each[0] in known]
+        examples = [self._example(*each) for each in pick_examples(self.rows, ranked_by) if each[0] in known]
         title = f"{self.loaded.name}, {self.loaded.layer_names[0]}: {counted(self.scored)}"
-        write_report(Path(path), title, self.summary(), self.measures, examples, ranked_by)
+        write_report(Path(path), title, summaries, [*shown.values()], examples, ranked_by)
 
     def _example(self, method: str, picture: str, title: str) -> Example:
         samples = self._inputs.samples or {}
         view = network_view(samples[picture], self._inputs.annotations, self.loaded)
         wanted = {name: build for name, build in self._methods.items() if name == method}
-        # Lazily: the controls come last, and are not made for a method's example.
         with one_pass_of(self.loaded, view.network_input[None].to(self.loaded.device)) as one_pass:
-            saliency = next(maps[0] for name, maps in saliency_maps(one_pass, [picture], wanted) if name == method)
+            saliency = dict(saliency_maps(one_pass, [picture], wanted))[method][0]
         return Example(title, self.loaded.picture(view.network_input), saliency.cpu().numpy(), view.mask.numpy())
 
     @property

@@ -17,14 +17,14 @@ from tucker_cam.models import LoadedModel, Network, load_model
 from tucker_cam.models.loading import Loading
 from tucker_cam.pictures.ahead import in_batches, of_one_size, read_ahead
 from tucker_cam.pictures.annotations import Annotations, NetworkView, Sample, find_samples, network_view
-from tucker_cam.pictures.held import Collection, Picture, named_inputs
+from tucker_cam.pictures.held import Collection, named_inputs
 from tucker_cam.progress import progress
 from tucker_cam.text import counted
 
 Data = str | Path | Tensor | Iterable[Any]
 Model = str | nn.Module | Network
-Read = tuple[str, NetworkView | Exception]
-"""A picture's name, and what the network sees of it or why that could not be read."""
+Read = tuple[str, NetworkView | Tensor | Exception]
+"""A picture's name, and what the network sees, where nothing is known of its objects only that; or why it failed."""
 Work = Callable[[Sequence[str], Tensor, Tensor], None]
 """What is done with the names, the images and the masks of a batch, on the model's device."""
 
@@ -35,7 +35,7 @@ class Inputs(NamedTuple):
     where: str
     annotations: Annotations
     remarks: list[str]
-    samples: dict[str, Sample] | None = None
+    samples: dict[str, Sample] | None
     views: Iterator[Read] = iter(())
 
     @property
@@ -55,18 +55,12 @@ class Inputs(NamedTuple):
         yield from read_ahead(in_batches([*self.samples.values()], batch_size), read, workers)
 
 
-def load_for_pictures(model: Model, **options: Unpack[Loading]) -> LoadedModel:
-    """Return the model, loaded as by `load_model`; ValueError if it takes clips."""
+def load_for_pictures(model: Model, *, one_layer: bool = True, **options: Unpack[Loading]) -> LoadedModel:
+    """Return the model, loaded as by `load_model`; ValueError if it takes clips, or has several layers to explain."""
     loaded = load_model(model, **options)
     if loaded.frames is not None:
         raise BadValueError(f"expected a network for pictures, and {loaded.name} takes clips")
-    return loaded
-
-
-def load_one_layer(model: Model, **options: Unpack[Loading]) -> LoadedModel:
-    """Return the model as of `load_for_pictures`; ValueError too if it has several layers to explain."""
-    loaded = load_for_pictures(model, **options)
-    if len(loaded.layers) > 1:
+    if one_layer and len(loaded.layers) > 1:
         raise BadValueError(f"expected one layer to score, got {', '.join(loaded.layer_names)}")
     return loaded
 
@@ -78,35 +72,27 @@ def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) 
         return Inputs(str(Path(data).resolve()), kind, remarks, {sample.name: sample for sample in samples})
     if annotations is not None:
         raise BadValueError(f"expected a folder for annotations={annotations!r}, got batches: give their masks")
-    found = islice(_of_batches([data] if isinstance(data, Tensor) else data), limit)
-    first = next(found, None)
+    views = islice(_of_batches([data] if isinstance(data, Tensor) else data), limit)
+    first = next(views, None)
     if first is None:
         raise BadValueError("expected batches of network inputs, got none")
-    return Inputs("batches", first[0], [], views=(view for _, view in chain([first], found)))
+    return Inputs("batches", "masks" if isinstance(first[1], NetworkView) else "none", [], None, chain([first], views))
 
 
-def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[Annotations, Read]]:
+def _of_batches(batches: Iterable[Any]) -> Iterator[Read]:
     for names, images, others in named_inputs(batches):
+        views: Iterable[NetworkView | Tensor] = images
         # A data set's labels are of no use here.
-        given = others and isinstance(others[0], Tensor) and others[0].dim() > 1
-        kind: Annotations = "masks" if given else "none"
-        masks = others[0] if given else torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool)
-        for name, image, mask in zip(names, images, masks, strict=True):
-            yield kind, (name, NetworkView(image, mask, []))
+        if others and isinstance(others[0], Tensor) and others[0].dim() > 1:
+            views = [NetworkView(image, mask, []) for image, mask in zip(images, others[0], strict=True)]
+        yield from zip(names, views, strict=True)
 
 
 def read_pictures(collection: Collection, network: Network, batch_size: int) -> Iterator[list[Read]]:
-    """Yield pictures that `collect` found, in batches; nothing is known of what is in them."""
+    """Yield pictures that `collect` found, in batches."""
     for part in collection.parts():
         for batch in in_batches(part, batch_size):
-            yield [(str(picture), _without_object(picture, network)) for picture in batch]
-
-
-def _without_object(picture: Picture, network: Network) -> NetworkView | Exception:
-    image = read_input(picture, network)
-    if isinstance(image, Exception):
-        return image
-    return NetworkView(image, torch.zeros(image.shape[-2:], dtype=torch.bool), [])
+            yield [(str(picture), read_input(picture, network)) for picture in batch]
 
 
 def _read(samples: Sequence[Sample], annotations: Annotations, network: Network) -> list[Read]:
@@ -131,8 +117,8 @@ def go_through(
     done = 0
     with progress(title, number, shown=shown) as advance:
         for batch in batches:
-            failures += [Failure(name, view) for name, view in batch if isinstance(view, Exception)]
-            views = {name: view for name, view in batch if isinstance(view, NetworkView)}
+            failures += [Failure(name, each) for name, each in batch if isinstance(each, Exception)]
+            views = {name: _view(each) for name, each in batch if not isinstance(each, Exception)}
             remarks += [remark for view in views.values() for remark in view.remarks]
             for these in of_one_size({name: view.network_input for name, view in views.items()}):
                 failures += _together_or_alone(work, {name: views[name] for name in these}, device)
@@ -142,6 +128,12 @@ def go_through(
         error = failures[0].error
         raise BadValueError(f"found {counted(done)}, and none could be used: {error}") from error
     return failures, remarks
+
+
+def _view(seen: NetworkView | Tensor) -> NetworkView:
+    if isinstance(seen, NetworkView):
+        return seen
+    return NetworkView(seen, torch.zeros(seen.shape[-2:], dtype=torch.bool), [])
 
 
 def _together_or_alone(work: Work, views: dict[str, NetworkView], device: torch.device) -> list[Failure]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -322,11 +323,7 @@ class Judged:
     @cached_property
     def change_area_matched(self) -> ConfidenceChange:
         """The same by the maps' ranks."""
-        matched = area_matched(self.maps)
-        # The uniform map is its own area-matched one.
-        if torch.equal(matched, self.maps):
-            return self.change
-        return confidence_change(self.images, matched, self.score, whole=self.whole)
+        return confidence_change(self.images, area_matched(self.maps), self.score, whole=self.whole)
 
 
 @dataclass(frozen=True)
@@ -369,10 +366,6 @@ def _on_scores(metric: Callable[[Tensor, Tensor, Score], Tensor]) -> Callable[[J
     return lambda judged: metric(judged.images, judged.maps, judged.score)
 
 
-def _change(kind: str, suffix: str) -> Callable[[Judged], Tensor]:
-    return lambda judged: getattr(judged.change_area_matched if suffix else judged.change, kind)
-
-
 _CHANGES: dict[str, Literal["higher", "lower"]] = {"drop": "lower", "increase": "higher", "gain": "higher"}
 _INSERTION, _DELETION, _ROAD = _on_scores(insertion_auc), _on_scores(deletion_auc), _on_scores(road)
 MEASURES = (
@@ -383,7 +376,14 @@ MEASURES = (
     Measure("max_f_beta", _on_object(max_f_beta), "maxF, beta squared 0.3", "higher", "localisation"),
     Measure("otsu_iou", _on_object(otsu_iou), "IoU, Otsu's threshold", "higher", "localisation"),
     *(
-        Measure(f"{score}_{kind}{suffix}", _change(kind, suffix), f"{words}: {kind}, %{how}", better, "drop", score)
+        Measure(
+            f"{score}_{kind}{suffix}",
+            attrgetter(f"change{suffix}.{kind}"),
+            f"{words}: {kind}, %{how}",
+            better,
+            "drop",
+            score,
+        )
         for score, words in (("probability", "probability"), ("similarity", "embedding"))
         for suffix, how in (("", ""), ("_area_matched", ", area-matched"))
         for kind, better in _CHANGES.items()
@@ -408,6 +408,4 @@ def choose_measures(metrics: Collection[str | Measure], score_names: Collection[
     groups = {check_name("metric", each, GROUPS) for each in metrics if isinstance(each, str)} | {"statistics"}
     known = [measure for measure in MEASURES if measure.group in groups]
     chosen = [*known, *(each for each in metrics if isinstance(each, Measure))]
-    if len({measure.name for measure in chosen}) < len(chosen):
-        raise BadValueError(f"expected measures of different names, got {', '.join(each.name for each in chosen)}")
     return [measure for measure in chosen if not measure.score or measure.score in score_names]

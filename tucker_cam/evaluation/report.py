@@ -67,27 +67,26 @@ def write_report(
     examples: Sequence[Example],
     ranked_by: Measure,
 ) -> None:
-    """Draw the page and write it, in the format of the path's ending, without measures that have no values."""
-    shown = [each for each in measures if any(each.name in of_method for of_method in summaries.values())]
-    bars_height = -(-len(shown) // _COLUMNS) * (1.2 + 0.24 * len(summaries))
+    """Draw the page and write it, in the format of the path's ending."""
+    bars_height = -(-len(measures) // _COLUMNS) * (1.2 + 0.24 * len(summaries))
     sheet_height = 2.6 * -(-len(examples) // _EXAMPLES) + 0.6 if examples else 0.01
     # File names may hold dollar signs, which are no formulas.
     with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(15, bars_height + sheet_height + 0.9), layout="constrained")
         figure.suptitle(printable(title), wrap=True)
         (bars,), (sheet,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[bars_height, sheet_height])
-        _draw_bars(bars, summaries, shown)
+        _draw_bars(bars, summaries, measures)
         if examples:
             _draw_examples(sheet, examples, ranked_by)
         with complete_or_absent(path) as unfinished:
             figure.savefig(unfinished, dpi=100, format=path.suffix.removeprefix(".").lower())
 
 
-def _draw_bars(figure: SubFigure, summaries: Mapping[str, Mapping[str, Summary]], shown: Sequence[Measure]) -> None:
+def _draw_bars(figure: SubFigure, summaries: Mapping[str, Mapping[str, Summary]], measures: Sequence[Measure]) -> None:
     places = range(len(summaries))
     colours = [_COLOURS.get(method, _OTHERS) for method in summaries]
-    grid = figure.subplots(-(-len(shown) // _COLUMNS), _COLUMNS, squeeze=False, sharey=True).flatten()
-    for axes, measure in zip(grid, shown, strict=False):
+    grid = figure.subplots(-(-len(measures) // _COLUMNS), _COLUMNS, squeeze=False, sharey=True).flatten()
+    for axes, measure in zip(grid, measures, strict=False):
         found = [of_method.get(measure.name) for of_method in summaries.values()]
         means, lows, highs = np.transpose([(np.nan,) * 3 if each is None else each.value for each in found])
         axes.barh(places, means, color=colours)
@@ -99,7 +98,7 @@ def _draw_bars(figure: SubFigure, summaries: Mapping[str, Mapping[str, Summary]]
         axes.set_yticks(places, [printable(method) for method in summaries])
         axes.locator_params(axis="x", nbins=5)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in grid[len(shown) :]:
+    for axes in grid[len(measures) :]:
         axes.axis("off")
     grid[0].invert_yaxis()
     handles: list[Artist] = [Patch(color=each, label=_MEANINGS[each]) for each in dict.fromkeys(colours)]

@@ -41,6 +41,8 @@ class Results:
     def __init__(self, path: Path | None, run: Mapping[str, str], measures: Sequence[str]) -> None:
         self.path, self.run, self.measures = path, run, measures
         self._header = ["picture", "method", *run, *measures]
+        if len(set(self._header)) < len(self._header):
+            raise BadValueError(f"expected measures of different names, got the columns {', '.join(self._header)}")
         self._ends_with_a_whole_row = False
         self.rows: dict[tuple[str, str], Row] = {}
         if path is not None and path.exists():

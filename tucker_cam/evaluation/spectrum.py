@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from tucker_cam.activations import record
 from tucker_cam.decomposition.modes import channel_modes
 from tucker_cam.errors import Failure
-from tucker_cam.evaluation.inputs import Data, Model, find_inputs, go_through, load_one_layer
+from tucker_cam.evaluation.inputs import Data, Model, find_inputs, go_through, load_for_pictures
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.loading import Loading
 from tucker_cam.text import counted, printable
@@ -50,7 +50,7 @@ def spectrum(
         (2, 10)
     """
     inputs = find_inputs(data, "none" if isinstance(data, (str, Path)) else None, limit)
-    loaded = load_one_layer(model, **loading)
+    loaded = load_for_pictures(model, **loading)
     pictures: list[str] = []
     parts: list[dict[str, Tensor]] = []
 
