@@ -16,7 +16,7 @@ from tucker_cam.cli.evaluate import print_table
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
 from tucker_cam.evaluation.metrics import MEASURES, Measure
 from tucker_cam.evaluation.report import Example, pick_examples, write_report
-from tucker_cam.evaluation.results import Results, Row, rounded
+from tucker_cam.evaluation.results import Results, Row
 from tucker_cam.evaluation.spectrum import spectrum
 from tucker_cam.evaluation.summary import Interval, Summary, summarise
 from tucker_cam.pictures.files import open_picture
@@ -139,7 +139,7 @@ def test_the_printed_table_has_ones_own_measures_first_and_a_sign_where_the_diff
 
 def test_rows_survive_names_of_any_kind_and_a_torn_one_is_thrown_away(tmp_path):
     names = ["plain.jpg", 'quo"te,comma.jpg', "line\r\nbreak.jpg", b"\xff.jpg".decode("utf8", "surrogateescape")]
-    numbers = [0.5, NAN, rounded(1e-9), rounded(123456.7)]
+    numbers = [0.5, NAN, 1e-9, 123457]
     rows = [Row(name, "tsm", {"a": number}) for name, number in zip(names, numbers, strict=True)]
     out = tmp_path / "r.csv"
     Results(out, {"model": "m"}, ["a"]).append(rows)

@@ -13,7 +13,7 @@ from tucker_cam.activations import record
 from tucker_cam.errors import BadTypeError
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
 from tucker_cam.evaluation.metrics import Judged, Measure, Score
-from tucker_cam.evaluation.results import Row, rounded
+from tucker_cam.evaluation.results import Row
 from tucker_cam.explanations.border import BorderCheck
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import LoadedModel, Network
@@ -104,21 +104,18 @@ def compare(
             broken = ~maps.isfinite().flatten(1).all(1)
             maps = maps.masked_fill(broken[:, None, None], 0)
             judged = Judged(maps, masks, images, names, score, score_names(loaded), whole)
-            values = {
-                name: each.masked_fill(broken.cpu(), torch.nan) for name, each in _values(judged, measures).items()
-            }
+            # Insertion of both scores, say, comes from the same passes.
+            functions = dict.fromkeys(measure.function for measure in measures)
+            found = {function: function(judged).float().cpu() for function in functions}
+            values: dict[str, Tensor] = {}
+            for measure in measures:
+                of_scores = found[measure.function]
+                one = of_scores[:, judged.score_names.index(measure.score)] if measure.score else of_scores
+                values[measure.name] = one.masked_fill(broken.cpu(), torch.nan)
+            # As numbers stand in the CSV, so that a run that was gone on with sums up to the same.
             rows += [
-                Row(picture, method, {name: rounded(each[index].item()) for name, each in values.items()})
+                Row(picture, method, {name: float(f"{each[index]:.6g}") for name, each in values.items()})
                 for index, picture in enumerate(names)
             ]
         border.warn_of(one_pass.output_and_features()[1][0])
     return rows
-
-
-def _values(judged: Judged, measures: Sequence[Measure]) -> dict[str, Tensor]:
-    # Insertion of both scores, say, comes from the same passes.
-    found = {function: function(judged).float().cpu() for function in dict.fromkeys(each.function for each in measures)}
-    return {
-        each.name: found[each.function][:, judged.score_names.index(each.score)] if each.score else found[each.function]
-        for each in measures
-    }

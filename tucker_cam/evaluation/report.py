@@ -24,15 +24,15 @@ from tucker_cam.writing import complete_or_absent
 
 FORMATS = (".png", ".jpg", ".pdf", ".svg")
 _COLOURS = {BASELINE: "tab:orange"} | dict.fromkeys(CONTROLS, "tab:gray")
-_OTHERS = "tab:blue"
 _MEANINGS = {
     "tab:orange": f"mean of {BASELINE}",
-    _OTHERS: "mean of another method",
+    "tab:blue": "mean of another method",
     "tab:gray": "mean of a control, which knows nothing of the picture",
 }
 _COLUMNS = 4
 # Two methods side by side: a page that is not endless.
 _EXAMPLES = 6
+# What fits above an overlay.
 _NAME_LENGTH = 22
 
 
@@ -54,7 +54,6 @@ def pick_examples(rows: Sequence[Row], measure: Measure) -> Iterator[tuple[str, 
             for place, chosen in ("best", 0), ("median", (len(ranked) - 1) // 2), ("worst", -1):
                 value, picture = ranked[chosen]
                 shown = printable(picture)
-                # Cut to what fits above an overlay.
                 short = shown if len(shown) <= _NAME_LENGTH else f"...{shown[-_NAME_LENGTH + 3 :]}"
                 yield method, picture, f"{printable(method)}, {place}: {value:.3g}\n{short}"
 
@@ -84,7 +83,7 @@ def write_report(
 
 def _draw_bars(figure: SubFigure, summaries: Mapping[str, Mapping[str, Summary]], measures: Sequence[Measure]) -> None:
     places = range(len(summaries))
-    colours = [_COLOURS.get(method, _OTHERS) for method in summaries]
+    colours = [_COLOURS.get(method, "tab:blue") for method in summaries]
     grid = figure.subplots(-(-len(measures) // _COLUMNS), _COLUMNS, squeeze=False, sharey=True).flatten()
     for axes, measure in zip(grid, measures, strict=False):
         found = [of_method.get(measure.name) for of_method in summaries.values()]

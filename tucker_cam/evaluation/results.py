@@ -26,11 +26,6 @@ class Row:
     values: Mapping[str, float]
 
 
-def rounded(number: float) -> float:
-    """Return a number as it stands in the CSV, so that a run that was gone on with sums up to the same."""
-    return float(f"{number:.6g}")
-
-
 class Results:
     """The rows of a run; with a file, on the disk as soon as they are known.
 
