@@ -338,7 +338,7 @@ def test_without_a_measure_the_maps_statistics_are_there_and_batches_go_into_a_n
     found = evaluate(images, MODEL, "tsm", metrics=[], out=out)
     assert found.rows[0].values.keys() == {"mean_saliency", "energy_in_top"}
     before = out.read_bytes()
-    with pytest.raises(BadValueError, match=r"r\.csv: expected a new file"):
+    with pytest.raises(BadValueError, match=r"r\.csv: expected results of the batches .* give another file"):
         evaluate(images, MODEL, "tsm", metrics=[], out=out)
     assert out.read_bytes() == before
 

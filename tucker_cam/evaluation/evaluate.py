@@ -111,20 +111,17 @@ def evaluate(
             "annotations": inputs.annotations,
         }
         results = Results(path, run, [measure.name for measure in measures])
-        pictures = inputs.samples
-        if pictures is None and results.rows:
-            raise BadValueError(f"{path}: expected a new file, as nothing tells batches from those of an earlier run")
-        if pictures is not None and (others := {name for name, _ in results.rows} - pictures.keys()):
+        count = "batches" if inputs.number is None else counted(inputs.number)
+        # Nothing tells a batch's pictures from those of an earlier run.
+        if others := {name for name, _ in results.rows} - (inputs.samples or {}).keys():
             raise BadValueError(
-                f"{path}: expected results of the {counted(len(pictures))} of this run, found some of {min(others)}, "
-                "which is not among them: give another file, or the limit it was written with"
+                f"{path}: expected results of the {count} of this run, found some of {min(others)}, which is not among "
+                "them: give another file, or the limit it was written with"
             )
-        count = "batches" if pictures is None else counted(len(pictures))
         logger.info(
             f"{count}, annotations: {inputs.annotations}; {loaded.description}; embedding: {loaded.last_layer.name}, "
             "pooled"
         )
-
         border = BorderCheck(loaded.layer_names[0])
 
         def score(names: Sequence[str], images: Tensor, masks: Tensor) -> None:
