@@ -68,42 +68,39 @@ def test_every_picture_and_method_is_a_row_with_every_metric_and_every_method_in
     assert "5 pictures scored, 0 skipped" in result.output
 
 
-def test_the_rows_hold_what_the_metrics_say(data):
-    groups, loaded = ["localisation", "drop", "curves"], load_model(MODEL)
-    found = {(row.picture, row.method): row.values for row in evaluate(data, MODEL, "tsm", metrics=groups).rows}
+def seen_by(loaded, data):
+    """Return the network's inputs for the pictures of a folder, and their masks."""
     samples, kind, _ = find_samples(data)
-    for sample in samples:
-        view = network_view(sample, kind, loaded)
-        images, masks = view.network_input[None], view.mask[None]
-        with TSM(loaded.model, loaded.target_layers) as cam:
-            maps = torch.as_tensor(cam(images))
-        with one_pass_of(loaded, images) as one_pass:
-            score = score_of(loaded, one_pass)
-        localisation = [measure.name for measure in MEASURES if measure.group == "localisation"]
-        expected = {name: getattr(metrics, name)(maps, masks)[0] for name in localisation}
-        expected |= {name: getattr(metrics, name)(maps)[0] for name in ("mean_saliency", "energy_in_top")}
-        of_scores = {
-            f"{kind}{suffix}": each
-            for suffix, shown in (("", maps), ("_area_matched", metrics.area_matched(maps)))
-            for kind, each in metrics.confidence_change(images, shown, score)._asdict().items()
-        }
-        of_scores["insertion"] = metrics.insertion_auc(images, maps, score)
-        of_scores["deletion"] = metrics.deletion_auc(images, maps, score)
-        for name, each in of_scores.items():
-            expected |= {f"probability_{name}": each[0, 0], f"similarity_{name}": each[0, 1]}
-        values = found[sample.name, "tsm"]
-        # An embedding's similarity is 1 for the whole image: nothing to gain.
-        gains = {f"similarity_{kind}{suffix}" for kind in ("gain", "increase") for suffix in ("", "_area_matched")}
-        assert expected.keys() - values.keys() == gains
-        for name, value in values.items():
-            assert value == pytest.approx(expected[name].item(), rel=1e-3, abs=1e-5)
+    views = [network_view(sample, kind, loaded) for sample in samples]
+    return torch.stack([view.network_input for view in views]), torch.stack([view.mask for view in views])
+
+
+def test_the_rows_hold_what_the_metrics_say(data):
+    loaded = load_model(MODEL)
+    rows = evaluate(data, loaded, "tsm", metrics=["localisation", "drop", "curves"], batch_size=2).rows
+    found = [row.values for row in rows if row.method == "tsm"]
+    images, masks = seen_by(loaded, data)
+    with TSM(loaded.model, loaded.target_layers) as cam, one_pass_of(loaded, images) as one_pass:
+        maps, score = torch.as_tensor(cam(images)), score_of(loaded, one_pass)
+    localisation = [measure.name for measure in MEASURES if measure.group == "localisation"]
+    expected = {name: getattr(metrics, name)(maps, masks) for name in localisation}
+    expected |= {name: getattr(metrics, name)(maps) for name in ("mean_saliency", "energy_in_top")}
+    of_scores = {name: getattr(metrics, f"{name}_auc")(images, maps, score) for name in ("insertion", "deletion")}
+    for suffix, shown in ("", maps), ("_area_matched", metrics.area_matched(maps)):
+        change = metrics.confidence_change(images, shown, score)
+        of_scores |= {f"{kind}{suffix}": each for kind, each in change._asdict().items()}
+    for name, each in of_scores.items():
+        expected |= {f"probability_{name}": each[:, 0], f"similarity_{name}": each[:, 1]}
+    # An embedding's similarity is 1 for the whole image: nothing to gain.
+    gains = {f"similarity_{kind}{suffix}" for kind in ("gain", "increase") for suffix in ("", "_area_matched")}
+    assert expected.keys() - found[0].keys() == gains
+    for name in found[0]:
+        assert [values[name] for values in found] == pytest.approx(expected[name].tolist(), rel=1e-3, abs=1e-5)
 
 
 def test_batches_are_scored_as_the_pictures_of_a_folder_are(data):
     loaded = load_model(MODEL)
-    samples, kind, _ = find_samples(data)
-    views = [network_view(sample, kind, loaded) for sample in samples]
-    images, masks = (torch.stack([view[place] for view in views]) for place in (0, 1))
+    images, masks = seen_by(loaded, data)
     expected = evaluate(data, loaded, batch_size=3)
     found = evaluate([(images[:2], masks[:2]), (images[2:], masks[2:])], loaded, batch_size=3)
     assert {row.picture for row in found.rows} == {f"{index:06d}" for index in range(5)}
@@ -203,10 +200,10 @@ def test_pictures_and_annotations_that_do_not_fit_are_named_counted_and_the_othe
     write_picture(data / "images" / "free.png", size=(40, 30))
     result = run("evaluate", data, "--out", tmp_path / "r.csv", "--method", "tsm")
     assert result.exit_code == 1
-    errors = "\n".join(line for line in result.stderr.splitlines() if line.startswith("error: "))
-    assert errors.count("error: ") == 3
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3
     for words in ("broken.png: expected a whole picture", "text.jpg: expected a picture", "far.xml: expected boxes"):
-        assert words in errors
+        assert words in "".join(errors)
     assert "6 pictures scored, 3 skipped" in result.output
     assert "free.png: without boxes" in result.output
     rows = {row["picture"]: row for row in read(tmp_path / "r.csv") if row["method"] == "tsm"}
@@ -333,30 +330,26 @@ def test_bad_arguments_are_an_error():
             evaluate(**({"data": images, "model": MODEL} | options))
 
 
-def test_without_a_measure_the_maps_statistics_are_there_and_batches_go_into_a_new_file_only(tmp_path):
+def test_batches_go_into_a_new_file_only(tmp_path):
     images, out = torch.rand(2, 3, 24, 24), tmp_path / "r.csv"
-    found = evaluate(images, MODEL, "tsm", metrics=[], out=out)
-    assert found.rows[0].values.keys() == {"mean_saliency", "energy_in_top"}
+    evaluate(images, MODEL, "tsm", out=out)
     before = out.read_bytes()
     with pytest.raises(BadValueError, match=r"r\.csv: expected results of the batches .* give another file"):
-        evaluate(images, MODEL, "tsm", metrics=[], out=out)
+        evaluate(images, MODEL, "tsm", out=out)
     assert out.read_bytes() == before
 
 
 def test_differences_are_from_the_method_that_is_named(data):
     found = evaluate(data, MODEL, ["tsm", "mtsm"], metrics="localisation")
-    values = {(row.method, row.picture): row.values["best_cut_iou"] for row in found.rows}
-    pictures = sorted({picture for _, picture in values})
-    expected = np.mean([values["mtsm", each] - values["tsm", each] for each in pictures])
-    summary = found.summary(baseline="tsm")
-    assert summary["mtsm"]["best_cut_iou"].difference.mean == pytest.approx(expected)
-    assert summary["tsm"]["best_cut_iou"].difference is None
-    assert summary["eigencam"]["best_cut_iou"].difference is not None
+    eigencam, tsm, mtsm = (found.summary(baseline="tsm")[name]["best_cut_iou"] for name in ("eigencam", "tsm", "mtsm"))
+    assert mtsm.difference.mean == pytest.approx(mtsm.value.mean - tsm.value.mean)
+    assert tsm.difference is None
+    assert eigencam.difference is not None
     with pytest.raises(BadValueError, match="there is no method 'tsn'; near it: tsm"):
         found.summary(baseline="tsn")
 
 
-def test_a_data_sets_labels_are_no_masks():
+def test_a_data_sets_labels_are_no_masks_and_without_measures_the_maps_statistics_are_there():
     loader = DataLoader(TensorDataset(torch.rand(5, 3, 24, 24), torch.arange(5)), batch_size=2)
     found = evaluate(loader, MODEL, "tsm", metrics="localisation", limit=3)
     assert {row.picture for row in found.rows} == {"000000", "000001", "000002"}
