@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tucker_cam import TSM, evaluate
 from tucker_cam.cli import app
-from tucker_cam.errors import BadValueError
+from tucker_cam.errors import BadValueError, TuckerCamError
 from tucker_cam.evaluation import comparison, metrics
 from tucker_cam.evaluation.comparison import one_pass_of, score_of
 from tucker_cam.evaluation.controls import CONTROLS
@@ -68,18 +68,11 @@ def test_every_picture_and_method_is_a_row_with_every_metric_and_every_method_in
     assert "5 pictures scored, 0 skipped" in result.output
 
 
-def seen_by(loaded, data):
-    """Return the network's inputs for the pictures of a folder, and their masks."""
+def test_the_rows_of_a_folder_and_of_batches_hold_what_the_metrics_say(data):
+    loaded = load_model(MODEL)
     samples, kind, _ = find_samples(data)
     views = [network_view(sample, kind, loaded) for sample in samples]
-    return torch.stack([view.network_input for view in views]), torch.stack([view.mask for view in views])
-
-
-def test_the_rows_hold_what_the_metrics_say(data):
-    loaded = load_model(MODEL)
-    rows = evaluate(data, loaded, "tsm", metrics=["localisation", "drop", "curves"], batch_size=2).rows
-    found = [row.values for row in rows if row.method == "tsm"]
-    images, masks = seen_by(loaded, data)
+    images, masks = (torch.stack([view[place] for view in views]) for place in (0, 1))
     with TSM(loaded.model, loaded.target_layers) as cam, one_pass_of(loaded, images) as one_pass:
         maps, score = torch.as_tensor(cam(images)), score_of(loaded, one_pass)
     localisation = [measure.name for measure in MEASURES if measure.group == "localisation"]
@@ -93,21 +86,13 @@ def test_the_rows_hold_what_the_metrics_say(data):
         expected |= {f"probability_{name}": each[:, 0], f"similarity_{name}": each[:, 1]}
     # An embedding's similarity is 1 for the whole image: nothing to gain.
     gains = {f"similarity_{kind}{suffix}" for kind in ("gain", "increase") for suffix in ("", "_area_matched")}
-    assert expected.keys() - found[0].keys() == gains
-    for name in found[0]:
-        assert [values[name] for values in found] == pytest.approx(expected[name].tolist(), rel=1e-3, abs=1e-5)
-
-
-def test_batches_are_scored_as_the_pictures_of_a_folder_are(data):
-    loaded = load_model(MODEL)
-    images, masks = seen_by(loaded, data)
-    expected = evaluate(data, loaded, batch_size=3)
-    found = evaluate([(images[:2], masks[:2]), (images[2:], masks[2:])], loaded, batch_size=3)
-    assert {row.picture for row in found.rows} == {f"{index:06d}" for index in range(5)}
-    for ours, theirs in zip(found.rows, expected.rows, strict=True):
-        # KPCA-CAM starts anywhere, and noise comes of the picture's name.
-        if ours.method not in ("kpca-cam", "random"):
-            assert ours.values == pytest.approx(theirs.values, rel=1e-4, abs=1e-5)
+    for given in data, [(images[:2], masks[:2]), (images[2:], masks[2:])]:
+        rows = evaluate(given, loaded, "tsm", metrics=["localisation", "drop", "curves"], batch_size=3).rows
+        assert len({row.picture for row in rows}) == 5
+        found = [row.values for row in rows if row.method == "tsm"]
+        assert expected.keys() - found[0].keys() == gains
+        for name in found[0]:
+            assert [values[name] for values in found] == pytest.approx(expected[name].tolist(), rel=1e-3, abs=1e-5)
 
 
 def test_a_measure_of_ones_own_is_in_rows_summary_file_and_report(data, tmp_path, drawn):
@@ -129,15 +114,9 @@ def test_a_network_without_classes_is_scored_by_its_embedding(data, model):
     assert not [name for name in rows[0].values if name.startswith("probability")]
 
 
-def test_an_interrupted_run_says_so_and_goes_on_and_a_finished_one_is_not_computed_again(data, quick, monkeypatch):
-    for index in range(5, 10):
-        shutil.copy(data / "images" / "0.png", data / "images" / f"{index}.png")
-
-    def without_notes(text):
-        # One on the layer is of the pictures of a run.
-        return [line for line in text.splitlines() if not line.startswith("note:")]
-
-    expected, out = without_notes(run(*quick).stdout), quick[-1]
+def test_an_interrupted_run_says_so_and_goes_on_and_a_finished_one_is_not_computed_again(quick, monkeypatch):
+    arguments, out = (*quick, "--batch-size", "2"), quick[-1]
+    expected = run(*arguments).stdout
     whole = out.read_bytes()
     out.unlink()
     real, calls = comparison.saliency_maps, []
@@ -149,14 +128,14 @@ def test_an_interrupted_run_says_so_and_goes_on_and_a_finished_one_is_not_comput
         return real(*arguments)
 
     monkeypatch.setattr(comparison, "saliency_maps", interrupted)
-    result = run(*quick)
+    result = run(*arguments)
     assert result.exit_code == 130
     assert "the same command goes on" in result.stderr
-    assert {row["picture"] for row in read(out)} == {f"images/{index}.png" for index in range(8)}
-    assert without_notes(run(*quick).stdout) == expected
+    assert {row["picture"] for row in read(out)} == {"images/0.png", "images/1.png"}
+    assert run(*arguments).stdout == expected
     assert out.read_bytes() == whole
     monkeypatch.setattr(comparison, "saliency_maps", lambda *_: pytest.fail("computed again"))
-    assert without_notes(run(*quick).stdout) == expected
+    assert run(*arguments).stdout == expected
 
 
 def test_two_runs_do_not_write_to_one_file(quick, tmp_path):
@@ -194,17 +173,16 @@ def test_a_file_that_holds_no_results_or_no_number_is_left_alone(quick):
 
 def test_pictures_and_annotations_that_do_not_fit_are_named_counted_and_the_others_scored(data, tmp_path):
     (data / "images" / "broken.png").write_bytes((data / "images" / "0.png").read_bytes()[:80])
-    (data / "images" / "text.jpg").write_text("no picture")
     write_picture(data / "images" / "far.png", size=(40, 30))
     write_boxes(data / "annotations" / "far.xml", (90, 1, 95, 4), size=(40, 30))
     write_picture(data / "images" / "free.png", size=(40, 30))
     result = run("evaluate", data, "--out", tmp_path / "r.csv", "--method", "tsm")
     assert result.exit_code == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 3
-    for words in ("broken.png: expected a whole picture", "text.jpg: expected a picture", "far.xml: expected boxes"):
+    assert len(errors) == 2
+    for words in ("broken.png: expected a whole picture", "far.xml: expected boxes"):
         assert words in "".join(errors)
-    assert "6 pictures scored, 3 skipped" in result.output
+    assert "6 pictures scored, 2 skipped" in result.output
     assert "free.png: without boxes" in result.output
     rows = {row["picture"]: row for row in read(tmp_path / "r.csv") if row["method"] == "tsm"}
     assert set(rows) == {f"images/{name}.png" for name in (*range(5), "free")}
@@ -289,26 +267,20 @@ def test_a_map_that_is_not_finite_is_named_and_the_others_scored(data, monkeypat
 
 
 @pytest.mark.parametrize("command", ["evaluate", "spectrum"])
-@pytest.mark.parametrize(
-    ("make", "model", "message"),
-    [
-        (lambda path: None, "networks:raises", "expected a folder of pictures, found none of that name"),
-        (lambda path: path.mkdir(), "networks:raises", "at any depth, found none"),
-        (lambda path: write_picture(path / "a.png", size=(3, 3)), "networks:demanding_model", "found 1 picture, and"),
-    ],
-)
-def test_data_without_pictures_that_can_be_used_is_one_line(tmp_path, command, make, model, message):
-    make(tmp_path / "data")
-    result = run(command, tmp_path / "data", "--out", tmp_path / "r.png", model=model)
+def test_pictures_none_of_which_can_be_used_are_one_line(tmp_path, command):
+    write_picture(tmp_path / "data" / "a.png", size=(3, 3))
+    result = run(command, tmp_path / "data", "--out", tmp_path / "r.png", model="networks:demanding_model")
     assert result.exit_code == 2
-    assert message in result.stderr
+    assert "found 1 picture, and none could be used" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.glob("r.*"))
 
 
-def test_bad_arguments_are_an_error():
+def test_bad_arguments_are_an_error(tmp_path):
     images = torch.rand(1, 3, 24, 24)
     for options, message in (
+        ({"data": tmp_path / "none"}, "expected a folder of pictures, found none of that name"),
+        ({"data": tmp_path}, "at any depth, found none"),
         ({"data": []}, "got none"),
         ({"data": [images[0]]}, "batch x channels"),
         ({"data": [(images, torch.ones(1, 24, 24))]}, "masks of bool"),
@@ -326,7 +298,7 @@ def test_bad_arguments_are_an_error():
         ),
         ({"metrics": Measure("layer", lambda judged: judged.maps)}, "measures of different names"),
     ):
-        with pytest.raises(BadValueError, match=message):
+        with pytest.raises(TuckerCamError, match=message):
             evaluate(**({"data": images, "model": MODEL} | options))
 
 

@@ -53,6 +53,7 @@ def test_localisation_agrees_with_a_case_computed_by_hand_and_falls_when_the_map
     expected = 2.8 / 3.1 if metric is metrics.energy_in_mask else 1.0
     torch.testing.assert_close(metric(MAP, MASK), torch.tensor([expected]))
     assert metric(1 - MAP, MASK) < expected - 0.2
+    torch.testing.assert_close(metrics.best_threshold_iou(MAP, MASK, [0.05, 0.9]), torch.tensor([4 / 6]))
 
 
 @pytest.mark.parametrize(("metric", "definition"), LOCALISATION.items())
@@ -71,14 +72,6 @@ def test_an_empty_map_finds_nothing_and_a_uniform_one_the_objects_area():
     assert metrics.energy_in_top(empty) == 0
     for metric in [*LOCALISATION][:4]:
         torch.testing.assert_close(metric(torch.full_like(MAP, 0.5), MASK), torch.tensor([0.25]))
-
-
-def test_the_best_threshold_is_one_of_those_allowed():
-    faint = MAP * torch.where(MASK, 1, 0) * 0.05
-    faint[0, 0, 0] = 1
-    assert metrics.best_threshold_iou(faint, MASK) == 0
-    assert metrics.best_threshold_iou(faint, MASK, [0.01]) == pytest.approx(4 / 5)
-    assert metrics.best_cut_iou(faint, MASK) == pytest.approx(4 / 5)
 
 
 def test_statistics_agree_with_a_case_computed_by_hand():
@@ -102,23 +95,14 @@ def test_area_matching_keeps_the_order_and_gives_every_map_the_same_values():
 
 
 def test_confidence_change_agrees_with_a_case_computed_by_hand():
-    # Scores of the whole images, and of the masked ones, whose map is 0.5 everywhere.
-    images = torch.tensor([0.8, 0.4, 0.2]).reshape(3, 1, 1, 1)
-    change = metrics.confidence_change(
-        images, torch.full((3, 1, 1), 0.5), lambda x: torch.where(x == 0.1, 0.6, x).flatten()
-    )
-    torch.testing.assert_close(change.drop, torch.tensor([50.0, 50.0, 0.0]))
-    torch.testing.assert_close(change.increase, torch.tensor([0.0, 0.0, 100.0]))
-    torch.testing.assert_close(change.gain, torch.tensor([0.0, 0.0, 50.0]))
-
-
-def test_a_score_of_one_cannot_gain_and_one_of_zero_cannot_drop():
-    images = torch.zeros(2, 1, 1, 1)
-    scores = iter([torch.tensor([0.0, 1 - 6e-8]), torch.tensor([0.5, 1.0])])
-    change = metrics.confidence_change(images, torch.ones(2, 1, 1), lambda _: next(scores))
-    assert change.drop.isnan().tolist() == [True, False]
-    assert change.gain[0] == 50
-    assert change.gain[1] < 10
+    # A score of 0 cannot drop, and one of nearly 1 has no room to gain.
+    whole, masked = torch.tensor([0.8, 0.4, 0.2, 0.0, 1 - 6e-8]), torch.tensor([0.4, 0.2, 0.6, 0.5, 1.0])
+    images, scores = torch.zeros(5, 1, 1, 1), iter([whole, masked])
+    change = metrics.confidence_change(images, torch.ones(5, 1, 1), lambda _: next(scores))
+    torch.testing.assert_close(change.drop, torch.tensor([50, 50, 0, math.nan, 0]), equal_nan=True)
+    assert change.increase.tolist() == [0, 0, 100, 100, 100]
+    torch.testing.assert_close(change.gain[:4], torch.tensor([0.0, 0, 50, 50]))
+    assert change.gain[4] < 10
 
 
 def test_confidence_change_and_curves_agree_with_torchcam():
@@ -150,17 +134,11 @@ def test_confidence_change_and_curves_agree_with_torchcam():
     assert deletion.mean().item() == pytest.approx(theirs["deletion_auc"], rel=1e-4)
 
 
-def test_insertion_and_deletion_agree_with_a_case_computed_by_hand():
+def test_pixels_of_equal_value_fade_in_together():
     images, score = bright_where(MASK)
-    nothing = torch.zeros_like(images)
-    # The object is the highest quarter: after 1 of 4 steps all of it is there, or all of it gone.
-    insertion = metrics.insertion_auc(images, MAP, score, baseline=nothing, steps=4)
-    deletion = metrics.deletion_auc(images, MAP, score, baseline=nothing, steps=4)
-    torch.testing.assert_close(insertion, torch.tensor([(0 / 2 + 1 + 1 + 1 + 1 / 2) / 4]))
-    torch.testing.assert_close(deletion, torch.tensor([(1 / 2 + 0 + 0 + 0 + 0 / 2) / 4]))
-    # Equal pixels fade in together.
-    halves = metrics.insertion_auc(images, torch.full_like(MAP, 0.3), score, baseline=nothing, steps=5)
-    torch.testing.assert_close(halves, torch.tensor([0.5]))
+    flat, nothing = torch.full_like(MAP, 0.3), torch.zeros_like(images)
+    for curve in metrics.insertion_auc, metrics.deletion_auc:
+        torch.testing.assert_close(curve(images, flat, score, baseline=nothing, steps=5), torch.tensor([0.5]))
 
 
 def test_the_baselines_are_the_mean_colour_and_a_gaussian_blur():
