@@ -11,7 +11,6 @@ from pytorch_grad_cam.utils.image import scale_cam_image
 from torch import Tensor
 
 CONTROLS = ("random", "uniform", "centre-gaussian")
-_DEVIATION = 0.25
 
 
 def control_maps(name: str, *, pictures: Sequence[str], size: tuple[int, int], resolution: tuple[int, int]) -> Tensor:
@@ -31,5 +30,5 @@ def control_maps(name: str, *, pictures: Sequence[str], size: tuple[int, int], r
         return torch.from_numpy(scale_cam_image(noise, size[::-1]))
     if name == "uniform":
         return torch.full((len(pictures), *size), 0.5)
-    rows, columns = (torch.exp(-0.5 * (torch.linspace(-0.5, 0.5, side) / _DEVIATION) ** 2) for side in size)
+    rows, columns = (torch.exp(-0.5 * (torch.linspace(-0.5, 0.5, side) / 0.25) ** 2) for side in size)
     return (rows[:, None] * columns).expand(len(pictures), *size).contiguous()

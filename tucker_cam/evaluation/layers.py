@@ -106,7 +106,7 @@ def examine_layers(
     finally:
         recorder.release()
     reports = [each.report() for each in found]
-    fit = [each for each in reports if not each.is_border_artefact]
+    fit = (each for each in reports if not each.is_border_artefact)
     best = max(fit, key=lambda each: each.embedding_kept, default=None)
     reports = [replace(each, recommended=each is best) for each in reports]
     return LayersReport(loaded, reports, len(found[0].kept), collection.failures + failures)

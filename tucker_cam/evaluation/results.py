@@ -38,20 +38,19 @@ class Results:
         self._header = ["picture", "method", *run, *measures]
         if len(set(self._header)) < len(self._header):
             raise BadValueError(f"expected measures of different names, got the columns {', '.join(self._header)}")
-        self._ends_with_a_whole_row = False
         self.rows: dict[tuple[str, str], Row] = {}
         if path is not None and path.exists():
             self._read(path)
+            self.to_csv(path)
 
     def append(self, rows: Iterable[Row]) -> None:
         """Add the rows of pictures and methods that have none yet; OSError if the file cannot be written."""
         added = {(row.picture, row.method): row for row in rows if (row.picture, row.method) not in self.rows}
         self.rows |= added
-        if self.path is not None and self._ends_with_a_whole_row:
+        if self.path is not None and self.path.exists():
             self._write(self.path, "a", added.values())
         elif self.path is not None:
             self.to_csv(self.path)
-            self._ends_with_a_whole_row = True
 
     def to_csv(self, path: Path) -> None:
         """Write all rows, NaN as nothing; OSError if the file cannot be written."""
