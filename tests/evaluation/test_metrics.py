@@ -2,7 +2,9 @@
 
 import math
 
+import numpy as np
 import pytest
+import quantus
 import torch
 from networks import small_cnn
 from pytorch_grad_cam.metrics.road import ROADLeastRelevantFirstAverage, ROADMostRelevantFirstAverage
@@ -72,6 +74,22 @@ def test_an_empty_map_finds_nothing_and_a_uniform_one_the_objects_area():
     assert metrics.energy_in_top(empty) == 0
     for metric in [*LOCALISATION][:4]:
         torch.testing.assert_close(metric(torch.full_like(MAP, 0.5), MASK), torch.tensor([0.25]))
+
+
+def test_energy_and_pointing_agree_with_quantus():
+    maps, masks = torch.rand(6, 9, 8), torch.rand(6, 9, 8) > 0.5
+    arguments = {
+        "model": None,
+        "x_batch": np.zeros((6, 1, 9, 8)),
+        "y_batch": np.zeros(6, dtype=int),
+        "a_batch": maps[:, None].numpy(),
+        "s_batch": masks[:, None].numpy(),
+    }
+    options = {"abs": False, "normalise": False, "disable_warnings": True, "return_aggregate": False}
+    energy = quantus.RelevanceMassAccuracy(**options)(**arguments)
+    pointing = quantus.PointingGame(**options)(**arguments)
+    np.testing.assert_allclose(metrics.energy_in_mask(maps, masks), energy, rtol=1e-5)
+    np.testing.assert_array_equal(metrics.pointing_game(maps, masks), np.float32(pointing))
 
 
 def test_statistics_agree_with_a_case_computed_by_hand():

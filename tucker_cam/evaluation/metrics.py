@@ -323,7 +323,11 @@ class Judged:
     @cached_property
     def change_area_matched(self) -> ConfidenceChange:
         """The same by the maps' ranks."""
-        return confidence_change(self.images, area_matched(self.maps), self.score, whole=self.whole)
+        matched = area_matched(self.maps)
+        # The uniform map is its own area-matched one.
+        if torch.equal(matched, self.maps):
+            return self.change
+        return confidence_change(self.images, matched, self.score, whole=self.whole)
 
 
 @dataclass(frozen=True)
