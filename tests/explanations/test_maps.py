@@ -7,7 +7,6 @@ import torch
 import ttach
 from pytorch_grad_cam import EigenCAM, GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-from torch import nn
 
 from tucker_cam import TSM, channel_modes
 from tucker_cam.explanations.explainer import Explainer
@@ -17,79 +16,77 @@ from tucker_cam.models import load_model
 from tucker_cam.pictures.held import Held
 
 
-def images(batch=2, size=32):
-    return torch.randn(batch, 3, size, size)
+def loaded_with(layers=("2",)):
+    return load_model(networks.small_cnn(), layers=layers)
 
 
-class Counting(nn.Module):
-    """Counts how many images go through it."""
+def images(batch=2):
+    return torch.randn(batch, 3, 32, 32)
 
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.seen = model.eval(), []
 
-    def forward(self, x):
-        self.seen.append(len(x))
-        return self.model(x)
+def passes_through(model):
+    """Return a list to which each forward pass adds how many images it is of."""
+    seen = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    return seen
 
 
 @pytest.mark.parametrize("aug_smooth", [False, True])
-@pytest.mark.parametrize("layers", [[2], [0, 2]])
+@pytest.mark.parametrize("layers", [["2"], ["0", "2"]])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_maps_of_one_pass_are_those_of_the_class_to_the_bit(name, layers, aug_smooth):
-    model, batch = networks.small_cnn(), images()
-    target_layers = [model[index] for index in layers]
+    loaded, batch = loaded_with(layers), images()
     np.random.seed(0)  # KPCA-CAM starts anywhere
-    expected = METHODS[name](model, target_layers)(batch, targets=[], aug_smooth=aug_smooth)
-    with OnePass(model, target_layers, None, batch, aug_smooth=aug_smooth) as one_pass:
+    expected = METHODS[name](loaded.model, loaded.target_layers)(batch, targets=[], aug_smooth=aug_smooth)
+    with OnePass(loaded, batch, aug_smooth=aug_smooth) as one_pass:
         one_pass.maps(METHODS["tsm"])
         np.random.seed(0)
         assert np.array_equal(one_pass.maps(METHODS[name]), expected)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in loaded.model.modules())
 
 
 @pytest.mark.parametrize(("aug_smooth", "passes"), [(False, 1), (True, 6)])
 def test_the_model_runs_once_for_all_methods_or_once_for_each_transform(aug_smooth, passes):
-    model = Counting(networks.small_cnn())
-    with OnePass(model, [model.model[2]], None, images(), aug_smooth=aug_smooth) as one_pass:
+    loaded = loaded_with()
+    seen = passes_through(loaded.model)
+    with OnePass(loaded, images(), aug_smooth=aug_smooth) as one_pass:
         for method in METHODS.values():
             one_pass.maps(method)
-    assert model.seen == [2] * passes
+    assert seen == [2] * passes
 
 
-def test_output_and_features_are_those_of_the_images_themselves():
-    model, batch = networks.small_cnn(), images()
-    expected = model.eval()[:3](batch).detach()
-    for aug_smooth in (False, True):
-        with OnePass(model, [model[2]], None, batch, aug_smooth=aug_smooth) as one_pass:
-            one_pass.maps(METHODS["eigencam"])
-            output, (features,) = one_pass.output_and_features()
-        assert torch.equal(features, expected)
-        torch.testing.assert_close(output, model(batch))
-        assert not output.requires_grad
+@pytest.mark.parametrize("aug_smooth", [False, True])
+def test_output_and_features_are_those_of_the_images_themselves(aug_smooth):
+    loaded, batch = loaded_with(), images()
+    with OnePass(loaded, batch, aug_smooth=aug_smooth) as one_pass:
+        one_pass.maps(METHODS["eigencam"])
+        output, (features,) = one_pass.output_and_features()
+    assert torch.equal(features, loaded.model[:3](batch))
+    torch.testing.assert_close(output, loaded.model(batch))
+    assert not output.requires_grad
 
 
 def test_a_method_with_gradients_runs_the_model_by_itself_for_the_predicted_class():
-    model, batch = Counting(networks.small_cnn()), images()
-    layers = [model.model[2]]
-    expected = GradCAM(model, layers)(batch, targets=[ClassifierOutputTarget(c) for c in model(batch).argmax(1)])
-    model.seen.clear()
-    with OnePass(model, layers, None, batch) as one_pass:
+    loaded, batch = loaded_with(), images()
+    targets = [ClassifierOutputTarget(c) for c in loaded.model(batch).argmax(1)]
+    expected = GradCAM(loaded.model, loaded.target_layers)(batch, targets=targets)
+    seen = passes_through(loaded.model)
+    with OnePass(loaded, batch) as one_pass:
         for method in (TSM, GradCAM, EigenCAM):
             maps = one_pass.maps(method)
             if method is GradCAM:
                 np.testing.assert_allclose(maps, expected, atol=1e-6)
-    assert model.seen == [2, 2]
+    assert seen == [2, 2]
 
 
 def test_a_method_that_fails_halfway_leaves_the_others_their_maps():
-    model, batch = networks.small_cnn(), images()
-    expected = METHODS["tsm"](model, [model[2]])(batch, aug_smooth=True)
+    loaded, batch = loaded_with(), images()
+    expected = METHODS["tsm"](loaded.model, loaded.target_layers)(batch, aug_smooth=True)
 
     def failing(*arguments):
         return METHODS["mtsm"](*arguments, tta_transforms=ttach.Compose([ttach.Multiply([1, "none"])]))
 
-    with OnePass(model, [model[2]], None, batch, aug_smooth=True) as one_pass:
+    with OnePass(loaded, batch, aug_smooth=True) as one_pass:
         with pytest.raises(TypeError):
             one_pass.maps(failing)
         one_pass.passes.clear()
@@ -97,16 +94,12 @@ def test_a_method_that_fails_halfway_leaves_the_others_their_maps():
 
 
 def test_explanations_with_every_method_and_components_take_one_pass_and_the_components_are_mtsms():
-    loaded = load_model("networks:tiny_loaded_model")
-    seen = []
-    loaded.model.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    inputs = images(3, 24)
-    found = Explainer(loaded, METHODS, components=True).explain(
-        [Held(str(i), each) for i, each in enumerate(inputs)], inputs
-    )
+    loaded, inputs = loaded_with(), images(3)
+    seen = passes_through(loaded.model)
+    explainer = Explainer(loaded, METHODS, components=True)
+    found = explainer.explain([Held(str(i), each) for i, each in enumerate(inputs)], inputs)
     assert seen == [3]
-    features = loaded.model[: int(loaded.layer_names[0]) + 1](inputs).detach()
-    modes = channel_modes(features)
+    modes = channel_modes(loaded.model[:3](inputs).detach())
     for index, explanation in enumerate(found):
         assert explanation.maps.keys() == METHODS.keys()
         np.testing.assert_allclose(explanation.components, modes.maps[index, :6], atol=1e-4)

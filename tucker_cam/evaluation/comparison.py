@@ -29,7 +29,7 @@ def score_names(network: Network) -> tuple[str, ...]:
 
 def one_pass_of(loaded: LoadedModel, images: Tensor) -> OnePass:
     """Return the forward pass of these images that all methods share."""
-    return OnePass(loaded.model, loaded.target_layers, loaded.reshape_transform, images)
+    return OnePass(loaded, images)
 
 
 def score_of(loaded: LoadedModel, one_pass: OnePass) -> Score:

@@ -149,10 +149,7 @@ class _Actor:
         return pyarrow.Table.from_pylist(rows, schema=_SCHEMA)
 
     def _rows(self, item: Mapping[str, list[Any]]) -> Iterator[dict[str, object]]:
-        sources = [
-            Source(name, path, None if row is None else (row[0], row[1]))
-            for name, path, row in zip(item["names"], item["paths"], item["rows"], strict=True)
-        ]
+        sources = [Source(each["name"], each["path"], each["row"] and tuple(each["row"])) for each in item["pictures"]]
         inputs = [read_input(source, self.explainer.loaded) for source in sources]
         explained = self.explainer.explain(sources, inputs)
         for source, found, missing in zip(sources, explained, item["missing"], strict=True):
@@ -171,11 +168,9 @@ class _Names(FilenameProvider):
         return f"{_PREFIX}{super().get_filename_for_task(write_uuid, task_index)}"
 
 
-def _item(batch: Sequence[Any], methods: Collection[str], done: set[tuple[str, str]]) -> dict[str, list[Any]]:
+def _item(batch: Sequence[Source], methods: Collection[str], done: set[tuple[str, str]]) -> dict[str, list[Any]]:
     return {
-        "names": [source.name for source in batch],
-        "paths": [source.location for source in batch],
-        "rows": [source.row if source.row is None else list(source.row) for source in batch],
+        "pictures": [{"name": each.name, "path": each.location, "row": each.row} for each in batch],
         "missing": [[name for name in methods if (source.key, name) not in done] for source in batch],
     }
 
@@ -183,7 +178,7 @@ def _item(batch: Sequence[Any], methods: Collection[str], done: set[tuple[str, s
 def _claim_folder(filesystem: Any, root: str, run: Mapping[str, Any]) -> str:
     """Return the folder of this run, with a manifest in it."""
     manifests = {
-        path.rpartition("/")[0]: filesystem.cat_file(path).decode(errors="surrogateescape")
+        path.rpartition("/")[0]: filesystem.cat_file(path)
         for path in [*filesystem.glob(f"{root}/{MANIFEST}"), *sorted(filesystem.glob(f"{root}/*/{MANIFEST}"))]
     }
     folder = place_of_run(root, run, manifests)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,13 +77,12 @@ class Explainer:
         """
         if isinstance(inputs, Tensor):
             return self._together(pictures, inputs)
-        results: dict[int, Explanation | Exception] = {
-            index: each for index, each in enumerate(inputs) if isinstance(each, Exception)
-        }
+        results: list[Any] = [*inputs]
         for these in of_one_size({index: each for index, each in enumerate(inputs) if isinstance(each, Tensor)}):
             together = self._together([pictures[index] for index in these], torch.stack([*these.values()]))
-            results |= dict(zip(these, together, strict=True))
-        return [results[index] for index in range(len(inputs))]
+            for index, result in zip(these, together, strict=True):
+                results[index] = result
+        return results
 
     def _together(self, pictures: Sequence[Picture], images: Tensor) -> list[Explanation | Exception]:
         try:
@@ -96,27 +96,21 @@ class Explainer:
             return [result for picture, image in alone for result in self._together([picture], image)]
 
     def _explain(self, pictures: Sequence[Picture], images: Tensor) -> list[Explanation]:
-        loaded, on_device = self.loaded, images.to(self.loaded.device)
+        loaded = self.loaded
         components = values = np.zeros((len(images), 0), np.float32)
-        with OnePass(
-            loaded.model, loaded.target_layers, loaded.reshape_transform, on_device, aug_smooth=self.aug_smooth
-        ) as one_pass:
+        with OnePass(loaded, images.to(loaded.device), aug_smooth=self.aug_smooth) as one_pass:
             maps = {name: one_pass.maps(build) for name, build in self.methods.items()}
             if one_pass.passes:
                 self.border.warn_of(one_pass.passes[0][1][-1])
             if self.components:
                 modes = channel_modes(one_pass.output_and_features()[1][-1])
                 components, values = modes.maps[:, :_COMPONENTS].cpu().numpy(), modes.values.cpu().numpy()
+        of_each = [{name: each[index] for name, each in maps.items()} for index in range(len(images))]
         return [
-            Explanation(
-                picture,
-                images[index],
-                loaded,
-                {name: each[index] for name, each in maps.items()},
-                components[index],
-                values[index],
+            Explanation(picture, image, loaded, own_maps, own_components, own_values)
+            for picture, image, own_maps, own_components, own_values in zip(
+                pictures, images, of_each, components, values, strict=True
             )
-            for index, picture in enumerate(pictures)
         ]
 
     @cached_property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -16,16 +15,7 @@ from tucker_cam.explanations.explainer import Explainer
 from tucker_cam.explanations.explanation import Explanation, Look, picture_and_view
 from tucker_cam.explanations.gallery import write_gallery
 from tucker_cam.explanations.manifest import NOT_OURS, Manifest, folder_of_run, identity, manifests_in, not_of_a_run
-from tucker_cam.explanations.outputs import (
-    FORMATS,
-    KINDS,
-    PAGE,
-    STORE,
-    SUFFIXES,
-    GalleryParts,
-    Output,
-    gallery_entries,
-)
+from tucker_cam.explanations.outputs import FORMATS, KINDS, PAGE, STORE, GalleryParts, Output, gallery_entries
 from tucker_cam.methods import check_name
 from tucker_cam.pictures.ahead import in_batches
 from tucker_cam.pictures.held import Collection, Picture
@@ -104,14 +94,12 @@ class FolderWriter:
                 for part in _parts(pictures):
                     there += self._write_part(part, manifest, advance)
                     count += len(part)
-            unfinished = self._write_gallery() if self.gallery else []
-        page = f"; gallery: {self.out / PAGE}" if self.gallery and not unfinished else ""
-        failed = len(self.failures)
+            failed = len(self.failures)
+            page = self._write_gallery() if self.gallery else ""
         logger.info(
             f"{counted(count)}: {count - there - failed} explained, {there} there already, {failed} failed; in "
             f"{manifest.folder}{page}"
         )
-        self.failures += unfinished
 
     def _claim(self, manifest: Manifest) -> None:
         """Write the manifest of a new folder, so that whatever a killed run leaves is known to be of a run."""
@@ -126,25 +114,21 @@ class FolderWriter:
     def _write_part(self, pictures: Sequence[Picture], manifest: Manifest, advance: Callable[[int], None]) -> int:
         """Write what is missing of some pictures, and return of how many nothing was."""
         earlier = dict(manifest.stamps)
-        manifest.add(pictures, SUFFIXES)
+        manifest.add(pictures)
         kinds = [FORMATS[name] for name in self.formats] + ([GalleryParts] if self.gallery else [])
         outputs = [kind(manifest, list(self.explainer.methods), self.look) for kind in kinds]
         missing: dict[str, list[Output]] = {}
         for picture in pictures:
-            before, name = earlier.get(picture.key, NOT_OURS), manifest.names[picture.key]
-            paths = [path for output in outputs for path in output.paths(name)] if before == NOT_OURS else []
-            if taken := [path for path in paths if path.exists()]:
-                manifest.stamps[picture.key] = NOT_OURS
-                self._fail(picture, BadValueError(f"{taken[0]} is there already, and not of a run in this folder"))
-                continue
-            if before != NOT_OURS and before.differs(manifest.stamps[picture.key]):
-                try:
-                    remove_files(manifest, picture.key)
-                except OSError as error:
-                    manifest.stamps[picture.key] = before
-                    self._fail(picture, BadFileError(f"what an earlier run wrote could not be removed ({error})"))
+            key = picture.key
+            before = earlier.get(key, NOT_OURS)
+            if before == NOT_OURS:
+                if taken := [path for output in outputs for path in output.paths(key) if path.exists()]:
+                    manifest.stamps[key] = NOT_OURS
+                    self._fail(picture, BadValueError(f"{taken[0]} is there already, and not of a run in this folder"))
                     continue
-            missing[picture.key] = [output for output in outputs if not output.has(name)]
+            elif before.differs(manifest.stamps[key]):
+                remove_files(manifest, key)
+            missing[key] = [output for output in outputs if not output.has(key)]
         manifest.write()
         batches = [each for each in in_batches(pictures, self.batch_size) if any(missing.get(p.key) for p in each)]
         if batches:
@@ -165,37 +149,34 @@ class FolderWriter:
         manifest: Manifest,
         advance: Callable[[int], None],
     ) -> None:
-        writing: deque[tuple[Picture, Future[None]]] = deque()
-
-        def write(explanation: Explanation) -> None:
-            key = explanation.source.key
-            for output in missing[key]:
-                output.write(manifest.names[key], explanation)
-            manifest.see(key, explanation.view)
-
-        def settle(picture: Picture, written: Future[None]) -> None:
+        def write(picture: Picture, explanation: Explanation) -> None:
             try:
-                written.result()
+                for output in missing[picture.key]:
+                    output.write(explanation)
+                manifest.see(picture.key, explanation.view)
             except (OSError, TuckerCamError) as error:
                 self._fail(picture, BadFileError(f"could not be written ({error})"))
 
+        writing: list[Future[None]] = []
         with ThreadPoolExecutor(_WRITERS) as writers:
             for batch in self.explainer.explain_all(batches, self.workers):
+                before, writing = writing, []
                 for picture, found in batch:
+                    if not missing.get(picture.key):
+                        continue
                     if isinstance(found, Exception):
-                        if missing.get(picture.key):
-                            self._fail(picture, found)
-                    elif missing.get(picture.key):
-                        writing.append((picture, writers.submit(write, found)))
-                # So many wait at most, and what they hold is not let grow.
-                while len(writing) > 2 * len(batch):
-                    settle(*writing.popleft())
+                        self._fail(picture, found)
+                    else:
+                        writing.append(writers.submit(write, picture, found))
+                # No more than two batches are held.
+                for written in before:
+                    written.result()
                 advance(len(batch))
-            while writing:
-                settle(*writing.popleft())
+            for written in writing:
+                written.result()
 
-    def _write_gallery(self) -> list[Failure]:
-        """Write the page of all runs in the folder."""
+    def _write_gallery(self) -> str:
+        """Write the page of all runs in the folder, and return what is said of it."""
         try:
             folders = [path.parent for path in manifests_in(self.out)]
             runs = [Manifest(folder, None) for folder in folders if (folder / ".gallery").is_dir()]
@@ -204,8 +185,9 @@ class FolderWriter:
             entries = chain.from_iterable(map(gallery_entries, runs, endings, repeat(self.out)))
             write_gallery(self.out / PAGE, "; ".join(titles), entries)
         except (OSError, TuckerCamError) as error:
-            return [Failure("gallery", BadFileError(f"it could not be written ({error})"))]
-        return []
+            self.failures.append(Failure("gallery", BadFileError(f"it could not be written ({error})")))
+            return ""
+        return f"; gallery: {self.out / PAGE}"
 
     def _fail(self, picture: Picture, error: Exception) -> None:
         self.failures.append(Failure(str(picture), error))

@@ -25,7 +25,10 @@ NOT_OURS = Stamp(-1, None)
 """Stands in a manifest for a picture whose files were there before, and are somebody else's."""
 Engine = Literal["torch", "ray"]
 _PACKAGES = ("tucker-cam", "torch", "numpy", "grad-cam", "pillow")
+_RUN = frozenset(["engine", "model", "weights", "layers", "aug_smooth", "preprocessing"])
 _LONGEST_FOLDER = 100
+# Ours end so, and no folder of a picture's name may.
+_SUFFIXES = (".json", ".html", ".npy", ".png", ".zarr")
 
 
 class Manifest:
@@ -58,39 +61,32 @@ class Manifest:
         self.methods: list[str] = []
         self.is_new = not self.path.exists()
         if not self.is_new:
-            content = read_manifest(self.path.read_text("utf-8", "surrogateescape"), str(folder))
+            content = read_manifest(self.path.read_bytes(), str(folder))
             self.run = dict(run or content)
             try:
                 self._take(content)
-            except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise _no_manifest(str(folder)) from error
         self.places = {key: place for place, key in enumerate(self.names)}
 
     def _take(self, content: Mapping[str, Any]) -> None:
-        self.methods = list(content.get("methods", []))
+        self.methods = list(content["methods"])
         for key, picture in content["pictures"].items():
             self.names[key] = safe_name(picture["name"])
-            size = picture.get("size")
-            self.stamps[key] = Stamp(int(picture["modified"]), None if size is None else int(size))
+            self.stamps[key] = Stamp(picture["modified"], picture["size"])
             if "view" in picture:
                 self.views[key] = picture["view"]
         if len(set(self.names.values())) < len(self.names):
             raise BadValueError("two pictures of one name")
 
-    def add(self, pictures: Iterable[Picture], suffixes: Iterable[str]) -> None:
-        """Note each picture as it is now, under a name of its own; the second ``cat`` becomes ``cat-2``.
-
-        Args:
-            pictures: to name.
-            suffixes: in which no folder of a picture's name may end.
-        """
+    def add(self, pictures: Iterable[Picture]) -> None:
+        """Note each picture as it is now, under a name of its own; the second ``cat`` becomes ``cat-2``."""
         taken = set(self.names.values())
         last: dict[str, int] = {}
-        ours = (".json", *suffixes)
         for picture in pictures:
             self.stamps[picture.key] = picture.stamp
             if picture.key not in self.names:
-                name = base = _apart_from(ours, picture.name)
+                name = base = _apart_from_ours(picture.name)
                 while name in taken:
                     last[base] = last.get(base, 1) + 1
                     name = f"{base}-{last[base]}"
@@ -139,11 +135,11 @@ def folder_of_run(out: Path, run: Mapping[str, Any]) -> Path:
     Raises:
         ValueError: a manifest is none.
     """
-    texts = {str(path.parent): path.read_text("utf-8", "surrogateescape") for path in manifests_in(out)}
+    texts = {str(path.parent): path.read_bytes() for path in manifests_in(out)}
     return Path(place_of_run(str(out), run, texts))
 
 
-def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, str]) -> str:
+def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, bytes]) -> str:
     """Return where the results of a run are, or go: `out`, or a folder below it that is named by model and layers.
 
     Args:
@@ -154,13 +150,10 @@ def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, str])
     Raises:
         ValueError: one of them is no manifest.
     """
-    contents = {place: read_manifest(text, place) for place, text in manifests.items()}
-    for place, content in contents.items():
-        if all(content.get(key) == value for key, value in run.items()):
+    for place, text in manifests.items():
+        if run.items() <= read_manifest(text, place).items():
             return place
-    taken = contents.get(out)
-    # What a run left that failed before its first picture is nobody's.
-    if taken is None or (taken["engine"] == run["engine"] and taken.get("pictures") == {}):
+    if out not in manifests:
         return out
     model = re.sub(r"[^\w.+-]+", "-", run["model"])
     name = "_".join([model, *run["layers"], *(["ray"] if run["engine"] == "ray" else [])])[:_LONGEST_FOLDER]
@@ -170,7 +163,7 @@ def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, str])
     return place
 
 
-def read_manifest(manifest: str, folder: str) -> dict[str, Any]:
+def read_manifest(manifest: bytes, folder: str) -> dict[str, Any]:
     """Return the content of an earlier run's manifest.
 
     Raises:
@@ -178,9 +171,7 @@ def read_manifest(manifest: str, folder: str) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = json.loads(manifest)
-        # Older manifests do not say it; Ray's tables are the list of its pictures.
-        content.setdefault("engine", "torch" if "pictures" in content else "ray")
-        if not {"model", "weights", "layers", "aug_smooth"} <= content.keys():
+        if not content.keys() >= _RUN:
             raise BadValueError("not all is said")
     except (AttributeError, ValueError, TypeError, RecursionError) as error:
         raise _no_manifest(folder) from error
@@ -203,7 +194,7 @@ def _no_manifest(folder: str) -> BadValueError:
     )
 
 
-def _apart_from(suffixes: tuple[str, ...], name: str) -> str:
+def _apart_from_ours(name: str) -> str:
     """Change the parts of a name that would be hidden, and its folders that could be called as a file of ours."""
     *folders, last = (f"_{part}" if part.startswith(".") else part for part in PurePosixPath(name).parts)
-    return "/".join([*(f"{part}_" if part.lower().endswith(suffixes) else part for part in folders), last])
+    return "/".join([*(f"{part}_" if part.lower().endswith(_SUFFIXES) else part for part in folders), last])

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import TracebackType
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pytorch_grad_cam.base_cam import BaseCAM
-from torch import Tensor, nn
+from torch import Tensor
 
-from tucker_cam.activations import FeatureRecorder, ReshapeTransform
+from tucker_cam.activations import FeatureRecorder
+from tucker_cam.models import LoadedModel
 
 
 class OnePass:
@@ -22,29 +22,19 @@ class OnePass:
     a module rewrites a layer's output in place, the host's get the output as it was.
 
     Args:
-        model: the network.
-        target_layers: see `TSM`.
-        reshape_transform: see `TSM`.
-        images: batch x channels x spatial, on the model's device.
+        loaded: the network, with its layers.
+        images: batch x channels x spatial, on its device.
         aug_smooth: average over the host's flips and brightness.
 
     Attributes:
         passes: what the model has put out so far, and each target layer's feature maps: one pair a transform.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        target_layers: Sequence[nn.Module],
-        reshape_transform: ReshapeTransform | None,
-        images: Tensor,
-        *,
-        aug_smooth: bool = False,
-    ) -> None:
-        self.model, self.target_layers, self.reshape_transform = model, target_layers, reshape_transform
+    def __init__(self, loaded: LoadedModel, images: Tensor, *, aug_smooth: bool = False) -> None:
         self.images, self.aug_smooth = images, aug_smooth
         self.passes: list[tuple[Any, list[Tensor]]] = []
-        self._recorder = FeatureRecorder(model, target_layers, reshape_transform)
+        self._model = loaded.model, loaded.target_layers, loaded.reshape_transform
+        self._recorder = FeatureRecorder(*self._model)
 
     def maps(self, method: Callable[..., BaseCAM]) -> NDArray[np.float32]:
         """Return a method's maps, batch x spatial, float32 in [0, 1].
@@ -54,7 +44,7 @@ class OnePass:
         Raises:
             TypeError, ValueError: see `TSM`. What the model, or the host, raises comes through.
         """
-        with method(self.model, self.target_layers, self.reshape_transform) as cam:
+        with method(*self._model) as cam:
             targets: list[Any] | None = None
             if not cam.uses_gradients:
                 cam.activations_and_grads.release()
@@ -77,7 +67,7 @@ class OnePass:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._recorder.release()
 
 

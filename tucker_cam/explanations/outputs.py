@@ -37,15 +37,10 @@ class Output(ABC):
         manifest: of the folder; it knows the pictures' names.
         methods: their names.
         look: of overlays.
-
-    Attributes:
-        suffix: of its files, or of the one that holds all; what no folder of a picture's name may end in.
     """
 
-    suffix: str
-
     def __init__(self, manifest: Manifest, methods: Sequence[str], look: Look) -> None:
-        self.manifest, self.folder, self.methods, self.look = manifest, manifest.folder, methods, look
+        self.manifest, self.methods, self.look = manifest, methods, look
 
     @classmethod
     @abstractmethod
@@ -53,16 +48,16 @@ class Output(ABC):
         """Return the files that runs of any methods may have left of a picture, by the manifest's key."""
 
     @abstractmethod
-    def paths(self, name: str) -> Sequence[Path]:
+    def paths(self, key: str) -> Sequence[Path]:
         """Return the files of this picture: where they are, or will be."""
 
-    def has(self, name: str) -> bool:
+    def has(self, key: str) -> bool:
         """Tell whether all of them are there."""
-        return all(path.is_file() for path in self.paths(name))
+        return all(path.is_file() for path in self.paths(key))
 
     @abstractmethod
-    def write(self, name: str, explanation: Explanation) -> None:
-        """Write the files of a picture, of this name relative to the folder.
+    def write(self, explanation: Explanation) -> None:
+        """Write the files of a picture.
 
         Raises:
             OSError, ValueError: they cannot be written.
@@ -72,17 +67,18 @@ class Output(ABC):
 class MethodFiles(Output):
     """A file for each method: ``NAME_METHOD`` and a suffix."""
 
+    suffix: str
+
     @classmethod
     def left(cls, manifest: Manifest, key: str) -> Iterable[Path]:
-        methods = dict.fromkeys([*METHODS, *manifest.methods])
-        return [cls.path(manifest.folder, manifest.names[key], method) for method in methods]
+        return [cls.path(manifest, key, method) for method in {*METHODS, *manifest.methods}]
 
-    def paths(self, name: str) -> list[Path]:
-        return [self.path(self.folder, name, method) for method in self.methods]
+    def paths(self, key: str) -> list[Path]:
+        return [self.path(self.manifest, key, method) for method in self.methods]
 
-    def write(self, name: str, explanation: Explanation) -> None:
+    def write(self, explanation: Explanation) -> None:
         for method, saliency in explanation.maps.items():
-            path = self.path(self.folder, name, method)
+            path = self.path(self.manifest, explanation.source.key, method)
             path.parent.mkdir(parents=True, exist_ok=True)
             with complete_or_absent(path) as unfinished:
                 self.save(unfinished, explanation, saliency)
@@ -92,8 +88,8 @@ class MethodFiles(Output):
         """Write the file of one method."""
 
     @classmethod
-    def path(cls, folder: Path, name: str, method: str) -> Path:
-        return folder / f"{name}_{method}{cls.suffix}"
+    def path(cls, manifest: Manifest, key: str, method: str) -> Path:
+        return manifest.folder / f"{manifest.names[key]}_{method}{cls.suffix}"
 
 
 class Overlays(MethodFiles):
@@ -105,8 +101,8 @@ class Overlays(MethodFiles):
 
     suffix = ".png"
 
-    def has(self, name: str) -> bool:
-        return all(_look_of(path) == self.look for path in self.paths(name))
+    def has(self, key: str) -> bool:
+        return all(_look_of(path) == self.look for path in self.paths(key))
 
     def save(self, path: Path, explanation: Explanation, saliency: NDArray[np.float32]) -> None:
         from PIL.PngImagePlugin import PngInfo
@@ -155,8 +151,6 @@ class ZarrStore(Output):
     A picture is a chunk of its own, which the store writes whole or not at all; without one it reads as NaN.
     """
 
-    suffix = ".zarr"
-
     @classmethod
     def left(cls, manifest: Manifest, key: str) -> Iterable[Path]:
         return manifest.folder.glob(f"{STORE}/*/c/{manifest.places[key]}/**/0")
@@ -165,15 +159,13 @@ class ZarrStore(Output):
         import zarr
 
         super().__init__(manifest, methods, look)
-        names = list(manifest.names.values())
-        self.index = {name: index for index, name in enumerate(names)}
-        self.path = self.folder / STORE
+        self.path = manifest.folder / STORE
         self.lock = Lock()
         try:
             # The older format knows a codec that unpickles.
             self.group: Any = zarr.open_group(self.path, mode="a", zarr_format=3, attributes=dict(manifest.run))
             earlier: Any = self.group.attrs.get("pictures", [])
-            now = [printable(name) for name in names]
+            now = [printable(name) for name in manifest.names.values()]
             if now[: len(earlier)] != earlier:
                 raise BadValueError("its pictures are not in the manifest's order")
             self.group.attrs.update({"pictures": now})
@@ -181,60 +173,52 @@ class ZarrStore(Output):
             for unfinished in self.path.rglob("*.partial"):
                 unfinished.unlink()
             for method, array in self.group.arrays():
-                if method in methods and array.shape[0] < len(names):
-                    array.resize((len(names), *array.shape[1:]))
+                if method in methods and array.shape[0] < len(now):
+                    array.resize((len(now), *array.shape[1:]))
         except Exception as error:
             raise BadValueError(
                 f"{self.path}: expected a Zarr store of an earlier run, found something else or a broken one "
                 f"({error}): choose another folder"
             ) from error
 
-    def paths(self, name: str) -> list[Path]:
-        return [chunk for method in self.methods for chunk in self._chunks(method, name)]
+    def paths(self, key: str) -> list[Path]:
+        return [self.path / method / "c" / str(self.manifest.places[key]) for method in self.methods]
 
-    def has(self, name: str) -> bool:
-        return all(self._chunks(method, name) for method in self.methods)
+    def has(self, key: str) -> bool:
+        return all(any(map(Path.is_file, folder.rglob("0"))) for folder in self.paths(key))
 
-    def _chunks(self, method: str, name: str) -> list[Path]:
-        folder = self.path / method / "c" / str(self.index[name])
-        return [path for path in folder.rglob("0") if path.is_file()] if folder.exists() else []
-
-    def write(self, name: str, explanation: Explanation) -> None:
+    def write(self, explanation: Explanation) -> None:
         for method, saliency in explanation.maps.items():
             with self.lock:
                 array = self.group.get(method)
                 if array is None:
-                    shape = (len(self.index), *saliency.shape)
-                    array = self.group.create_array(
-                        method, shape=shape, chunks=(1, *saliency.shape), dtype="float32", fill_value=nan
-                    )
+                    shape, chunks = ((length, *saliency.shape) for length in (len(self.manifest.names), 1))
+                    array = self.group.create_array(method, shape=shape, chunks=chunks, dtype="float32", fill_value=nan)
             if array.shape[1:] != saliency.shape:
                 raise BadValueError(
                     f"its map is {'x'.join(map(str, saliency.shape))}, the store's are "
                     f"{'x'.join(map(str, array.shape[1:]))}: the format npy takes maps of any size"
                 )
-            array[self.index[name]] = saliency
+            array[self.manifest.places[explanation.source.key]] = saliency
 
 
 class GalleryParts(Output):
     """``gallery.html``, one page, put together of a part for each picture, which a later run takes up again."""
 
-    suffix = ".html"
-
     @classmethod
     def left(cls, manifest: Manifest, key: str) -> Iterable[Path]:
         return manifest.folder.glob(f".gallery/*/{escape(manifest.names[key])}.json")
 
-    def paths(self, name: str) -> list[Path]:
-        return [self.folder / ".gallery" / "+".join(self.methods) / f"{name}.json"]
+    def paths(self, key: str) -> list[Path]:
+        return [self.manifest.folder / ".gallery" / "+".join(self.methods) / f"{self.manifest.names[key]}.json"]
 
-    def write(self, name: str, explanation: Explanation) -> None:
+    def write(self, explanation: Explanation) -> None:
         from tucker_cam.explanations.gallery import gallery_entry
 
         if explanation.network.frames is not None:
             raise BadValueError("the gallery shows pictures, not clips")
+        name, (path,) = self.manifest.names[explanation.source.key], self.paths(explanation.source.key)
         entry = gallery_entry(name, explanation.seen, explanation.maps, explanation.components, explanation.values)
-        (path,) = self.paths(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         with complete_or_absent(path) as unfinished:
             unfinished.write_text(json.dumps(entry), encoding="utf-8")
@@ -251,13 +235,13 @@ def gallery_entries(manifest: Manifest, title: str, page: Path) -> Iterator[dict
     Raises:
         ValueError: a part is broken.
     """
-    for key, name in manifest.names.items():
+    for key in manifest.names:
         entry: dict[str, Any] = {"colormap": "jet", "methods": {}}
         for path in sorted(GalleryParts.left(manifest, key)):
             part = _part(path)
             entry |= part | {"methods": entry["methods"] | part["methods"]}
         for method, shown in entry["methods"].items():
-            overlay = Overlays.path(manifest.folder, name, method)
+            overlay = Overlays.path(manifest, key, method)
             if look := _look_of(overlay):
                 shown["file"] = quote(bytes(overlay.relative_to(page)))
                 entry["colormap"] = look.colormap
@@ -277,4 +261,3 @@ def _part(path: Path) -> dict[str, Any]:
 FORMATS: dict[str, type[Output]] = {"overlay": Overlays, "npy": ArrayFiles, "zarr": ZarrStore}
 """By the name that a user asks for."""
 KINDS: tuple[type[Output], ...] = (*FORMATS.values(), GalleryParts)
-SUFFIXES = tuple(kind.suffix for kind in KINDS)
