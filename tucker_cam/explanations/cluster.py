@@ -48,13 +48,7 @@ logger = logging.getLogger("tucker_cam")
 
 @dataclass(frozen=True)
 class Work:
-    """What every actor does.
-
-    Attributes:
-        load: loads the model.
-        methods: classes of the host's kind, by name.
-        aug_smooth: average over flips and brightness.
-    """
+    """What every actor does; see `Explainer`."""
 
     load: Callable[[], LoadedModel]
     methods: Mapping[str, Callable[..., BaseCAM]]
@@ -77,7 +71,7 @@ def explain_on_ray(
         workers: actors; None for one fewer than the cluster has CPUs.
 
     Returns:
-        The model, and what could not be read or explained; all others are done.
+        The model, and what could not be read or explained.
 
     Raises:
         ValueError: no actor is to do the work; another run is writing to `out`, or it holds what is not of a run.
@@ -88,8 +82,7 @@ def explain_on_ray(
     filesystem, root = url_to_fs(out)
     filesystem.makedirs(root, exist_ok=True)
     # Elsewhere there is no lock that all file systems keep.
-    local = isinstance(filesystem, LocalFileSystem)
-    with only_run(Path(root, MANIFEST)) if local else nullcontext():
+    with only_run(Path(root, MANIFEST)) if isinstance(filesystem, LocalFileSystem) else nullcontext():
         loaded = work.load()
         logger.info(loaded.description)
         folder = _claim_folder(filesystem, root, identity(loaded, "ray", aug_smooth=work.aug_smooth))
@@ -198,13 +191,9 @@ def _claim_folder(filesystem: Any, root: str, run: Mapping[str, Any]) -> str:
 
 
 class _Tables(NamedTuple):
-    """What the tables of a folder hold.
+    """The tables of a folder; which pictures and methods they hold, and why not some pictures; and which are broken.
 
-    Attributes:
-        paths: of all of them.
-        done: pictures and methods.
-        errors: by picture, why there is no map.
-        broken: the tables that cannot be read. They stay where they are: a run may still be writing them.
+    Broken ones stay where they are: a run may still be writing them.
     """
 
     paths: list[str]

@@ -51,15 +51,7 @@ class Explainer:
     def explain_all(
         self, batches: Sequence[Sequence[Picture]], workers: int | None = 0
     ) -> Iterator[list[tuple[Picture, Explanation | Exception]]]:
-        """Yield each batch's explanations, or the errors for which there are none.
-
-        Args:
-            batches: of pictures.
-            workers: see `read_ahead`.
-
-        Raises:
-            OSError: see `read_ahead`.
-        """
+        """Yield each batch's explanations, or the errors for which there are none; for the rest see `read_ahead`."""
         # The model itself stays in this process.
         network = Network(torch.nn.Identity(), self.loaded.preprocess, frames=self.loaded.frames)
         read = read_ahead(batches, partial(_read_batch, network=network), workers)
@@ -69,12 +61,7 @@ class Explainer:
     def explain(
         self, pictures: Sequence[Picture], inputs: Sequence[Tensor | Exception] | Tensor
     ) -> list[Explanation | Exception]:
-        """Explain a batch; pictures of one size go through the network together.
-
-        Args:
-            pictures: where they are from.
-            inputs: as of `read_input`; or all in one tensor.
-        """
+        """Explain a batch of inputs, which may be errors; those of one size go through the network together."""
         if isinstance(inputs, Tensor):
             return self._together(pictures, inputs)
         results: list[Any] = [*inputs]

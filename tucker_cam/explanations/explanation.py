@@ -139,19 +139,13 @@ class Explanation:
         """Return a map, height x width as the network saw it, over the picture."""
         if look.view == "network" or self.view is None:
             return look.draw(self.seen, saliency)
-        left, top, width, height = self.view
-        size = self.picture.size
-        box = (
-            min(max(round(left), 0), size[0] - 1),
-            min(max(round(top), 0), size[1] - 1),
-            max(min(round(left + width), size[0]), 1),
-            max(min(round(top + height), size[1]), 1),
-        )
+        (x, y, width, height), size = self.view, self.picture.size
+        edges = np.rint([x, y, x + width, y + height]).clip((0, 0, 1, 1), (size[0] - 1, size[1] - 1, *size))
+        left, top, right, bottom = box = tuple(edges.astype(int).tolist())
         across, down = saliency.shape[1] / width, saliency.shape[0] / height
-        matrix = (across, 0, (box[0] - left) * across, 0, down, (box[1] - top) * down)
-        inside = (box[2] - box[0], box[3] - box[1])
+        matrix = (across, 0, (left - x) * across, 0, down, (top - y) * down)
         laid = Image.fromarray(np.ascontiguousarray(saliency)).transform(
-            inside, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
+            (right - left, bottom - top), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR
         )
         there = np.float32(1 / 255) * np.asarray(self.picture.crop(box))
         whole = ImageEnhance.Brightness(self.picture).enhance(_DIMMED)
@@ -163,12 +157,15 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         """Return the picture beside its overlays, for a notebook: nothing is fetched."""
+        figures = ""
         shown = {printable(self.name): self.picture} | {method: self.overlay(method) for method in self.maps}
-        figures = "".join(
-            f'<figure style="margin:0"><img src="{_data_uri(image)}" alt="{escape(title)}">'
-            f"<figcaption>{escape(title)}</figcaption></figure>"
-            for title, image in shown.items()
-        )
+        for title, image in shown.items():
+            small = image.copy()
+            small.thumbnail((4 * _SHOWN_HEIGHT, _SHOWN_HEIGHT))
+            uri, text = data_uri(small, "JPEG", quality=85), escape(title)
+            figures += (
+                f'<figure style="margin:0"><img src="{uri}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+            )
         return f'<div style="display:flex;flex-wrap:wrap;gap:8px">{figures}</div>'
 
 
@@ -181,8 +178,8 @@ def picture_and_view(source: Picture, network: Network) -> tuple[Image.Image | N
     return picture, view_of(network.preprocess, picture.size, network.frames)
 
 
-def _data_uri(image: Image.Image) -> str:
-    small, buffer = image.copy(), BytesIO()
-    small.thumbnail((4 * _SHOWN_HEIGHT, _SHOWN_HEIGHT))
-    small.save(buffer, format="JPEG", quality=85)
-    return f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"
+def data_uri(image: Image.Image, form: str, **options: int) -> str:
+    """Return an image as a page holds it in itself."""
+    buffer = BytesIO()
+    image.save(buffer, format=form, optimize=True, **options)
+    return f"data:image/{form.lower()};base64,{b64encode(buffer.getvalue()).decode()}"

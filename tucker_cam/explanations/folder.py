@@ -47,19 +47,12 @@ def check_writing(out: Path | None, formats: Sequence[str], look: Look, methods:
 
 @dataclass
 class FolderWriter:
-    """Writes explanations into a folder.
+    """Writes explanations into a folder; the arguments are those of `explain`.
 
     A map does not depend on where an earlier run was interrupted: batches are cut alike in every run. What no manifest
     lists is neither taken for a map nor overwritten.
 
     Attributes:
-        explainer: makes them.
-        out: the folder; made if it is missing. What holds another run's results gets a folder below it for this one.
-        formats: see `explain`.
-        gallery: write a page with all pictures too.
-        look: of overlays.
-        batch_size: how many pictures go through the network together.
-        workers: see `read_ahead`.
         failures: what could not be read, explained or written.
     """
 
@@ -73,11 +66,7 @@ class FolderWriter:
     failures: list[Failure] = field(default_factory=list)
 
     def write(self, pictures: Collection, *, shown: bool) -> None:
-        """Write what is missing, and say at the end what came out.
-
-        Args:
-            pictures: to explain.
-            shown: whether a bar is.
+        """Write what is missing, with a bar or without one, and say at the end what came out.
 
         Raises:
             ValueError: another run is writing to the folder, or its manifest or store is none.

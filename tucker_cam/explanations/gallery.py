@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tucker_cam.explanations.explanation import data_uri
 from tucker_cam.text import printable
 from tucker_cam.writing import complete_or_absent
 
@@ -99,7 +99,7 @@ def _finite(array: NDArray[np.float32]) -> NDArray[np.float64]:
 def _photograph(picture: NDArray[np.float32]) -> str:
     image = Image.fromarray(np.rint(255 * _finite(picture).clip(0, 1)).astype(np.uint8))
     image.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
-    return _data_uri(image, "JPEG", quality=_JPEG_QUALITY)
+    return data_uri(image, "JPEG", quality=_JPEG_QUALITY)
 
 
 def _sequential_map(saliency: NDArray[np.float64]) -> str:
@@ -121,13 +121,7 @@ def _diverging_map(array: NDArray[np.float32]) -> str:
 def _palette_png(levels: NDArray[np.floating[Any]], colours: NDArray[Any]) -> str:
     image = Image.fromarray(np.rint(levels).astype(np.uint8))
     image.putpalette(np.rint(colours).astype(np.uint8).tobytes())
-    return _data_uri(image, "PNG")
-
-
-def _data_uri(image: Image.Image, form: str, **options: int) -> str:
-    buffer = BytesIO()
-    image.save(buffer, format=form, optimize=True, **options)
-    return f"data:image/{form.lower()};base64,{b64encode(buffer.getvalue()).decode()}"
+    return data_uri(image, "PNG")
 
 
 def _policy(template: str) -> str:

@@ -99,11 +99,7 @@ class Manifest:
         self.views[key] = None if view is None else [round(edge, 2) for edge in view]
 
     def write(self) -> None:
-        """Write the manifest.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write the manifest; OSError if it cannot be."""
         pictures = {key: {"name": name, **self.stamps[key]._asdict()} for key, name in self.names.items()}
         for key, view in self.views.items():
             pictures[key]["view"] = view
@@ -130,11 +126,7 @@ def manifests_in(out: Path) -> list[Path]:
 
 
 def folder_of_run(out: Path, run: Mapping[str, Any]) -> Path:
-    """Return the folder of a run in `out`: that itself, or where it holds another run's results one below it.
-
-    Raises:
-        ValueError: a manifest is none.
-    """
+    """Return the folder of a run in `out`: that itself, or one below it; see `place_of_run`."""
     texts = {str(path.parent): path.read_bytes() for path in manifests_in(out)}
     return Path(place_of_run(str(out), run, texts))
 
@@ -164,11 +156,7 @@ def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, bytes
 
 
 def read_manifest(manifest: bytes, folder: str) -> dict[str, Any]:
-    """Return the content of an earlier run's manifest.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Return the content of an earlier run's manifest; ValueError if it is none."""
     try:
         content: dict[str, Any] = json.loads(manifest)
         if not content.keys() >= _RUN:

@@ -57,11 +57,7 @@ class Output(ABC):
 
     @abstractmethod
     def write(self, explanation: Explanation) -> None:
-        """Write the files of a picture.
-
-        Raises:
-            OSError, ValueError: they cannot be written.
-        """
+        """Write the files of a picture; OSError or ValueError if they cannot be written."""
 
 
 class MethodFiles(Output):
@@ -128,7 +124,7 @@ def _look_of(path: Path) -> Look | None:
         with Image.open(path) as overlay:
             look = Look(**json.loads(overlay.info[_LOOK]))
         look.check()
-    except (OSError, KeyError, TypeError, ValueError, RecursionError, Image.DecompressionBombError):
+    except (OSError, KeyError, TypeError, ValueError):
         return None
     return look
 
@@ -227,19 +223,16 @@ class GalleryParts(Output):
 def gallery_entries(manifest: Manifest, title: str, page: Path) -> Iterator[dict[str, Any]]:
     """Yield the entries of a run's pictures, each with the methods of all its parts, and their overlays as links.
 
-    Args:
-        manifest: of the run.
-        title: put behind each name; may be empty.
-        page: the folder of the page.
-
-    Raises:
-        ValueError: a part is broken.
+    The title is put behind each name, and the links start at the page's folder. ValueError if a part is broken.
     """
     for key in manifest.names:
         entry: dict[str, Any] = {"colormap": "jet", "methods": {}}
         for path in sorted(GalleryParts.left(manifest, key)):
-            part = _part(path)
-            entry |= part | {"methods": entry["methods"] | part["methods"]}
+            try:
+                part = json.loads(path.read_text("utf-8"))
+                entry |= part | {"methods": entry["methods"] | part["methods"]}
+            except (ValueError, KeyError, TypeError) as error:
+                raise BadValueError(f"{path}: expected a part of the gallery, found a broken one: delete it") from error
         for method, shown in entry["methods"].items():
             overlay = Overlays.path(manifest, key, method)
             if look := _look_of(overlay):
@@ -247,15 +240,6 @@ def gallery_entries(manifest: Manifest, title: str, page: Path) -> Iterator[dict
                 entry["colormap"] = look.colormap
         if entry["methods"]:
             yield entry | {"name": f"{entry['name']}{title}"}
-
-
-def _part(path: Path) -> dict[str, Any]:
-    try:
-        part: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        methods = {name: dict(shown) for name, shown in part["methods"].items()}
-        return part | {"picture": part["picture"], "methods": methods}
-    except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadValueError(f"{path}: expected a part of the gallery, found a broken one: delete it") from error
 
 
 FORMATS: dict[str, type[Output]] = {"overlay": Overlays, "npy": ArrayFiles, "zarr": ZarrStore}
