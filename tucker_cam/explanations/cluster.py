@@ -148,10 +148,9 @@ class _Actor:
         for source, found, missing in zip(sources, explained, item["missing"], strict=True):
             about: dict[str, object] = {"picture": source.key, "name": source.name}
             if not isinstance(found, Exception):
-                maps = {method: found.maps[method] for method in missing}
-                yield from (
-                    about | {"method": m, "shape": each.shape, "saliency": each.ravel()} for m, each in maps.items()
-                )
+                for method in missing:
+                    saliency = found.maps[method]
+                    yield about | {"method": method, "shape": saliency.shape, "saliency": saliency.ravel()}
             elif missing:
                 yield about | {"error": str(Failure(str(source), found)).removeprefix(f"{source}: ")}
 

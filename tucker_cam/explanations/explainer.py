@@ -92,13 +92,11 @@ class Explainer:
             if self.components:
                 modes = channel_modes(one_pass.output_and_features()[1][-1])
                 components, values = modes.maps[:, :_COMPONENTS].cpu().numpy(), modes.values.cpu().numpy()
-        of_each = [{name: each[index] for name, each in maps.items()} for index in range(len(images))]
-        return [
-            Explanation(picture, image, loaded, own_maps, own_components, own_values)
-            for picture, image, own_maps, own_components, own_values in zip(
-                pictures, images, of_each, components, values, strict=True
-            )
-        ]
+        explanations = []
+        for index, picture in enumerate(pictures):
+            own = {name: each[index] for name, each in maps.items()}
+            explanations.append(Explanation(picture, images[index], loaded, own, components[index], values[index]))
+        return explanations
 
     @cached_property
     def batch_size(self) -> int:

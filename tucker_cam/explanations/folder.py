@@ -31,7 +31,7 @@ logger = logging.getLogger("tucker_cam")
 
 
 def check_writing(out: Path | None, formats: Sequence[str], look: Look, methods: Iterable[str]) -> None:
-    """Raise ValueError for a format, a look or a method's name that cannot be, or an `out` that is a file."""
+    """Raise ValueError for a format, a look or a method's name that cannot be; OSError for such an `out`."""
     for name in formats:
         check_name("format", name, FORMATS)
     look.check()
@@ -39,8 +39,6 @@ def check_writing(out: Path | None, formats: Sequence[str], look: Look, methods:
         if safe_name(name) != name or "/" in name:
             raise BadValueError(f"expected a method's name that a file's can hold, got {name!r}")
     if out is not None:
-        if out.exists() and not out.is_dir():
-            raise BadValueError(f"{out}: expected a folder for what is written, found a file")
         # What takes long comes later.
         out.mkdir(parents=True, exist_ok=True)
 

@@ -23,7 +23,6 @@ from tucker_cam.writing import complete_or_absent
 
 NOT_OURS = Stamp(-1, None)
 """Stands in a manifest for a picture whose files were there before, and are somebody else's."""
-Engine = Literal["torch", "ray"]
 _PACKAGES = ("tucker-cam", "torch", "numpy", "grad-cam", "pillow")
 _RUN = frozenset(["engine", "model", "weights", "layers", "aug_smooth", "preprocessing"])
 _LONGEST_FOLDER = 100
@@ -62,22 +61,13 @@ class Manifest:
         self.is_new = not self.path.exists()
         if not self.is_new:
             content = read_manifest(self.path.read_bytes(), str(folder))
-            self.run = dict(run or content)
-            try:
-                self._take(content)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise _no_manifest(str(folder)) from error
+            self.run, self.methods = dict(run or content), content["methods"]
+            for key, picture in content["pictures"].items():
+                self.names[key] = safe_name(picture["name"])
+                self.stamps[key] = Stamp(picture["modified"], picture.get("size"))
+                if "view" in picture:
+                    self.views[key] = picture["view"]
         self.places = {key: place for place, key in enumerate(self.names)}
-
-    def _take(self, content: Mapping[str, Any]) -> None:
-        self.methods = list(content["methods"])
-        for key, picture in content["pictures"].items():
-            self.names[key] = safe_name(picture["name"])
-            self.stamps[key] = Stamp(picture["modified"], picture["size"])
-            if "view" in picture:
-                self.views[key] = picture["view"]
-        if len(set(self.names.values())) < len(self.names):
-            raise BadValueError("two pictures of one name")
 
     def add(self, pictures: Iterable[Picture]) -> None:
         """Note each picture as it is now, under a name of its own; the second ``cat`` becomes ``cat-2``."""
@@ -108,7 +98,7 @@ class Manifest:
             unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def identity(loaded: LoadedModel, engine: Engine, *, aug_smooth: bool) -> dict[str, Any]:
+def identity(loaded: LoadedModel, engine: Literal["torch", "ray"], *, aug_smooth: bool) -> dict[str, Any]:
     """Return what all maps of a run have in common."""
     return {
         "engine": engine,
@@ -161,8 +151,10 @@ def read_manifest(manifest: bytes, folder: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(manifest)
         if not content.keys() >= _RUN:
             raise BadValueError("not all is said")
-    except (AttributeError, ValueError, TypeError, RecursionError) as error:
-        raise _no_manifest(folder) from error
+    except (AttributeError, ValueError) as error:
+        raise BadValueError(
+            f"{folder}: expected {MANIFEST} of an earlier run, found something else: choose another folder"
+        ) from error
     return content
 
 
@@ -174,12 +166,6 @@ def not_of_a_run(taken: Path | str) -> BadValueError:
 def versions() -> dict[str, str]:
     """Return the versions of what computed the maps."""
     return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
-
-
-def _no_manifest(folder: str) -> BadValueError:
-    return BadValueError(
-        f"{folder}: expected {MANIFEST} of an earlier run, found something else: choose another folder"
-    )
 
 
 def _apart_from_ours(name: str) -> str:
