@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from tucker_cam import MTSM, TSM, channel_modes, explain
-from tucker_cam.methods import METHODS
 from tucker_cam.models import Network, load_model
 
 TINY = "networks:tiny_loaded_model"
@@ -25,9 +24,14 @@ def noise(width=40, height=30, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8))
 
 
-def expected_map(picture, method=TSM):
+def assert_is_map_of(saliency, seed, method=TSM):
     loaded = load_model(TINY)
-    return method(loaded.model, loaded.target_layers)(loaded.preprocess(picture)[None])[0]
+    expected = method(loaded.model, loaded.target_layers)(loaded.preprocess(noise(seed=seed))[None])[0]
+    np.testing.assert_allclose(saliency, expected, atol=1e-5)
+
+
+def network_inputs(count):
+    return torch.stack([load_model(TINY).preprocess(noise(seed=index)) for index in range(count)])
 
 
 @pytest.fixture
@@ -36,6 +40,11 @@ def folder(tmp_path):
         noise(seed=index).save(tmp_path / f"p{index}.png")
     (tmp_path / "p2.png").write_text("no picture")
     return tmp_path
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
 
 
 def test_a_folder_is_explained_one_after_the_other_and_what_fails_keeps_its_error(folder):
@@ -50,31 +59,28 @@ def test_a_folder_is_explained_one_after_the_other_and_what_fails_keeps_its_erro
         assert failure.error.__traceback__ is not None
     for index, explanation in zip((0, 1, 3, 4), found, strict=True):
         assert explanation.maps.keys() == {"tsm", "mtsm"}
-        np.testing.assert_allclose(explanation.maps["tsm"], expected_map(noise(seed=index)), atol=1e-5)
-        np.testing.assert_allclose(explanation.maps["mtsm"], expected_map(noise(seed=index), MTSM), atol=1e-5)
+        assert_is_map_of(explanation.maps["tsm"], index)
+        assert_is_map_of(explanation.maps["mtsm"], index, MTSM)
 
 
 def test_pictures_arrays_and_paths_in_a_list_are_explained(folder, caplog):
-    picture = noise()
-    array = np.asarray(picture)
-    given = [picture, array, (array / 255).astype(np.float32), folder / "p0.png", str(folder / "missing.png")]
-    explanations = explain(given, TINY)
+    array, missing = np.asarray(noise()), str(folder / "missing.png")
+    explanations = explain([noise(), array, (array / 255).astype(np.float32), folder / "p0.png", missing], TINY)
     for explanation in explanations:
-        np.testing.assert_allclose(explanation.maps["tsm"], expected_map(picture), atol=1e-5)
+        assert_is_map_of(explanation.maps["tsm"], 0)
         assert np.array_equal(np.asarray(explanation.picture), array)
-    assert [failure.name for failure in explanations.failures] == [str(folder / "missing.png")]
+    assert [failure.name for failure in explanations.failures] == [missing]
     assert [record.getMessage() for record in caplog.records] == [str(failure) for failure in explanations.failures]
 
 
 def test_batches_of_network_inputs_are_explained_also_from_a_loader():
-    loaded = load_model(TINY)
-    images = torch.stack([loaded.preprocess(noise(seed=index)) for index in range(5)])
+    loaded, images = load_model(TINY), network_inputs(5)
     loader = DataLoader([(image, 7) for image in images], batch_size=2)
     for pictures in (images, loader, [images[:3], images[3:]]):
         found = list(explain(pictures, loaded))
         assert len(found) == 5
         for index, explanation in enumerate(found):
-            np.testing.assert_allclose(explanation.maps["tsm"], expected_map(noise(seed=index)), atol=1e-5)
+            assert_is_map_of(explanation.maps["tsm"], index)
             assert explanation.overlay().size == (24, 24)
     assert len(explain(images, loaded)) == 5
     with pytest.raises(TypeError, match="not known"):
@@ -94,11 +100,9 @@ def test_a_model_of_ones_own_is_explained_at_the_layer_that_is_named_or_found():
 
 
 def test_classes_are_methods_by_the_users_name_and_components_come_on_demand():
-    (explanation,) = explain(noise(), TINY, {"mine": MTSM, "tsm": METHODS["tsm"]}, components=True)
-    np.testing.assert_allclose(explanation.maps["mine"], expected_map(noise(), MTSM), atol=1e-5)
-    loaded = load_model(TINY)
-    with torch.no_grad():
-        modes = channel_modes(loaded.model[:4](loaded.preprocess(noise())[None]))
+    (explanation,) = explain(noise(), TINY, {"mine": MTSM}, components=True)
+    assert_is_map_of(explanation.maps["mine"], 0, MTSM)
+    modes = channel_modes(load_model(TINY).model[:4](network_inputs(1)).detach())
     np.testing.assert_allclose(explanation.values, modes.values[0], rtol=1e-4)
 
 
@@ -161,18 +165,14 @@ def preprocessings(tmp_path_factory):
         make_repositories()
         names = ("timm:resnet18", "torchvision:resnet18", "hf:microsoft/resnet-50")
         found = {name: load_model(name, pretrained=False) for name in names}
+    squeeze = transforms.Resize((224, 224))
+    own = {
+        "whole": [transforms.Resize((240, 320))],
+        "padded": [transforms.Pad((0, 200)), squeeze],
+        "padded all around": [transforms.Pad((150, 200)), squeeze],
+    }
     return {name: (loaded.preprocess, loaded.mean, loaded.std) for name, loaded in found.items()} | {
-        "whole": (transforms.Compose([transforms.Resize((240, 320)), transforms.ToTensor()]), (0,) * 3, (1,) * 3),
-        "padded": (
-            transforms.Compose([transforms.Pad((0, 200)), transforms.Resize((224, 224)), transforms.ToTensor()]),
-            (0,) * 3,
-            (1,) * 3,
-        ),
-        "padded all around": (
-            transforms.Compose([transforms.Pad((150, 200)), transforms.Resize((224, 224)), transforms.ToTensor()]),
-            (0,) * 3,
-            (1,) * 3,
-        ),
+        name: (transforms.Compose([*steps, transforms.ToTensor()]), (0,) * 3, (1,) * 3) for name, steps in own.items()
     }
 
 
@@ -191,9 +191,9 @@ def test_the_overlay_has_the_pictures_size_and_its_peak_is_where_the_object_is(p
     # The host's colours: red is where the map is high.
     red = np.asarray(overlay).astype(float) @ (1, -0.5, -1)
     row, column = np.unravel_index(red.argmax(), red.shape)
-    view, cells = explanation.view, explanation.maps["tsm"].shape[1] / 16
-    assert abs(column - x) <= view.width / cells
-    assert abs(row - y) <= view.height / (explanation.maps["tsm"].shape[0] / 16)
+    down, across = explanation.maps["tsm"].shape
+    assert abs(column - x) <= explanation.view.width * 16 / across
+    assert abs(row - y) <= explanation.view.height * 16 / down
 
 
 def test_what_was_cropped_away_is_dimmed_and_the_network_view_is_the_crop():
@@ -221,47 +221,40 @@ def files_in(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_folder_is_written_in_the_call_or_by_save_and_gone_on_with(folder, tmp_path):
+def test_a_folder_is_written_in_the_call_or_by_save_and_gone_on_with(folder, out):
     options = {"formats": ["overlay", "npy"], "progress": False}
-    explanations = explain(folder, TINY, ["tsm", "fem"], out=tmp_path / "out", **options)
-    assert len(files_in(tmp_path / "out")) == 17
+    explanations = explain(folder, TINY, ["tsm", "fem"], out=out, **options)
+    assert len(files_in(out)) == 17
     assert [failure.name for failure in explanations.failures] == [str(folder / "p2.png")]
-    with Image.open(tmp_path / "out" / "p0_tsm.png") as overlay:
-        assert overlay.size == (40, 30)
-    before = (tmp_path / "out" / "p0_tsm.png").stat().st_mtime_ns
-    (tmp_path / "out" / "p1_fem.npy").unlink()
-    explain(folder, TINY, ["tsm", "fem"]).save(tmp_path / "out", **options)
-    assert (tmp_path / "out" / "p0_tsm.png").stat().st_mtime_ns == before
+    before = (out / "p0_tsm.png").stat().st_mtime_ns
+    (out / "p1_fem.npy").unlink()
+    explain(folder, TINY, ["tsm", "fem"]).save(out, **options)
+    assert (out / "p0_tsm.png").stat().st_mtime_ns == before
     (explanation,) = explain(folder / "p1.png", TINY, "fem")
-    np.testing.assert_allclose(np.load(tmp_path / "out" / "p1_fem.npy"), explanation.maps["fem"], atol=1e-5)
+    np.testing.assert_allclose(np.load(out / "p1_fem.npy"), explanation.maps["fem"], atol=1e-5)
 
 
-def test_pictures_that_a_program_holds_are_written_and_others_of_their_place_are_not_taken_for_them(tmp_path):
-    out, loaded = tmp_path / "out", load_model(TINY)
+def test_pictures_that_a_program_holds_are_written_and_others_of_their_place_are_not_taken_for_them(out):
     for seed in (0, 1, 1):
         explain(noise(seed=seed), TINY, out=out, formats=["npy"], progress=False)
-        np.testing.assert_allclose(np.load(out / "picture-0_tsm.npy"), expected_map(noise(seed=seed)), atol=1e-5)
-    images = torch.stack([loaded.preprocess(noise(seed=index)) for index in range(5)])
-    explanations = explain(DataLoader(images, batch_size=2), loaded, out=out, progress=False)
+        assert_is_map_of(np.load(out / "picture-0_tsm.npy"), seed)
+    explanations = explain(DataLoader(network_inputs(5), batch_size=2), TINY, out=out, progress=False)
     assert not explanations.failures
-    assert files_in(out)[:2] == ["000000_tsm.png", "000001_tsm.png"]
-    assert len(files_in(out)) == 7
+    assert files_in(out) == [*(f"{i:06}_tsm.png" for i in range(5)), "manifest.json", "picture-0_tsm.npy"]
 
 
 def test_a_stream_is_written_part_by_part(tmp_path, monkeypatch):
     monkeypatch.setattr("tucker_cam.explanations.folder._PART", 4)
-    loaded = load_model(TINY)
-    images = torch.stack([loaded.preprocess(noise(seed=index)) for index in range(10)])
-    explain([images[:3], images[3:6], images[6:]], loaded, out=tmp_path, formats=["npy", "zarr"], progress=False)
+    images = network_inputs(10)
+    explain([images[:3], images[3:6], images[6:]], TINY, out=tmp_path, formats=["npy", "zarr"], progress=False)
     for index in (0, 5, 9):
-        expected = expected_map(noise(seed=index))
-        np.testing.assert_allclose(np.load(tmp_path / f"{index:06}_tsm.npy"), expected, atol=1e-5)
-        np.testing.assert_allclose(zarr.open_group(tmp_path / "maps.zarr")["tsm"][index], expected, atol=1e-5)
+        assert_is_map_of(np.load(tmp_path / f"{index:06}_tsm.npy"), index)
+        assert_is_map_of(zarr.open_group(tmp_path / "maps.zarr")["tsm"][index], index)
 
 
-def test_what_another_model_or_layer_makes_goes_beside_and_is_found_again(folder, tmp_path, caplog):
+def test_what_another_model_or_layer_makes_goes_beside_and_is_found_again(folder, out, caplog):
     caplog.set_level("INFO", "tucker_cam")
-    out, options = tmp_path / "out", {"out": tmp_path / "out", "gallery": True, "progress": False}
+    options = {"out": out, "gallery": True, "progress": False}
     explain(folder / "p0.png", TINY, **options)
     first = {name: (out / name).read_bytes() for name in files_in(out) if name != "gallery.html"}
     for layers, aug_smooth, place in (["1"], False, "_1"), (["1"], True, "_1-2"), (["1"], False, "_1"):
@@ -275,66 +268,52 @@ def test_what_another_model_or_layer_makes_goes_beside_and_is_found_again(folder
     assert names == [f"p0 (networks:tiny_loaded_model, {layer})" for layer in "311"]
 
 
-def test_what_another_preprocessing_makes_goes_beside(folder, tmp_path):
+def test_what_another_preprocessing_makes_goes_beside(folder, out):
     for size in (None, 48, 48):
-        explain(folder / "p0.png", TINY, size=size, formats=["npy"], out=tmp_path / "out", progress=False)
-    maps = sorted((tmp_path / "out").rglob("p0_tsm.npy"), key=lambda path: len(path.parts))
+        explain(folder / "p0.png", TINY, size=size, formats=["npy"], out=out, progress=False)
+    maps = sorted(out.rglob("p0_tsm.npy"), key=lambda path: len(path.parts))
     assert [np.load(path).shape for path in maps] == [(24, 24), (48, 48)]
 
 
-def test_of_a_changed_picture_the_files_of_ones_own_method_are_removed_too(folder, tmp_path):
-    options = {"out": tmp_path / "out", "formats": ["npy"], "progress": False}
-    explain([folder / "p0.png", folder / "p1.png"], TINY, {"mine": MTSM}, **options)
+def test_of_a_changed_picture_the_files_of_ones_own_method_are_removed_too(folder, out):
+    pictures, options = [folder / "p0.png", folder / "p1.png"], {"out": out, "formats": ["npy"], "progress": False}
+    explain(pictures, TINY, {"mine": MTSM}, **options)
     noise(seed=9).save(folder / "p0.png")
-    explain([folder / "p0.png", folder / "p1.png"], TINY, **options)
-    assert files_in(tmp_path / "out") == ["manifest.json", "p0_tsm.npy", "p1_mine.npy", "p1_tsm.npy"]
+    explain(pictures, TINY, **options)
+    assert files_in(out) == ["manifest.json", "p0_tsm.npy", "p1_mine.npy", "p1_tsm.npy"]
 
 
-def test_overlays_that_are_asked_for_in_another_look_are_drawn_again(folder, tmp_path):
+def test_overlays_that_are_asked_for_in_another_look_are_drawn_again(folder, out):
     drawn = []
+    (explanation,) = explain(folder / "p0.png", TINY)
     for look in {}, {"alpha": 1.0}, {"view": "network"}, {"colormap": "viridis"}, {"colormap": "viridis"}:
-        explain(folder / "p0.png", TINY, out=tmp_path / "out", progress=False, **look)
-        drawn.append((tmp_path / "out" / "p0_tsm.png").read_bytes())
-        (explanation,) = explain(folder / "p0.png", TINY)
-        with Image.open(tmp_path / "out" / "p0_tsm.png") as overlay:
+        explain(folder / "p0.png", TINY, out=out, progress=False, **look)
+        drawn.append((out / "p0_tsm.png").read_bytes())
+        with Image.open(out / "p0_tsm.png") as overlay:
             assert np.array_equal(np.asarray(overlay), np.asarray(explanation.overlay(**look)))
     assert len(set(drawn)) == 4
 
 
-def test_another_look_leaves_the_overlays_of_other_pictures_and_methods(folder, tmp_path):
-    out = tmp_path / "out"
+def test_another_look_leaves_the_overlays_of_other_pictures_and_methods(folder, out):
     explain([folder / "p0.png", folder / "p1.png"], TINY, ["tsm", "mtsm"], out=out, progress=False)
-    before = {path.name: path.read_bytes() for path in out.glob("*.png")}
-    explain(folder / "p0.png", TINY, out=out, progress=False, alpha=0.9)
-    after = {path.name: path.read_bytes() for path in out.glob("*.png")}
-    assert len(before) == 4
-    assert {name for name in after if after[name] != before[name]} == {"p0_tsm.png"}
-    # And what has the look stays, without another pass.
-    explain(folder / "p0.png", TINY, out=out, progress=False, alpha=0.9)
-    assert {path.name: path.read_bytes() for path in out.glob("*.png")} == after
+    seen = [{path.name: path.read_bytes() for path in out.glob("*.png")}]
+    # What has the look stays, without another pass.
+    for _ in range(2):
+        explain(folder / "p0.png", TINY, out=out, progress=False, alpha=0.9)
+        seen.append({path.name: path.read_bytes() for path in out.glob("*.png")})
+    assert len(seen[0]) == 4
+    assert {name for name in seen[0] if seen[0][name] != seen[1][name]} == {"p0_tsm.png"}
+    assert seen[1] == seen[2]
 
 
-def test_a_run_that_failed_before_its_first_picture_does_not_hold_the_folder(folder, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    with monkeypatch.context() as broken:
-        broken.setattr("tucker_cam.explanations.folder.FolderWriter._write_part", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            explain(folder / "p0.png", TINY, out=out, progress=False)
-    assert files_in(out) == ["manifest.json"]
-    explain(folder / "p0.png", TINY, out=out, progress=False, size=32)
-    assert files_in(out) == ["manifest.json", "p0_tsm.png"]
-
-
-def test_where_the_network_looked_stands_in_the_manifest_also_after_a_kill(tmp_path):
+def test_where_the_network_looked_stands_in_the_manifest_also_after_a_kill(tmp_path, out):
     noise(80, 40).save(tmp_path / "wide.png")
     for _ in range(2):
-        explain(tmp_path / "wide.png", TINY, out=tmp_path / "out", progress=False)
-        path = tmp_path / "out" / "manifest.json"
-        manifest = json.loads(path.read_text())
+        explain(tmp_path / "wide.png", TINY, out=out, progress=False)
+        manifest = json.loads((out / "manifest.json").read_text())
         (entry,) = manifest["pictures"].values()
-        assert entry["view"] == pytest.approx([20, 0, 40, 40], abs=0.5)
-        del entry["view"]
-        path.write_text(json.dumps(manifest))
+        assert entry.pop("view") == pytest.approx([20, 0, 40, 40], abs=0.5)
+        (out / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
