@@ -54,45 +54,50 @@ def maps_in(folder):
     return maps, errors
 
 
-def test_a_cluster_without_actors_is_refused(tmp_path):
-    result = run(make_pictures(tmp_path / "p", 1), *MODEL, "--engine", "ray", "--workers", 0, "--out", tmp_path / "out")
-    assert result.exit_code == 2
-    assert "expected at least one actor to explain the pictures, got workers=0" in " ".join(result.output.split())
-
-
-def test_tables_of_somebody_else_are_left_alone(tmp_path):
+@pytest.fixture
+def out(tmp_path):
     (tmp_path / "out").mkdir()
-    mine = tmp_path / "out" / "maps-berlin.parquet"
-    mine.write_text("mine")
-    result = run(make_pictures(tmp_path / "p", 1), *MODEL, "--engine", "ray", "--out", tmp_path / "out")
+    return tmp_path / "out"
+
+
+def refused(out, *options):
+    """Return the error of a run that cannot be."""
+    result = run(make_pictures(out.parent / "p", 1), *MODEL, *options, "--out", out)
     assert result.exit_code == 2
-    assert "maps-berlin.parquet: is there already, and not of a run in this folder" in result.stderr.replace("\n", " ")
-    assert mine.read_text() == "mine"
+    return " ".join(result.stderr.split())
 
 
-def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
-    (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".manifest.json.lock"):
-        result = run(make_pictures(tmp_path / "p", 1), *MODEL, "--engine", "ray", "--out", tmp_path / "out")
-    assert result.exit_code == 2
-    assert "another run is writing to it" in result.stderr
+def test_a_cluster_without_actors_is_refused(out):
+    error = refused(out, "--engine", "ray", "--workers", 0)
+    assert "expected at least one actor to explain the pictures, got workers=0" in error
 
 
-def test_a_manifest_that_cannot_be_written_whole_is_not_written(tmp_path, monkeypatch):
+def test_tables_of_somebody_else_are_left_alone(out):
+    (out / "maps-berlin.parquet").write_text("mine")
+    error = refused(out, "--engine", "ray")
+    assert "maps-berlin.parquet: is there already, and not of a run in this folder" in error
+    assert (out / "maps-berlin.parquet").read_text() == "mine"
+
+
+@pytest.mark.parametrize("engine", ["torch", "ray"])
+def test_a_second_run_on_the_same_folder_is_refused(out, engine):
+    with FileLock(out / ".manifest.json.lock"):
+        assert "another run is writing to it" in refused(out, "--engine", engine)
+
+
+def test_a_manifest_that_cannot_be_written_whole_is_not_written(out, monkeypatch):
     def on_a_full_disk(self, path, value):
         Path(path).write_bytes(value[:20])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(LocalFileSystem, "pipe_file", on_a_full_disk)
-    result = run(make_pictures(tmp_path / "p", 1), *MODEL, "--engine", "ray", "--out", tmp_path / "out")
-    assert result.exit_code == 2
-    assert "No space left on device" in result.stderr
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert "No space left on device" in refused(out, "--engine", "ray")
+    assert not (out / "manifest.json").exists()
 
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("_cluster")
-def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is_gone_on_with(tmp_path):
+def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is_gone_on_with(tmp_path, out):
     pictures = make_pictures(tmp_path / "pictures", 14)
     (pictures / "p005.png").write_bytes(b"no picture")
     encoded = [{"image": path.read_bytes(), "name": f"row-{path.stem}"} for path in sorted(pictures.glob("p00*.png"))]
@@ -101,7 +106,6 @@ def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is
 
     single = run(*inputs, "--format", "npy", "--out", tmp_path / "single")
     assert "24 pictures: 22 explained, 0 there already, 2 failed" in single.output
-    out = tmp_path / "cluster"
     clustered = run(*inputs, "--engine", "ray", "--workers", 2, "--out", out)
     assert "24 pictures: 22 explained, 0 there already, 2 failed" in clustered.output, clustered.output
     assert clustered.exit_code == 1
