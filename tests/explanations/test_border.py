@@ -1,6 +1,7 @@
 """A layer that shows where the pictures end is told from one that shows an object, also at the border."""
 
 import logging
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -15,16 +16,21 @@ from tucker_cam.explanations.border import BorderCheck, border_statistics
 from tucker_cam.models import Network, load_model
 
 
-def averaging(weight, bias):
-    """Return a network whose features are `weight` times the mean around each position, padded, plus `bias`."""
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    nn.init.constant_(model[0].weight, weight / 27)
-    nn.init.constant_(model[0].bias, bias)
-    return model
+def averaging(channels, outputs, weight, bias, **options):
+    """Return a layer whose features are `weight` times the mean around each position, plus `bias`."""
+    layer = nn.Conv2d(channels, outputs, 3, **options)
+    nn.init.constant_(layer.weight, weight / (9 * channels))
+    nn.init.constant_(layer.bias, bias)
+    return nn.Sequential(layer, nn.ReLU())
 
 
-PADDED = averaging(-1, 1)  # strongest where the padding lowers the mean
-SEEING = averaging(1, 0)
+def pooling():
+    return nn.AdaptiveAvgPool2d(1), nn.Flatten()
+
+
+# Strongest where the padding lowers the mean.
+PADDED = nn.Sequential(*averaging(3, 4, -1, 1, padding=1), *pooling())
+SEEING = nn.Sequential(*averaging(3, 4, 1, 0, padding=1), *pooling())
 
 
 def squares_at(place, count=12):
@@ -79,27 +85,17 @@ def test_clips_and_maps_of_few_positions_have_no_border_and_cost_nothing(monkeyp
     assert check.statistics == []
 
 
-class Stages(nn.Module):
-    """A body that averages, with a stage in which padding dominates, and a head."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = SEEING[0]
-        self.border = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.ReLU())
-        nn.init.constant_(self.border[0].weight, -1 / 36)
-        nn.init.constant_(self.border[0].bias, 1.0)
-        self.last = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2), nn.ReLU())
-        nn.init.constant_(self.last[0].weight, -1 / 54)
-        nn.init.constant_(self.last[0].bias, 1.0)
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
-
-    def forward(self, x):
-        return self.head(self.last(self.border(self.stem(x))))
+def stages():
+    """Return a body that averages, with a stage in which padding dominates, and a head."""
+    border = averaging(4, 6, -1, 1, padding=1)
+    last = averaging(6, 8, -1, 1, stride=2)
+    head = nn.Sequential(*pooling(), nn.Linear(8, 3))
+    return nn.Sequential(OrderedDict(stem=SEEING[0], border=border, last=last, head=head))
 
 
 def test_each_stage_is_looked_at_and_the_one_whose_padding_dominates_is_not_recommended():
     runs = []
-    model = Stages()
+    model = stages()
     model.register_forward_hook(lambda *_: runs.append(1))
     loaded = load_model(model)
     assert [layer.name for layer in candidate_layers(loaded)] == ["stem", "border", "last"]
@@ -118,7 +114,7 @@ def test_each_stage_is_looked_at_and_the_one_whose_padding_dominates_is_not_reco
 def test_a_layer_that_shows_the_border_is_not_recommended_though_it_keeps_most(monkeypatch):
     def order(*artefacts):
         monkeypatch.setattr(BorderCheck, "is_artefact", property(lambda self: self.layer in artefacts))
-        reports = examine_layers(BRIGHT, Stages(), progress=False).reports
+        reports = examine_layers(BRIGHT, stages(), progress=False).reports
         by_worth = sorted(reports, key=lambda report: -report.embedding_kept)
         return [report.layer.name for report in by_worth], [each.layer.name for each in reports if each.recommended]
 
@@ -137,13 +133,6 @@ def test_a_picture_on_which_the_network_fails_costs_no_other_and_leaves_nothing_
     assert [Path(name).name for name, _ in found.failures] == ["3-broken.png", "2-small.png"]
     assert found.pictures == 5
     assert not any(module._forward_hooks for module in found.loaded.model.modules())
-
-
-def test_a_network_for_clips_is_one_clear_error():
-    with pytest.raises(
-        ValueError, match="expected a network for pictures, and networks:tiny_video_network takes clips"
-    ):
-        examine_layers(BRIGHT, "networks:tiny_video_network", progress=False)
 
 
 def test_what_a_map_keeps_of_the_embedding_and_how_sharp_it_is():

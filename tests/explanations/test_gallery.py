@@ -89,13 +89,6 @@ def test_components_are_white_at_zero_red_above_and_blue_below():
     assert half.sum() > low.sum()
 
 
-@pytest.mark.parametrize(("values", "shares"), [((5, 3, 1, 1), [0.5, 0.3, 0.1]), ((0, 0, 0), [0, 0, 0])])
-def test_shares_are_of_the_sum_of_all_singular_values(values, shares):
-    made = entry(values=np.array(values, np.float32))
-    assert [each["share"] for each in made["components"]] == shares
-    assert made["first_share"] == shares[0]
-
-
 PEAKS = np.full((4, 5), 0.25, np.float32)
 PEAKS[1, 2], PEAKS[3, 3], PEAKS[0, 0] = 1, 0.75, 0.5
 
@@ -117,7 +110,7 @@ def test_statistics_are_the_mean_and_the_energy_of_the_highest_tenth_as_in_the_e
     assert mean == 0 or energy_in_top(batch).item() == pytest.approx(top)
 
 
-def test_values_that_are_not_finite_count_as_zero():
+def test_values_that_are_not_finite_count_as_zero_and_zeros_have_no_shares():
     odd = np.diag([np.nan, np.inf, -np.inf, 1]).astype(np.float32)
     made = entry(picture=np.full((8, 8, 3), np.nan), maps={"tsm": odd}, components=odd[None], values=odd.diagonal()[2:])
     assert np.asarray(decoded(made["picture"], "jpeg")).max() == 0
@@ -125,6 +118,7 @@ def test_values_that_are_not_finite_count_as_zero():
     assert np.argwhere((colours(made["methods"]["tsm"]["map"]) != BLUE).any(-1)).tolist() == [[3, 3]]
     assert np.argwhere((colours(made["components"][0]["image"]) < 240).any(-1)).tolist() == [[3, 3]]
     assert made["components"][0]["share"] == 0
+    assert entry(values=np.zeros(3, np.float32))["first_share"] == 0
 
 
 def test_entries_are_written_as_they_come_and_a_page_is_complete_or_absent(tmp_path):

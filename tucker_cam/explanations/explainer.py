@@ -62,8 +62,6 @@ class Explainer:
         self, pictures: Sequence[Picture], inputs: Sequence[Tensor | Exception] | Tensor
     ) -> list[Explanation | Exception]:
         """Explain a batch of inputs, which may be errors; those of one size go through the network together."""
-        if isinstance(inputs, Tensor):
-            return self._together(pictures, inputs)
         results: list[Any] = [*inputs]
         for these in of_one_size({index: each for index, each in enumerate(inputs) if isinstance(each, Tensor)}):
             together = self._together([pictures[index] for index in these], torch.stack([*these.values()]))
