@@ -250,27 +250,21 @@ def test_a_stream_is_written_part_by_part(tmp_path, monkeypatch):
         assert_is_map_of(zarr.open_group(tmp_path / "maps.zarr")["tsm"][index], index)
 
 
-def test_what_another_model_or_layer_makes_goes_beside_and_is_found_again(folder, out, caplog):
+def test_what_another_model_layer_or_preprocessing_makes_goes_beside_and_is_found_again(folder, out, caplog):
     caplog.set_level("INFO", "tucker_cam")
     options = {"out": out, "gallery": True, "progress": False}
     explain(folder / "p0.png", TINY, **options)
     first = {name: (out / name).read_bytes() for name in files_in(out) if name != "gallery.html"}
-    for layers, aug_smooth, place in (["1"], False, "_1"), (["1"], True, "_1-2"), (["1"], False, "_1"):
-        explain(folder / "p0.png", TINY, layers=layers, aug_smooth=aug_smooth, **options)
+    smooth = {"layers": ["1"], "aug_smooth": True}
+    for other, place in (({"layers": ["1"]}, "_1"), (smooth, "_1-2"), ({"size": 48}, "_3"), ({"layers": ["1"]}, "_1")):
+        explain(folder / "p0.png", TINY, **other, **options)
         assert (out / f"networks-tiny_loaded_model{place}" / "p0_tsm.png").is_file()
     assert {name: (out / name).read_bytes() for name in first} == first
-    assert len([each for each in files_in(out) if each.endswith("manifest.json")]) == 3
+    assert len(list(out.rglob("manifest.json"))) == 4
     said = [record.getMessage() for record in caplog.records if "go beside" in record.getMessage()]
-    assert said == [f"note: {out} holds the results of another run: these go beside them"] * 2
+    assert said == [f"note: {out} holds the results of another run: these go beside them"] * 3
     names = re.findall(r'"name":"([^"]*)"', (out / "gallery.html").read_text())
-    assert names == [f"p0 (networks:tiny_loaded_model, {layer})" for layer in "311"]
-
-
-def test_what_another_preprocessing_makes_goes_beside(folder, out):
-    for size in (None, 48, 48):
-        explain(folder / "p0.png", TINY, size=size, formats=["npy"], out=out, progress=False)
-    maps = sorted(out.rglob("p0_tsm.npy"), key=lambda path: len(path.parts))
-    assert [np.load(path).shape for path in maps] == [(24, 24), (48, 48)]
+    assert names == [f"p0 (networks:tiny_loaded_model, {layer})" for layer in "3113"]
 
 
 def test_of_a_changed_picture_the_files_of_ones_own_method_are_removed_too(folder, out):

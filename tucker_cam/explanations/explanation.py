@@ -140,7 +140,7 @@ class Explanation:
         if look.view == "network" or self.view is None:
             return look.draw(self.seen, saliency)
         (x, y, width, height), size = self.view, self.picture.size
-        edges = np.rint([x, y, x + width, y + height]).clip((0, 0, 1, 1), (size[0] - 1, size[1] - 1, *size))
+        edges = np.rint([x, y, x + width, y + height]).clip(0, (*size, *size))
         left, top, right, bottom = box = tuple(edges.astype(int).tolist())
         across, down = saliency.shape[1] / width, saliency.shape[0] / height
         matrix = (across, 0, (left - x) * across, 0, down, (top - y) * down)
