@@ -145,7 +145,7 @@ def test_what_cannot_be_used_costs_a_line_and_alone_the_run_before_the_model_is_
     for arguments, message in [
         *(((argument, "--out", out), message) for argument, message in bad.items()),
         ((pictures, "--out", tmp_path / "file" / "out"), "Not a directory"),
-        ((pictures, "--out", tmp_path / "file"), "File exists"),
+        ((pictures, "--out", tmp_path / "file"), "expected a folder for what is written, found a file"),
     ]:
         alone = run(*arguments, "--model", "no:model")
         assert alone.exit_code == 2
@@ -232,6 +232,23 @@ def test_a_map_of_another_size_does_not_fit_a_zarr_store_and_says_what_does(tmp_
     assert "its map is 30x60, the store's are 30x40: the format npy takes maps of any size" in result.stderr
     assert run(*arguments, "--format", "npy").exit_code == 0
     assert np.load(out / "z_tsm.npy").shape == (30, 60)
+
+
+def test_what_cannot_be_removed_of_a_changed_picture_is_named_and_tried_again(pictures, out, monkeypatch):
+    assert run(pictures, *MODEL, "--out", out).exit_code == 0
+    os.utime(pictures / "p002.png", (1e9, 1e9))
+    make_pictures(pictures / "new", 1)
+
+    def denied(manifest, key):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tucker_cam.explanations.folder.remove_files", denied)
+        result = run(pictures, *MODEL, "--out", out)
+    assert result.exit_code == 1
+    assert "p002.png: what an earlier run wrote could not be removed" in result.stderr
+    assert "12 pictures: 1 explained, 10 there already, 1 failed" in result.output
+    assert "12 pictures: 1 explained, 11 there already" in run(pictures, *MODEL, "--out", out).output
 
 
 def test_a_picture_that_changed_is_explained_again(pictures, out):
@@ -417,13 +434,24 @@ def test_a_run_that_is_killed_again_and_again_ends_with_every_picture_once_and_w
     assert all(killed[name] == whole[name] for name in whole)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"name": "an app"}'])
-def test_what_is_no_manifest_is_one_clear_error(pictures, out, text):
-    out.mkdir()
-    (out / "manifest.json").write_text(text)
-    result = run(pictures, *MODEL, "--out", out)
-    assert result.exit_code == 2
-    assert "expected manifest.json of an earlier run" in result.stderr
+def test_what_is_no_manifest_is_one_clear_error(pictures, out):
+    assert run(pictures, *MODEL, "--out", out).exit_code == 0
+    whole = manifest_of(out)
+    entries = [[], None, {"a": 1}, {"a": {"name": "x"}}]
+    for text in [json.dumps(whole | {"pictures": each}) for each in entries] + ["", "[]", '{"name": "an app"}']:
+        (out / "manifest.json").write_text(text)
+        result = run(pictures, *MODEL, "--out", out)
+        assert result.exit_code == 2
+        assert "expected manifest.json of an earlier run" in result.stderr
+
+
+def test_a_run_that_failed_before_its_first_picture_does_not_hold_the_folder(pictures, out):
+    assert run(pictures, *MODEL, "--out", out).exit_code == 0
+    (out / "manifest.json").write_text(json.dumps(manifest_of(out) | {"pictures": {}, "layers": ["another"]}))
+    for path in out.rglob("*.png"):
+        path.unlink()
+    assert "11 explained" in run(pictures, *MODEL, "--out", out).output
+    assert not list(out.glob("*/manifest.json"))
 
 
 class SizeFiles(MethodFiles):

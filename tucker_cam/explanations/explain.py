@@ -8,8 +8,9 @@ from functools import partial
 from html import escape
 from itertools import islice
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Literal
 
+import torch
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import nn
 
@@ -42,6 +43,14 @@ def explain(
     view: Literal["picture", "network"] = "picture",
     colormap: str = "jet",
     alpha: float = 0.5,
+    weights: str | Path | None = None,
+    pretrained: bool = True,
+    layers: Sequence[str | int | nn.Module] = (),
+    size: int | None = None,
+    crop: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: str | torch.device | None = None,
     aug_smooth: bool = False,
     components: bool = False,
     limit: int | None = None,
@@ -49,7 +58,6 @@ def explain(
     workers: int | None = 0,
     engine: Literal["torch", "ray"] = "torch",
     progress: bool = True,
-    **loading: Unpack[Loading],
 ) -> Explanations:
     """Explain pictures by label-free methods, with one forward pass of each batch for all of them.
 
@@ -66,6 +74,14 @@ def explain(
         view: of overlays, as `colormap` and `alpha`: see `Explanation.overlay`.
         colormap: see `view`.
         alpha: see `view`.
+        weights: see `load_model`, as for all down to `device`.
+        pretrained: see `load_model`.
+        layers: see `load_model`.
+        size: see `load_model`.
+        crop: see `load_model`.
+        mean: see `load_model`.
+        std: see `load_model`.
+        device: see `load_model`.
         aug_smooth: average over flips and brightness.
         components: find the single components of MTSM too.
         limit: take a random sample of so many pictures, the same every time.
@@ -74,7 +90,6 @@ def explain(
             ``ray`` the actors.
         engine: what does the work that is written to `out`: this process, or a Ray cluster, which writes Parquet.
         progress: show a bar while files are written.
-        loading: see `load_model`: weights, pretrained, layers, size, crop, mean, std and device.
 
     Returns:
         An iterable that does the work while it is gone through, and again when it is gone through again. A picture that
@@ -102,6 +117,16 @@ def explain(
     look, local = Look(view, colormap, alpha), None if out is None or is_url(str(out)) else Path(out)
     check_writing(local, formats, look, chosen)
     collection = collect(pictures, out=local, limit=limit)
+    loading: Loading = {
+        "weights": weights,
+        "pretrained": pretrained,
+        "layers": layers,
+        "device": device,
+        "size": size,
+        "crop": crop,
+        "mean": mean,
+        "std": std,
+    }
     load = partial(load_model, model, **loading)
     if engine == "ray":
         if out is None or tuple(formats) != ("overlay",) or gallery:

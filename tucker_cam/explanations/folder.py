@@ -31,7 +31,7 @@ logger = logging.getLogger("tucker_cam")
 
 
 def check_writing(out: Path | None, formats: Sequence[str], look: Look, methods: Iterable[str]) -> None:
-    """Raise ValueError for a format, a look or a method's name that cannot be; OSError for such an `out`."""
+    """Raise ValueError for a format, a look or a method's name that cannot be, or an `out` that is a file."""
     for name in formats:
         check_name("format", name, FORMATS)
     look.check()
@@ -39,6 +39,8 @@ def check_writing(out: Path | None, formats: Sequence[str], look: Look, methods:
         if safe_name(name) != name or "/" in name:
             raise BadValueError(f"expected a method's name that a file's can hold, got {name!r}")
     if out is not None:
+        if out.exists() and not out.is_dir():
+            raise BadValueError(f"{out}: expected a folder for what is written, found a file")
         # What takes long comes later.
         out.mkdir(parents=True, exist_ok=True)
 
@@ -114,7 +116,12 @@ class FolderWriter:
                     self._fail(picture, BadValueError(f"{taken[0]} is there already, and not of a run in this folder"))
                     continue
             elif before.differs(manifest.stamps[key]):
-                remove_files(manifest, key)
+                try:
+                    remove_files(manifest, key)
+                except OSError as error:
+                    manifest.stamps[key] = before
+                    self._fail(picture, BadFileError(f"what an earlier run wrote could not be removed ({error})"))
+                    continue
             missing[key] = [output for output in outputs if not output.has(key)]
         manifest.write()
         batches = [each for each in in_batches(pictures, self.batch_size) if any(missing.get(p.key) for p in each)]

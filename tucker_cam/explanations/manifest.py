@@ -61,13 +61,21 @@ class Manifest:
         self.is_new = not self.path.exists()
         if not self.is_new:
             content = read_manifest(self.path.read_bytes(), str(folder))
-            self.run, self.methods = dict(run or content), content["methods"]
-            for key, picture in content["pictures"].items():
-                self.names[key] = safe_name(picture["name"])
-                self.stamps[key] = Stamp(picture["modified"], picture.get("size"))
-                if "view" in picture:
-                    self.views[key] = picture["view"]
+            self.run = dict(run or content)
+            try:
+                self._take(content)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise _no_manifest(str(folder)) from error
         self.places = {key: place for place, key in enumerate(self.names)}
+
+    def _take(self, content: Mapping[str, Any]) -> None:
+        self.methods = list(content["methods"])
+        for key, picture in content["pictures"].items():
+            self.names[key] = safe_name(picture["name"])
+            size = picture.get("size")
+            self.stamps[key] = Stamp(int(picture["modified"]), None if size is None else int(size))
+            if "view" in picture:
+                self.views[key] = picture["view"]
 
     def add(self, pictures: Iterable[Picture]) -> None:
         """Note each picture as it is now, under a name of its own; the second ``cat`` becomes ``cat-2``."""
@@ -132,10 +140,13 @@ def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, bytes
     Raises:
         ValueError: one of them is no manifest.
     """
-    for place, text in manifests.items():
-        if run.items() <= read_manifest(text, place).items():
+    contents = {place: read_manifest(text, place) for place, text in manifests.items()}
+    for place, content in contents.items():
+        if run.items() <= content.items():
             return place
-    if out not in manifests:
+    taken = contents.get(out)
+    # What a run left that failed before its first picture is nobody's.
+    if taken is None or (taken["engine"] == run["engine"] and taken.get("pictures") == {}):
         return out
     model = re.sub(r"[^\w.+-]+", "-", run["model"])
     name = "_".join([model, *run["layers"], *(["ray"] if run["engine"] == "ray" else [])])[:_LONGEST_FOLDER]
@@ -152,9 +163,7 @@ def read_manifest(manifest: bytes, folder: str) -> dict[str, Any]:
         if not content.keys() >= _RUN:
             raise BadValueError("not all is said")
     except (AttributeError, ValueError) as error:
-        raise BadValueError(
-            f"{folder}: expected {MANIFEST} of an earlier run, found something else: choose another folder"
-        ) from error
+        raise _no_manifest(folder) from error
     return content
 
 
@@ -166,6 +175,12 @@ def not_of_a_run(taken: Path | str) -> BadValueError:
 def versions() -> dict[str, str]:
     """Return the versions of what computed the maps."""
     return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+
+
+def _no_manifest(folder: str) -> BadValueError:
+    return BadValueError(
+        f"{folder}: expected {MANIFEST} of an earlier run, found something else: choose another folder"
+    )
 
 
 def _apart_from_ours(name: str) -> str:
