@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
@@ -71,6 +71,24 @@ LABEL_DEPENDENT = {method.name: method for method in _ALL if not method.label_fr
 """For reference: methods that ask for the evidence of a class, here the predicted one."""
 
 
+def methods_named(
+    methods: str | Iterable[str] | Mapping[str, Callable[..., BaseCAM]],
+) -> dict[str, Callable[..., BaseCAM]]:
+    """Return methods by name: those that are named, see `method_named`, or classes of the user's own as they are given.
+
+    Raises:
+        TypeError, ValueError: there is none of a name, or what is given in a class's place is none.
+    """
+    named = [methods] if isinstance(methods, str) else methods
+    if not isinstance(named, Iterable):
+        raise BadTypeError(f"expected methods as names, or classes by names of yours, got {methods!r}")
+    if not isinstance(named, Mapping):
+        return {each.name: each for each in map(method_named, named)}
+    for name, kind in named.items():
+        _check_class(name, kind)
+    return dict(named)
+
+
 def method_named(name: str) -> Method:
     """Return the label-free method of this name, or MODULE:CLASS of the user's own, whose name is the class's.
 
@@ -85,8 +103,14 @@ def method_named(name: str) -> Method:
         raise BadValueError(f"{name} needs a class, and this takes label-free methods: use {known.module}.{known.kind}")
     if not colon:
         return METHODS[check_name("method", name, METHODS)]
-    from_own_module(name)
+    _check_class(name, from_own_module(name))
     return Method(kind, kind, module, kind)
+
+
+def _check_class(name: str, kind: object) -> None:
+    """Raise TypeError for what makes no CAM object; a function that makes one is as good as a class."""
+    if not callable(kind) or (isinstance(kind, type) and not hasattr(kind, "get_cam_image")):
+        raise BadTypeError(f"{name}: expected a subclass of the host's BaseCAM or of LabelFreeCAM, got {kind!r}")
 
 
 def check_name(kind: str, name: str, known: Collection[Name]) -> Name:

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from tucker_cam.errors import BadFileError, BadValueError
-from tucker_cam.pictures.ahead import check_batch_size, in_batches, read_ahead
+from tucker_cam.pictures.ahead import check_reading, in_batches, read_ahead
 
 BATCHES = [[index, index + 1] for index in range(0, 40, 2)]
 
@@ -49,6 +49,7 @@ def test_a_process_that_is_killed_is_an_error_that_says_what_to_do():
 def test_batches_are_of_one_size_but_the_last():
     assert in_batches(range(5), 2) == [range(2), range(2, 4), range(4, 5)]
     assert in_batches([], 2) == []
-    check_batch_size(1)
-    with pytest.raises(BadValueError, match="at least 1, got 0"):
-        check_batch_size(0)
+    check_reading(1, 0)
+    for batch_size, workers, message in (0, None, "batch_size of at least 1, got 0"), (1, -1, "workers of at least 0"):
+        with pytest.raises(BadValueError, match=message):
+            check_reading(batch_size, workers)

@@ -21,10 +21,10 @@ from tucker_cam.evaluation.report import FORMATS, Example, pick_examples, write_
 from tucker_cam.evaluation.results import Results, Row
 from tucker_cam.evaluation.summary import BASELINE, Summary, summarise
 from tucker_cam.explanations.border import BorderCheck
-from tucker_cam.methods import LABEL_DEPENDENT, METHODS, check_name, method_named
+from tucker_cam.methods import LABEL_DEPENDENT, METHODS, check_name, methods_named
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.loading import Loading
-from tucker_cam.pictures.ahead import check_batch_size
+from tucker_cam.pictures.ahead import check_reading
 from tucker_cam.pictures.annotations import Annotations, network_view
 from tucker_cam.text import counted
 from tucker_cam.writing import only_run
@@ -80,8 +80,7 @@ def evaluate(
         >>> [row.method for row in evaluation.rows if row.picture == "000001"]
         ['eigencam', 'tsm', 'random', 'uniform', 'centre-gaussian']
     """
-    names = METHODS if methods is None else [methods] if isinstance(methods, str) else methods
-    given = dict(names) if isinstance(names, Mapping) else {each.name: each for each in map(method_named, names)}
+    given = methods_named(METHODS if methods is None else methods)
     # EigenCAM is what the others are compared with.
     chosen: dict[str, Builder] = {BASELINE: METHODS[BASELINE], **given}
     taken: dict[str, Builder | None] = {**METHODS, **LABEL_DEPENDENT, **dict.fromkeys(CONTROLS)}
@@ -89,7 +88,7 @@ def evaluate(
         raise BadValueError(f"expected names of your own for methods of your own, got {', '.join(not_own)}")
     wanted = [metrics] if isinstance(metrics, (str, Measure)) else metrics
     choose_measures(wanted, ())
-    check_batch_size(batch_size)
+    check_reading(batch_size, workers)
     path = None if out is None else Path(out)
     if path is not None:
         check_output(path)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from torch import Tensor, nn
 
-from tucker_cam.errors import BadValueError, Failure
+from tucker_cam.errors import BadTypeError, BadValueError, Failure
 from tucker_cam.explanations.explainer import read_input
 from tucker_cam.models import LoadedModel, Network, load_model
 from tucker_cam.models.loading import Loading
@@ -72,6 +72,8 @@ def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) 
         return Inputs(str(Path(data).resolve()), kind, remarks, {sample.name: sample for sample in samples})
     if annotations is not None:
         raise BadValueError(f"expected a folder for annotations={annotations!r}, got batches: give their masks")
+    if not isinstance(data, Iterable):
+        raise BadTypeError(f"expected a folder, or batches of network inputs, got {type(data).__name__}")
     views = islice(_of_batches([data] if isinstance(data, Tensor) else data), limit)
     first = next(views, None)
     if first is None:
@@ -84,6 +86,8 @@ def _of_batches(batches: Iterable[Any]) -> Iterator[Read]:
         views: Iterable[NetworkView | Tensor] = images
         # A data set's labels are of no use here.
         if others and isinstance(others[0], Tensor) and others[0].dim() > 1:
+            if len(others[0]) != len(images):
+                raise BadValueError(f"expected a mask for each of {len(images)} images, got {len(others[0])}")
             views = [NetworkView(image, mask, []) for image, mask in zip(images, others[0], strict=True)]
         yield from zip(names, views, strict=True)
 

@@ -23,6 +23,7 @@ from tucker_cam.errors import Failure
 from tucker_cam.evaluation.inputs import Data, Model, find_inputs, go_through, load_for_pictures
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.loading import Loading
+from tucker_cam.pictures.ahead import check_reading
 from tucker_cam.text import counted, printable
 from tucker_cam.writing import complete_or_absent, new_table
 
@@ -49,6 +50,7 @@ def spectrum(
         >>> found.shares["Tucker"].shape
         (2, 10)
     """
+    check_reading(batch_size, workers)
     inputs = find_inputs(data, "none" if isinstance(data, (str, Path)) else None, limit)
     loaded = load_for_pictures(model, **loading)
     pictures: list[str] = []

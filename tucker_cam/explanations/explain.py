@@ -14,14 +14,15 @@ import torch
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import nn
 
+from tucker_cam.arguments import check_choice
 from tucker_cam.errors import BadTypeError, BadValueError, Failure
 from tucker_cam.explanations.explainer import CPU_BATCH, Explainer
 from tucker_cam.explanations.explanation import DEFAULT_LOOK, Explanation, Look
 from tucker_cam.explanations.folder import FolderWriter, check_writing
-from tucker_cam.methods import method_named
+from tucker_cam.methods import methods_named
 from tucker_cam.models import Network, load_model
 from tucker_cam.models.loading import Loading
-from tucker_cam.pictures.ahead import check_batch_size, in_batches
+from tucker_cam.pictures.ahead import check_reading, in_batches
 from tucker_cam.pictures.files import is_url
 from tucker_cam.pictures.held import Collection, Pictures, collect
 from tucker_cam.pictures.sources import Source
@@ -109,11 +110,11 @@ def explain(
         >>> explanation.maps["tsm"].shape, explanation.overlay().size
         ((224, 224), (60, 40))
     """
-    names = [methods] if isinstance(methods, str) else methods
-    chosen = dict(names) if isinstance(names, Mapping) else {each.name: each for each in map(method_named, names)}
+    chosen = methods_named(methods)
     if not chosen:
         raise BadValueError("expected at least one method, got none")
-    check_batch_size(CPU_BATCH if batch_size is None else batch_size)
+    check_choice("engine", engine, Literal["torch", "ray"])
+    check_reading(CPU_BATCH if batch_size is None else batch_size, workers)
     look, local = Look(view, colormap, alpha), None if out is None or is_url(str(out)) else Path(out)
     check_writing(local, formats, look, chosen)
     collection = collect(pictures, out=local, limit=limit)

@@ -18,10 +18,12 @@ Read = TypeVar("Read")
 _MOST_WORKERS = 8
 
 
-def check_batch_size(size: int) -> None:
-    """Raise ValueError if there are no batches of this size."""
-    if size < 1:
-        raise BadValueError(f"expected a batch_size of at least 1, got {size}")
+def check_reading(batch_size: int, workers: int | None) -> None:
+    """Raise ValueError for batches of no pictures, or fewer than no workers."""
+    if batch_size < 1:
+        raise BadValueError(f"expected a batch_size of at least 1, got {batch_size}")
+    if workers is not None and workers < 0:
+        raise BadValueError(f"expected workers of at least 0, got {workers}")
 
 
 def in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from tucker_cam.arguments import check_choice
 from tucker_cam.errors import BadFileError, BadValueError
 from tucker_cam.models import Network
 from tucker_cam.models.network import preprocessed
@@ -73,6 +74,8 @@ def find_samples(folder: Path, *, annotations: Annotations | None = None, limit:
     Raises:
         OSError, ValueError: there is no such folder, or no picture in it, or none with these annotations.
     """
+    if annotations is not None:
+        check_choice("annotations", annotations, Annotations)
     if not folder.is_dir():
         there = "a file" if folder.exists() else "none of that name"
         raise BadFileError(f"{folder}: expected a folder of pictures, found {there}")
