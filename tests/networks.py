@@ -11,6 +11,14 @@ from torchvision import transforms
 from tucker_cam.models import Network
 
 
+def images(batch=2, size=32):
+    return torch.randn(batch, 3, size, size)
+
+
+def hook_count(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
 def small_cnn(channels=8):
     return nn.Sequential(
         nn.Conv2d(3, channels, 3, stride=2, padding=1),
@@ -41,44 +49,22 @@ class Wired(nn.Module):
         return self.run(self, x)
 
 
-class Returning(Wired):
-    """Runs a convolution and returns whatever it was told to, made from the feature maps."""
-
-    def __init__(self, make_output):
-        super().__init__(lambda self, x: make_output(self.conv(x)), conv=nn.Conv2d(3, 8, 3))
+def returning(make_output):
+    """Return a network that runs a convolution and returns what is made of the feature maps."""
+    return Wired(lambda self, x: make_output(self.conv(x)), conv=nn.Conv2d(3, 8, 3))
 
 
-class PassingOn(nn.Module):
-    """Its images are the feature maps of its layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Identity()
-        self.unused = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x):
-        return self.layer(x)
+def passing_on():
+    """Return a network whose images are the feature maps of its layer."""
+    return Wired(lambda self, x: self.layer(x), layer=nn.Identity(), unused=nn.Linear(1, 1))
 
 
-class WithComplement(PassingOn):
-    """Another layer is weak where the first is strong."""
-
-    def __init__(self):
-        super().__init__()
-        self.complement = nn.Identity()
-
-    def forward(self, x):
-        return self.complement(1 - self.layer(x).double())
-
-
-class SmallVolumeCNN(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv3d(1, 6, 3, padding=1)
-        self.head = nn.Linear(6, 2)
-
-    def forward(self, x):
-        return self.head(self.conv(x).relu().mean((2, 3, 4)))
+def small_volume_cnn():
+    return Wired(
+        lambda self, x: self.head(self.conv(x).relu().mean((2, 3, 4))),
+        conv=nn.Conv3d(1, 6, 3, padding=1),
+        head=nn.Linear(6, 2),
+    )
 
 
 def tiny_loaded_model():
@@ -99,7 +85,7 @@ def tiny_backbone():
 
 def tiny_tuple_model():
     """Return a network without classes that returns a tuple."""
-    return replace(tiny_backbone(), model=Returning(lambda features: (features, None)).requires_grad_(False))
+    return replace(tiny_backbone(), model=returning(lambda features: (features, None)).requires_grad_(False))
 
 
 def uncropped_model():

@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import tensorly as tl
+from pytorch_grad_cam.utils.image import scale_cam_image
 from tensorly.decomposition import tucker
 
 
@@ -80,7 +81,17 @@ ORACLES = {
 
 
 def scaled(saliency):
-    """Scale one map to [0, 1], as the host does before it resizes."""
+    """Scale one map to [0, 1], as the host does before it resizes; one without contrast becomes zeros."""
     saliency = np.asarray(saliency, dtype=np.float64)
-    saliency = saliency - saliency.min()
-    return saliency / saliency.max()
+    above = saliency - saliency.min()
+    return above / above.max() if above.max() > 1e-10 else np.zeros_like(above)
+
+
+def explained(oracle, *layers, size=None):
+    """Return what the host makes of the oracle's maps of these layers' features; the last axis of the size is first."""
+    by_layer = []
+    for features in layers:
+        images = features.detach().cpu().double().numpy()
+        moderate = [image / max(np.abs(image).max(), np.finfo(float).tiny) for image in images]
+        by_layer.append(scale_cam_image([scaled(oracle(image)) for image in moderate], size))
+    return scale_cam_image(np.mean(by_layer, axis=0))

@@ -3,6 +3,7 @@
 import networks
 import pytest
 import torch
+from networks import images
 from registry import every_method
 from torch import nn
 from torch.testing import assert_close
@@ -20,10 +21,6 @@ class Counting(nn.Module):
     def forward(self, x):
         self.runs += 1
         return self.network(self.before(x))
-
-
-def images():
-    return torch.randn(2, 3, 16, 16)
 
 
 def recorded(model, layer, batch, calls=1):
@@ -85,7 +82,7 @@ def test_a_model_that_rewrites_its_own_images_runs_but_once():
 
 
 def test_images_that_are_the_features_are_copied():
-    model, batch = networks.PassingOn().eval(), images()
+    model, batch = networks.passing_on().eval(), images()
     maps, before = recorded(model, model.layer, batch), batch.clone()
     batch.zero_()
     assert_close(maps, before, rtol=0, atol=0)

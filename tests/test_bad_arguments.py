@@ -9,34 +9,22 @@ import numpy as np
 import pytest
 import torch
 import ttach
+from networks import hook_count
 from registry import CLASSES, every_class
 from timm.models import VisionTransformer
 from torch import nn
 
 from tucker_cam import MTSM, TSM, MultivecEigenCAM, channel_modes
 
-
-class WithUnusedLayer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.unused, self.pool = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 3), nn.MaxPool2d(2, return_indices=True)
-        self.listed = nn.ModuleList([self.conv])
-
-    def forward(self, x):
-        return self.pool(self.conv(x))
-
-
-class Failing(nn.Module):
-    def __init__(self, error):
-        super().__init__()
-        self.error = error
-
-    def forward(self, x):
-        raise self.error
-
-
 CNN = networks.small_cnn()
-UNUSED = WithUnusedLayer()
+CONVOLUTION = nn.Conv2d(3, 8, 3)
+UNUSED = networks.Wired(
+    lambda self, x: self.pool(self.convolution(x)),
+    convolution=CONVOLUTION,
+    listed=nn.ModuleList([CONVOLUTION]),
+    unused=nn.Conv2d(3, 8, 3),
+    pool=nn.MaxPool2d(2, return_indices=True),
+)
 VIT = VisionTransformer(img_size=32, patch_size=16, embed_dim=12, depth=1, num_heads=2, num_classes=2)
 IMAGES = torch.zeros(2, 3, 32, 32)
 ALL = list(CLASSES)
@@ -96,10 +84,6 @@ AT_THE_CALL = [
 ]
 
 
-def hook_count(model):
-    return sum(len(m._forward_hooks) for m in model.modules()) if isinstance(model, nn.Module) else 0
-
-
 @pytest.mark.parametrize(
     ("method", "model", "layers", "options", "images", "error", "message"),
     [(each, *case[:3], None, *case[3:]) for methods, *case in AT_CONSTRUCTION for each in methods]
@@ -109,7 +93,7 @@ def hook_count(model):
 def test_a_bad_argument_is_answered_with_one_clear_error(
     method, model, layers, options, images, error, message, monkeypatch
 ):
-    second_errors, hooks = [], hook_count(model)
+    second_errors = []
     monkeypatch.setattr(sys, "unraisablehook", second_errors.append)
     if images is None:
         with pytest.raises(error, match=message):
@@ -122,7 +106,7 @@ def test_a_bad_argument_is_answered_with_one_clear_error(
         del cam, call
     gc.collect(1)  # the youngest objects: all of them would take a second
     assert second_errors == []
-    assert hook_count(model) == hooks
+    assert not any(map(hook_count, (CNN, UNUSED, VIT)))
 
 
 @every_class
@@ -136,8 +120,11 @@ def test_a_call_after_the_block_is_named(method):
 @pytest.mark.parametrize("error", [KeyError("mine"), RuntimeError("of my size and type")], ids=["key", "runtime"])
 @every_class
 def test_an_error_of_the_model_or_of_the_transform_comes_through_as_it_is(method, error):
-    failing, model = nn.Sequential(Failing(error), nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Conv2d(3, 4, 3))
-    for cam in (method(failing, [failing[1]]), method(model, [model[0]], Failing(error))):
+    def fail(*_):
+        raise error
+
+    failing, model = networks.Wired(fail, layer=nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Conv2d(3, 4, 3))
+    for cam in (method(failing, [failing.layer]), method(model, [model[0]], fail)):
         with pytest.raises(type(error)) as caught:
             cam(IMAGES)
         assert caught.value is error

@@ -19,7 +19,7 @@ from tucker_cam import channel_modes
 from tucker_cam.decomposition.projection import combined_map, leading_map
 
 ROUNDING = 1e-8
-LAYER = networks.PassingOn()
+LAYER = networks.passing_on()
 MAPS = {name: method(LAYER, [LAYER.layer]).saliency for name, (method, _) in CASES.items() if "truncated" not in name}
 TRUNCATED = {"tsm": leading_map, "mtsm": combined_map, "mtsm-energy": partial(combined_map, combine="energy")}
 WITHOUT_SIGN_RULE = {name: MAPS[name] for name in ("tsm", "mtsm-energy", "multivec-eigencam, energy")}

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorly as tl
 import torch
+from networks import images
 from registry import every_method
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -21,10 +22,6 @@ from torch.utils.data import DataLoader, Dataset
 from tucker_cam import MTSM, TSM, channel_modes
 from tucker_cam.decomposition import modes
 from tucker_cam.decomposition.projection import combined_map, leading_map
-
-
-def images(batch=2, size=32):
-    return torch.randn(batch, 3, size, size)
 
 
 class Interrupted(nn.Module):
@@ -84,6 +81,7 @@ def test_after_a_call_all_is_as_before(method):
     for call in (cam, partial(cam, aug_smooth=True), cam.modes):
         call(batch)
         assert state(model) == before
+        assert not cam.outputs.requires_grad
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
