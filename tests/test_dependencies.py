@@ -55,22 +55,18 @@ def undeclared(packages, names):
     }
 
 
-def imported_names(statement):
-    if isinstance(statement, ast.Import):
-        return [alias.name for alias in statement.names]
-    if isinstance(statement, ast.ImportFrom):
-        return [statement.module, *(f"{statement.module}.{alias.name}" for alias in statement.names)]
-    return []
-
-
-def statements_on_import(body):
-    """Yield what runs when a module is imported: not its functions, nor what is there for type checkers."""
-    for statement in body:
-        if isinstance(statement, ast.If) and getattr(statement.test, "id", "") == "TYPE_CHECKING":
+def imported(node, *, in_functions):
+    """Yield what is imported when a module is, or in its functions too; not what is there for type checkers."""
+    for inner in ast.iter_child_nodes(node):
+        if isinstance(inner, ast.If) and getattr(inner.test, "id", "") == "TYPE_CHECKING":
             continue
-        yield statement
-        if not isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from statements_on_import(getattr(statement, "body", []))
+        if isinstance(inner, ast.Import):
+            yield from (alias.name for alias in inner.names)
+        elif isinstance(inner, ast.ImportFrom):
+            yield inner.module
+            yield from (f"{inner.module}.{alias.name}" for alias in inner.names)
+        elif in_functions or not isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from imported(inner, in_functions=in_functions)
 
 
 def packages_on_import(module, seen):
@@ -79,9 +75,8 @@ def packages_on_import(module, seen):
         return set()
     seen.add(module)
     packages = packages_on_import(module.rpartition(".")[0], seen)
-    for statement in statements_on_import(ast.parse(MODULES[module].read_text(encoding="utf-8")).body):
-        for name in imported_names(statement):
-            packages |= packages_on_import(name, seen) if name in MODULES else {name.partition(".")[0]}
+    for name in imported(ast.parse(MODULES[module].read_text(encoding="utf-8")), in_functions=False):
+        packages |= packages_on_import(name, seen) if name in MODULES else {name.partition(".")[0]}
     return packages
 
 
@@ -103,14 +98,6 @@ def test_what_a_module_imports_is_declared_for_its_part_of_the_package(module):
 def test_all_that_is_imported_anywhere_is_declared(folder, extras):
     packages = set()
     for path in (ROOT / folder).rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for_type_checkers = {
-            id(inner)
-            for outer in ast.walk(tree)
-            if isinstance(outer, ast.If) and getattr(outer.test, "id", "") == "TYPE_CHECKING"
-            for inner in ast.walk(outer)
-        }
-        for statement in ast.walk(tree):
-            if id(statement) not in for_type_checkers:
-                packages |= {name.partition(".")[0] for name in imported_names(statement)}
+        names = imported(ast.parse(path.read_text(encoding="utf-8")), in_functions=True)
+        packages |= {name.partition(".")[0] for name in names}
     assert not undeclared(packages, declared(*extras))

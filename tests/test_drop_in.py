@@ -32,30 +32,37 @@ def assert_explains(saliency, method, features, size):
     assert_allclose(saliency, expected, atol=1e-4 if method is EigenCAM else 1e-5)
 
 
-class Frames(nn.Module):
-    """Takes clips, batch x time x channels x height x width, and looks at their frames one by one."""
+class Batch(dict):
+    """A batch as mmdet and transformers hand it on: a dictionary that can be moved to a device."""
 
-    def __init__(self):
-        super().__init__()
-        self.layer, self.head = nn.Conv2d(3, 6, 3, stride=2), nn.Linear(6, 4)
-
-    def forward(self, clips):
-        return self.head(self.layer(clips.flatten(0, 1)).mean((2, 3)))
+    def to(self, device):
+        return Batch({name: value.to(device) for name, value in self.items()})
 
 
-class Regions(Frames):
-    """Takes one picture, and looks at its quarters."""
+# A layer with what the network takes, how the network makes of it what the layer takes, and the size of the maps.
+NO_PICTURES = {
+    "clips": (lambda: (nn.Conv2d(3, 6, 3), torch.rand(2, 3, 3, 16, 20)), lambda clips: clips.flatten(0, 1), (20, 16)),
+    "signals": (lambda: (nn.Conv1d(2, 6, 5), torch.rand(3, 2, 40)), lambda signals: signals, None),
+    "a dictionary": (
+        lambda: (nn.Conv2d(3, 6, 3), Batch(images=torch.rand(2, 3, 16, 20))),
+        lambda batch: batch["images"],
+        (20, 16),
+    ),
+}
 
-    def forward(self, images):
-        return super().forward(torch.stack([half for rows in images.chunk(2, 2) for half in rows.chunk(2, 3)], 1))
 
-
+@pytest.mark.parametrize(("make", "unpack", "size"), NO_PICTURES.values(), ids=NO_PICTURES)
 @every_class_and_the_hosts
-def test_each_frame_of_a_clip_has_a_map_where_the_size_is_patched_on_the_object(method):
-    model, clips = Frames(), torch.rand(2, 3, 3, 16, 20)
-    cam = method(model, [model.layer])
-    cam.get_target_width_height = lambda images: (20, 16)
-    assert_explains(cam(clips, targets=[]), method, model.layer(clips.flatten(0, 1)), (20, 16))
+def test_what_is_no_picture_has_its_maps_where_the_size_is_patched_on_the_object(method, make, unpack, size):
+    layer, given = make()
+    model = networks.Wired(lambda self, x: self.layer(unpack(x)).flatten(2).mean(2), layer=layer)
+    cam = method(model, [layer])
+    cam.get_target_width_height = lambda images: size
+    assert_explains(cam(given, targets=[]), method, layer(unpack(given)), size)
+
+
+def quarters(images):
+    return torch.cat([half for rows in images.chunk(2, 2) for half in rows.chunk(2, 3)])
 
 
 @every_class_and_the_hosts
@@ -64,18 +71,10 @@ def test_each_region_of_a_picture_has_a_map_where_a_subclass_says_the_size(metho
         def get_target_width_height(self, input_tensor):
             return 10, 8
 
-    model, images = Regions(), torch.rand(1, 3, 16, 20)
+    model = networks.Wired(lambda self, x: self.layer(quarters(x)).mean((2, 3)), layer=nn.Conv2d(3, 6, 3))
+    images = torch.rand(1, 3, 16, 20)
     saliency = OfRegions(model, [model.layer])(images, targets=[])
-    quarters = torch.cat([half for rows in images.chunk(2, 2) for half in rows.chunk(2, 3)])
-    assert_explains(saliency, method, model.layer(quarters), (10, 8))
-
-
-@every_class_and_the_hosts
-def test_a_signal_of_one_axis_has_a_map_where_the_size_is_the_users(method):
-    model, signals = nn.Sequential(nn.Conv1d(2, 6, 5), nn.AdaptiveAvgPool1d(1), nn.Flatten()), torch.rand(3, 2, 40)
-    cam = method(model, [model[0]])
-    cam.get_target_width_height = lambda images: None
-    assert_explains(cam(signals, targets=[]), method, model[0](signals), None)
+    assert_explains(saliency, method, model.layer(quarters(images)), (10, 8))
 
 
 @every_class_and_the_hosts
@@ -139,52 +138,23 @@ def test_a_list_of_methods_made_of_the_hosts_subclasses_has_ours_and_only_what_c
         LabelFreeCAM(networks.small_cnn(), [])
 
 
-class Batch(dict):
-    """A batch as mmdet and transformers hand it on: a dictionary that can be moved to a device."""
-
-    def to(self, device):
-        return Batch({name: value.to(device) for name, value in self.items()})
-
-
-class TakesBatches(Frames):
-    def forward(self, batch):
-        return super().forward(batch["pixel_values"][:, None])
-
-
-@every_class_and_the_hosts
-def test_inputs_that_are_no_tensors_are_handed_to_the_model_where_the_size_is_the_users(method):
-    model, images = TakesBatches(), torch.rand(2, 3, 16, 20)
-    cam = method(model, [model.layer])
-    cam.get_target_width_height = lambda batch: batch["pixel_values"].shape[:-3:-1]
-    assert_explains(cam(Batch(pixel_values=images), targets=[]), method, model.layer(images), (20, 16))
-
-
 @every_class_and_the_hosts
 def test_a_subclass_may_take_what_it_likes_in_forward(method):
     class OfPaths(method):
         def forward(self, names, targets=None, eigen_smooth=False):
-            return super().forward(torch.stack([PICTURES[name] for name in names]), targets, eigen_smooth)
+            return super().forward(torch.stack([pictures[name] for name in names]), targets, eigen_smooth)
 
-    model, PICTURES = networks.small_cnn(), {"cat": torch.rand(3, 32, 32), "dog": torch.rand(3, 32, 32)}
-    features = model[:3](torch.stack([*PICTURES.values()]))
+    model, pictures = networks.small_cnn(), {"cat": torch.rand(3, 32, 32), "dog": torch.rand(3, 32, 32)}
+    features = model[:3](torch.stack([*pictures.values()]))
     assert_explains(OfPaths(model, [model[2]])(["cat", "dog"], targets=None), method, features, (32, 32))
-
-
-class Stages(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.sequential = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3))
-        self.listed = nn.ModuleList(self.sequential)
-        self.head = nn.Linear(5, 2)
-
-    def forward(self, x):
-        return self.head(self.sequential(x).mean((2, 3)))
 
 
 @pytest.mark.parametrize("container", ["sequential", "listed"])
 @every_class_and_the_hosts
 def test_layers_in_a_container_without_brackets_are_averaged(method, container):
-    model, images = Stages(), torch.rand(2, 3, 16, 16)
+    stages, images = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3)), torch.rand(2, 3, 16, 16)
+    parts = {"sequential": stages, "listed": nn.ModuleList(stages)}
+    model = networks.Wired(lambda self, x: self.sequential(x).mean((2, 3)), **parts)
     expected = method(model, list(model.sequential))(images, targets=None)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

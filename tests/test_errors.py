@@ -2,14 +2,7 @@
 
 import pytest
 
-from tucker_cam.errors import (
-    BadFileError,
-    BadTypeError,
-    BadValueError,
-    Failure,
-    MissingPackageError,
-    TuckerCamError,
-)
+from tucker_cam.errors import BadFileError, BadTypeError, BadValueError, Failure, MissingPackageError, TuckerCamError
 
 
 @pytest.mark.parametrize(
@@ -21,10 +14,9 @@ from tucker_cam.errors import (
         (MissingPackageError, ModuleNotFoundError),
     ],
 )
-def test_each_error_is_caught_as_ours_and_as_the_built_in_one(error, built_in):
-    for kind in (TuckerCamError, built_in):
-        with pytest.raises(kind, match="way out"):
-            raise error("way out")
+def test_each_error_is_ours_and_the_built_in_one(error, built_in):
+    assert issubclass(error, TuckerCamError)
+    assert issubclass(error, built_in)
 
 
 def test_a_failure_keeps_its_error_and_says_once_whose_it_is():

@@ -29,18 +29,41 @@ BAD_RANKS = [0, -1, float("nan"), float("inf"), "full", (), (0, 1, 1), (2, 2), (
 TELLING = ["normal", "rectified"]
 
 
+def with_one(number):
+    def put(images, draw):
+        images.view(-1)[draw.randrange(images.numel())] = number
+        return images
+
+    return put
+
+
+NUMBERS = {
+    "normal": lambda images, draw: images,
+    "rectified": lambda images, draw: torch.relu(images + 0.3),
+    "zeros": lambda images, draw: images * 0,
+    "constant": lambda images, draw: images * 0 + 0.7,
+    "huge": lambda images, draw: images * 1e37,
+    "tiny": lambda images, draw: images * 1e-42,
+    "NaN": with_one(torch.nan),
+    "Inf": with_one(torch.inf),
+    "low rank": lambda images, draw: images[:, :1].expand_as(images),
+}
+LAYOUTS = {
+    "plain": lambda images: images,
+    "channels last": lambda images: images.movedim(1, -1).contiguous().movedim(-1, 1),
+    "sliced": lambda images: torch.stack([images, images], -1)[..., 1],
+    "transposed": lambda images: images.mT.contiguous().mT,
+    "gradient": lambda images: images.requires_grad_() if images.is_floating_point() else images,
+}
+
+
 def choose_model(draw):
     """Return a model, its layers, the number of axes and channels it takes, and a transform that fits it."""
     kind = draw.choice(["cnn"] * 4 + ["passing on"] * 4 + ["tuple", "in place", "volume", "vit"])
     if kind == "vit":
         model = VisionTransformer(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=2)
-        return (
-            model,
-            [model.blocks[0].norm1, model.blocks[1].norm1],
-            4,
-            3,
-            partial(vit_reshape_transform, height=4, width=4),
-        )
+        layers = [model.blocks[0].norm1, model.blocks[1].norm1]
+        return model, layers, 4, 3, partial(vit_reshape_transform, height=4, width=4)
     if kind == "volume":
         model = networks.small_volume_cnn()
         return model, [model.conv, model.head], 5, 1, None
@@ -62,34 +85,13 @@ def choose_images(draw, axes, channels, generator):
     if axes == 5:
         shape = [*shape[:2], *(min(length, 8) for length in shape[2:])]
     images = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    numbers = draw.choice([*TELLING * 6, "zeros", "constant", "huge", "tiny", "NaN", "Inf", "low rank"])
-    if numbers == "rectified":
-        images = torch.relu(images + 0.3)
-    elif numbers == "zeros":
-        images = images * 0
-    elif numbers == "constant":
-        images = images * 0 + 0.7
-    elif numbers in ("huge", "tiny"):
-        images = images * {"huge": 1e37, "tiny": 1e-42}[numbers]
-    elif numbers in ("NaN", "Inf"):
-        images.view(-1)[draw.randrange(images.numel())] = float(numbers)
-    elif numbers == "low rank":
-        images = images[:, :1].expand_as(images)
-    images = images.to(draw.choice(DTYPES))
-    layout = draw.choice(["plain", "channels last", "sliced", "transposed", "gradient"] * 4 + ["misshapen"])
-    if layout == "channels last":
-        images = images.movedim(1, -1).contiguous().movedim(-1, 1)
-    elif layout == "sliced":
-        images = torch.stack([images, images], -1)[..., 1]
-    elif layout == "transposed":
-        images = images.mT.contiguous().mT
-    elif layout == "gradient" and images.is_floating_point():
-        images.requires_grad_()
-    elif layout == "misshapen":
-        images = draw.choice(
-            [images[0], images[:0], images.movedim(1, -1), images.flatten(), images.float().numpy(), None, [1]]
-        )
-    return images, numbers
+    numbers = draw.choice([*TELLING * 5, *NUMBERS])
+    images = NUMBERS[numbers](images, draw).to(draw.choice(DTYPES))
+    layout = draw.choice([*LAYOUTS] * 4 + ["misshapen"])
+    if layout != "misshapen":
+        return LAYOUTS[layout](images), numbers
+    misshapen = [images[0], images[:0], images.movedim(1, -1), images.flatten(), images.float().numpy(), None, [1]]
+    return draw.choice(misshapen), numbers
 
 
 def choose_options(draw, transform):

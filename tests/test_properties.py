@@ -172,15 +172,6 @@ def test_the_same_features_give_the_same_map_to_the_bit_and_with_more_threads_to
         torch.set_num_threads(1)
 
 
-@every_map
-@given(drawn=features(dtype=torch.float32))
-@examples
-def test_single_precision_features_give_the_map_of_the_same_numbers_in_double(project, drawn):
-    assume(has_one_map(project, drawn))
-    # Centring subtracts in the features' own precision.
-    assert_same_maps(project(drawn), project(drawn.double()), tolerance=1e-5)
-
-
 @every_truncated_map
 @given(drawn=features(most_batch=2), data=st.data())
 @examples
