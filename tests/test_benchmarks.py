@@ -19,16 +19,31 @@ from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def run_quickly(name, out, *arguments):
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", out, *arguments]
+def run(name, *arguments):
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+
+
+@pytest.fixture
+def annotated(tmp_path):
+    """Return a folder of two photographs with a box each."""
+    for name in ("coffee", "chelsea"):
+        picture = Image.fromarray(getattr(skimage.data, name)())
+        picture.save(tmp_path / f"{name}.png")
+        write_boxes(tmp_path / f"{name}.xml", (150, 60, 400, 250), size=picture.size)
+    return tmp_path
+
+
+def first_column(table):
+    return re.findall(r"^\| ([^|]+) \|", table.read_text(), re.MULTILINE)
 
 
 @pytest.mark.nightly
 def test_the_speed_benchmark_runs_and_reports_every_method(tmp_path):
-    run_quickly("speed", tmp_path)
+    run("speed", "--quick", "--out", tmp_path)
     results = read_samples(tmp_path / "speed.json.gz")
     assert results["environment"]["threads"] == 1
     methods = {"TSM", "MTSM", "MTSM, energy", "Multivec-EigenCAM", "TSM, truncated", "EigenCAM", "KPCA_CAM", "FEM"}
@@ -42,14 +57,9 @@ def test_the_speed_benchmark_runs_and_reports_every_method(tmp_path):
 
 
 @pytest.mark.nightly
-def test_the_quality_benchmark_runs_and_reports_every_method_and_control(tmp_path):
-    for index, name in enumerate(("coffee", "chelsea")):
-        picture = Image.fromarray(getattr(skimage.data, name)())
-        picture.save(tmp_path / f"{index}.png")
-        write_boxes(tmp_path / f"{index}.xml", (150, 60, 400, 250), size=picture.size)
-    command = [sys.executable, "-m", "benchmarks.quality", "--raccoons", tmp_path, "--photographs", tmp_path]
-    command += ["--network", "lite0", "--rows", tmp_path / "rows", "--out", tmp_path / "out", "--processes", "1"]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+def test_the_quality_benchmark_runs_and_reports_every_method_and_control(annotated, tmp_path):
+    pictures = ["--raccoons", annotated, "--photographs", annotated, "--network", "lite0"]
+    run("quality", *pictures, "--rows", tmp_path / "rows", "--out", tmp_path / "out", "--processes", "1")
     written = (tmp_path / "out" / "scores.md").read_text()
     methods = {*METHODS, "tsm-centred", "gradcam", *CONTROLS}
     for head in ("EfficientNet-Lite0, bn2; raccoons, 2 pictures", "EfficientNet-Lite0, bn2; ImageNet photographs, 2"):
@@ -64,18 +74,13 @@ def test_the_quality_benchmark_runs_and_reports_every_method_and_control(tmp_pat
 @pytest.mark.nightly
 def test_the_self_supervised_benchmark_runs_and_its_network_is_explained_by_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    run_quickly("selfsupervised", tmp_path / "out", "--save", tmp_path / "saved")
+    run("selfsupervised", "--quick", "--out", tmp_path / "out", "--save", tmp_path / "saved")
     results = read_samples(tmp_path / "out" / "selfsupervised.json.gz")
     for network in ("trained", "untrained"):
         assert {"tsm", "mtsm", "eigencam", "random"} <= results["by_network"][network].keys()
         assert "two components of cam.modes" in results["both_objects_found"][network]
     saved = sorted((tmp_path / "saved").iterdir())
-    model = [
-        "--model",
-        "benchmarks.selfsupervised:rotation_network",
-        "--weights",
-        str(tmp_path / "saved" / "network.pt"),
-    ]
+    model = ["--model", "benchmarks.selfsupervised:rotation_network", "--weights", str(tmp_path / "saved/network.pt")]
     scenes = [str(path) for path in saved if path.suffix == ".png"]
     result = CliRunner().invoke(app, ["explain", *scenes, *model, "--out", str(tmp_path / "maps")])
     assert result.exit_code == 0, result.output
@@ -85,7 +90,7 @@ def test_the_self_supervised_benchmark_runs_and_its_network_is_explained_by_the_
 
 @pytest.mark.nightly
 def test_the_folder_benchmark_runs_and_loses_nothing_when_it_is_killed(tmp_path):
-    run_quickly("folders", tmp_path)
+    run("folders", "--quick", "--out", tmp_path)
     results = json.loads((tmp_path / "folders.json").read_text())
     assert len(results["speed_of_a_plain_loop"]["rounds"]) == 3
     killed = results["killed"]
@@ -94,32 +99,19 @@ def test_the_folder_benchmark_runs_and_loses_nothing_when_it_is_killed(tmp_path)
 
 
 def test_the_drop_in_benchmark_writes_what_stands_in_its_results(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.drop_in", "--out", tmp_path]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    written, kept = (
-        re.findall(r"^\| ([a-z-]+) ", (folder / "drop_in.md").read_text(), re.MULTILINE)
-        for folder in (tmp_path, ROOT / "benchmarks" / "results")
-    )
-    assert written == kept
+    run("drop_in", "--out", tmp_path)
+    assert first_column(tmp_path / "drop_in.md") == first_column(RESULTS / "drop_in.md")
 
 
 @pytest.mark.nightly
-def test_the_benchmark_of_signs_runs_and_reports_every_rule(tmp_path):
-    for index in range(2):
-        picture = Image.fromarray(skimage.data.coffee())
-        picture.save(tmp_path / f"{index}.png")
-        write_boxes(tmp_path / f"{index}.xml", (150, 60, 400, 250), size=picture.size)
-    subprocess.run([sys.executable, "-m", "benchmarks.signs", tmp_path, "--out", tmp_path], check=True, cwd=ROOT)
-    names, kept = (
-        re.findall(r"^\| ([^|]+) \|", (folder / "signs.md").read_text(), re.MULTILINE)
-        for folder in (tmp_path, ROOT / "benchmarks" / "results")
-    )
-    assert names == kept
+def test_the_benchmark_of_signs_runs_and_reports_every_rule(annotated):
+    run("signs", annotated, "--out", annotated)
+    assert first_column(annotated / "signs.md") == first_column(RESULTS / "signs.md")
 
 
 def test_the_page_for_the_host_quotes_its_tables_as_they_were_written():
     page = (ROOT / "docs" / "upstream.md").read_text()
-    for part in (ROOT / "benchmarks" / "results" / "signs.md").read_text().strip().split("\n\n"):
+    for part in (RESULTS / "signs.md").read_text().strip().split("\n\n"):
         assert part in page
 
 
@@ -128,4 +120,4 @@ def test_the_readmes_results_are_quoted_from_what_the_benchmarks_wrote():
     section = readme.partition("## How good the maps are\n")[2].partition("\n## ")[0]
     quoted = [part for part in section.strip().split("\n\n") if part.startswith("|")]
     assert len(quoted) == 1
-    assert quoted[0] in (ROOT / "benchmarks" / "results" / "quality.md").read_text()
+    assert quoted[0] in (RESULTS / "quality.md").read_text()

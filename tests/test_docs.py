@@ -1,10 +1,11 @@
-"""The pages of docs: every program and command runs, promises and links lead somewhere, messages are verbatim."""
+"""README and docs: every program and command runs, promises and links lead somewhere, messages are verbatim."""
 
 import ast
 import json
 import re
 from importlib import import_module
 
+import networks
 import pytest
 import torch
 from documents import PAGES, ROOT, assert_runs, blocks, commands, make_pictures, offline_program, put_in_ultralytics
@@ -13,7 +14,8 @@ from torch import nn
 
 import tucker_cam
 
-TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+README = ROOT / "README.md"
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in [README, *PAGES]}
 COMMANDS = list(dict.fromkeys(command for text in TEXTS.values() for command in commands(text)))
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 PROGRAMS = [name for name, text in TEXTS.items() if blocks(text, "python")]
@@ -48,6 +50,15 @@ def test_the_programs_of_a_page_run_one_after_the_other(page, monkeypatch):
     if "saliency" in names:
         assert names["saliency"].min() >= 0
         assert names["saliency"].max() <= 1
+
+
+def test_the_readme_is_short_and_what_it_links_to_is_there():
+    readme = TEXTS["README.md"]
+    assert len(readme.splitlines()) <= 180
+    tables = re.findall(r"(?:^\|.*\n)+", readme, re.MULTILINE)
+    assert max(len(table.splitlines()) - 2 for table in tables) <= 15
+    for target in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", readme):
+        assert (ROOT / "".join(target)).is_file(), target
 
 
 def test_each_promise_stands_beside_a_test_that_is_there():
@@ -117,28 +128,6 @@ def test_our_messages_are_answered_in_their_own_words():
             assert words.strip().removeprefix("expected feature maps from").strip(" ,") in said, heading
 
 
-class List(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x):
-        return [self.layer(x)]
-
-
-class Tokens(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer, self.head = nn.Linear(16, 4), nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.head(self.layer(x.flatten(2).unflatten(2, (-1, 16))[:, 0]).mean(1))
-
-
-def classifier():
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
-
-
 def said_by_the_host(method, model, layer):
     cam = method(model, [layer])
     try:
@@ -150,7 +139,13 @@ def said_by_the_host(method, model, layer):
 
 
 def test_the_hosts_messages_are_its_own():
-    listed, tokens, network, frozen = List(), Tokens(), classifier(), classifier().requires_grad_(False)
+    listed = networks.Wired(lambda self, x: [self.layer(x)], layer=nn.Conv2d(3, 4, 3))
+    tokens = networks.Wired(
+        lambda self, x: self.head(self.layer(x[:, 0]).mean(1)),
+        layer=nn.Linear(16, 4),
+        head=nn.Linear(4, 2),
+    )
+    network, frozen = networks.small_cnn(), networks.small_cnn().requires_grad_(False)
     headings = messages(HOST, "## Heat maps that look wrong")
     for said in (
         said_by_the_host(EigenCAM, listed, listed.layer),
