@@ -4,15 +4,18 @@ import ast
 import json
 import re
 from importlib import import_module
+from pathlib import Path
 
 import networks
 import pytest
 import torch
-from documents import PAGES, ROOT, assert_runs, blocks, commands, make_pictures, offline_program, put_in_ultralytics
+from documents import PAGES, ROOT, blocks, commands, make_pictures, offline, offline_program, put_in_ultralytics
 from pytorch_grad_cam import EigenCAM, GradCAM
 from torch import nn
+from typer.testing import CliRunner
 
 import tucker_cam
+from tucker_cam.cli import app
 
 README = ROOT / "README.md"
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in [README, *PAGES]}
@@ -35,7 +38,14 @@ def pictures():
 @pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_runs(command):
-    assert_runs(command)
+    result = CliRunner().invoke(app, offline(command))
+    assert result.exit_code == 0, result.output
+    out = re.search(r"--out (\S+)", command)
+    if out and command.startswith("tucker-cam explain"):
+        written = {path.name for path in Path(out[1]).iterdir()}
+        assert "manifest.json" in written
+        assert len(written) > 1
+        assert ("gallery.html" in written) == ("--gallery" in command)
 
 
 @pytest.mark.usefixtures("pictures")

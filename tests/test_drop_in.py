@@ -106,16 +106,12 @@ def test_a_subclass_that_computes_the_map_with_numpy_is_handed_numpy(method):
 
 
 @every_class_and_the_hosts
-def test_with_the_hosts_recorder_put_in_numbers_that_are_none_count_as_zero(method):
+def test_with_the_hosts_recorder_put_in_the_maps_are_the_same(method):
     model, images = networks.returning(lambda x: x.mean((2, 3))), torch.rand(2, 3, 16, 16)
     cam = method(model, [model.conv])
     cam.activations_and_grads.release()
     cam.activations_and_grads = ActivationsAndGradients(model, cam.target_layers, None)
     assert_explains(cam(images, targets=[]), method, model.conv(images), (16, 16))
-    images[1, 0, 4, 4] = torch.nan
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        assert_explains(cam(images, targets=[]), method, model.conv(images).nan_to_num(), (16, 16))
 
 
 @pytest.mark.parametrize("convert", [torch.from_numpy, np.asarray], ids=["tensor", "array"])

@@ -51,16 +51,16 @@ def assert_is_a_map(saliency, batch):
 def assert_is_the_map(saliency, cam, batch):
     """Compare with the oracle's maps of what the layers put out, brought to the picture's size as the host does."""
     assert_is_a_map(saliency, batch)
-    outputs, keep = {}, cam.reshape_transform or (lambda output: output)
+    outputs, transform = {}, cam.reshape_transform or (lambda output: output)
     handles = [
-        layer.register_forward_hook(lambda layer, _, output: outputs.setdefault(layer, keep(output)))
+        layer.register_forward_hook(lambda layer, _, output: outputs.update({layer: output}))
         for layer in cam.target_layers
     ]
     with torch.no_grad():
         cam.model(batch)
     for handle in handles:
         handle.remove()
-    layers = [outputs[layer] for layer in cam.target_layers]
+    layers = [transform(outputs[layer]) for layer in cam.target_layers]
     expected = references.explained(CLASSES[type(cam)], *layers, size=batch.shape[:1:-1])
     assert_allclose(saliency, expected, atol=1e-5)
 

@@ -59,10 +59,15 @@ def ranks(draw, drawn, *, kinds=("int", "tuple", "share")):
     return tuple(draw(st.integers(1, length + 1)) for length in drawn.shape[1:])
 
 
-def assert_same_maps(actual, expected, tolerance=ROUNDING, scale=None):
-    peaks = (expected if scale is None else scale).flatten(1).amax(1).clamp_min(torch.finfo(torch.float64).tiny)
-    peaks = peaks.reshape(-1, *(1 for _ in expected.shape[1:]))
-    assert_close(actual.double() / peaks, expected.double() / peaks, rtol=0, atol=tolerance)
+def peaks(maps):
+    """Return each map's largest value, in a shape that divides the maps; 1 for a map of zeros."""
+    largest = maps.double().flatten(1).amax(1)
+    return torch.where(largest > 0, largest, 1).reshape(-1, *(1 for _ in maps.shape[1:]))
+
+
+def assert_same_maps(actual, expected, tolerance=ROUNDING):
+    scale = peaks(expected)
+    assert_close(actual.double() / scale, expected.double() / scale, rtol=0, atol=tolerance)
 
 
 def has_one_map(project, drawn):
@@ -90,14 +95,9 @@ def largest_entries_lead(modes):
 @given(drawn=features(), exponent=st.integers(-200, 200))
 @examples
 def test_the_scale_of_the_features_does_not_matter(project, drawn, exponent):
-    expected, actual = (saliency / peak(saliency) for saliency in (project(drawn), project(drawn * 10.0**exponent)))
     assume(has_one_map(project, drawn))
-    assert_same_maps(actual, expected)
-
-
-def peak(saliency):
-    peaks = saliency.flatten(1).amax(1)
-    return torch.where(peaks > 0, peaks, 1).reshape(-1, *(1 for _ in saliency.shape[1:]))
+    expected, actual = project(drawn), project(drawn * 10.0**exponent)
+    assert_same_maps(actual / peaks(actual), expected / peaks(expected))
 
 
 @every_map
