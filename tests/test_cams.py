@@ -161,14 +161,14 @@ def test_the_map_is_the_same_on_a_gpu(method, rank):
         assert cam.activations_and_grads.activations[0].is_cuda
 
 
-def test_features_are_what_a_forward_hook_sees_finite_and_without_a_graph():
-    model, batch = networks.small_cnn(), images()
+def test_features_are_what_a_forward_hook_sees_finite_in_single_precision_and_without_a_graph():
+    model, batch = networks.small_cnn().bfloat16(), images().bfloat16()
     batch[1, 0, 4, 4] = torch.nan
     expected = [model[:1](batch), model[:3](batch)]
     with pytest.warns(RuntimeWarning, match="image 1"):
         found = features(model, [model[0], model[2]], batch)
     for actual, seen in zip(found, expected, strict=True):
-        torch.testing.assert_close(actual, seen.detach().nan_to_num())
+        torch.testing.assert_close(actual, seen.detach().float().nan_to_num())
         assert not actual.requires_grad
     assert not any(module._forward_hooks for module in model.modules())
 

@@ -167,7 +167,7 @@ def test_augmentation_smoothing_averages_over_the_transforms(method, transforms)
     model, batch = networks.small_cnn(), images()
     cam = method(model, [model[2]], tta_transforms=transforms)
     if transforms is None:
-        plain, flipped = ([cam(images * factor) for factor in (0.9, 1, 1.1)] for images in (batch, batch.flip(-1)))
+        plain, flipped = ([cam(given * factor) for factor in (0.9, 1, 1.1)] for given in (batch, batch.flip(-1)))
         expected = np.mean([*plain, *(saliency[..., ::-1] for saliency in flipped)], axis=0)
     else:
         expected = (cam(batch) + cam(batch.flip(-2))[:, ::-1]) / 2
@@ -178,7 +178,7 @@ def test_augmentation_smoothing_averages_over_the_transforms(method, transforms)
 def test_hooks_are_gone_after_the_block_out_of_which_errors_come_and_after_the_object(method):
     model = networks.small_cnn()
     model[2].register_forward_hook(lambda *_: None)
-    with method(model, [model[2]]):
+    with method(model, [model[2]]) as cam:  # which lives on after the block
         assert hook_count(model) > 1
     assert hook_count(model) == 1
     with pytest.raises(IndexError, match="mine"), method(model, [model[2]]):
