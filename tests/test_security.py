@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from annotated import write_picture
 from PIL import Image, UnidentifiedImageError
 from repositories import make_repositories
 from transformers import AutoConfig, AutoModel, BitImageProcessorPil, ViTConfig
@@ -37,20 +38,14 @@ def encoded(form="PNG", mode="RGB", size=(40, 30), **options):
 
 @pytest.fixture
 def pictures(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "a.png").write_bytes(encoded())
-    return tmp_path / "in"
-
-
-def calls(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+    return write_picture(tmp_path / "in" / "a.png").parent
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_code_is_made_from_text_and_no_pickle_is_read(path):
-    for name, call in calls(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    for call in calls:
+        name = ast.unparse(call.func)
         assert name not in ("eval", "exec", "compile", "os.system", "yaml.load", "yaml.unsafe_load")
         assert not name.startswith(("pickle.", "marshal.", "dill.", "joblib.", "shelve."))
         options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
