@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 from tucker_cam.errors import BadValueError
 
 
-def from_own_module(spec: str) -> object:
+def from_own_module(spec: str) -> Callable[..., object]:
     """Return what MODULE:NAME names, a class or another callable; the working directory is searched first.
 
     Raises:
@@ -29,7 +30,7 @@ def from_own_module(spec: str) -> object:
     except (Exception, SystemExit) as error:
         # A script that does its work, or reads its arguments, when it is imported ends the program so.
         raise BadValueError(f"{module_name} could not be imported ({type(error).__name__}: {error})") from error
-    found = getattr(module, name, None)
+    found: object = getattr(module, name, None)
     if not callable(found):
         raise BadValueError(f"{module_name} has no function or class {name!r}")
     return found

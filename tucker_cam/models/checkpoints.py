@@ -78,11 +78,11 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
     """
     own = model.state_dict()
     needed = {name for name in own if name.rpartition(".")[0] in backbone and not _is_counter(name)}
-    states = dict(_states(_read(file)))
-    if not states:
+    tensors = dict(_tensors(_read(file)))
+    if not tensors:
         raise BadValueError(f"{file}: expected a state dict, found no tensors with names in it")
     found: dict[str, dict[str, Tensor]] = {}
-    for place, renamed in _candidates(model, states, at_least=len(needed) // 2):
+    for place, renamed in _candidates(model, tensors, at_least=len(needed) // 2):
         fitting = {name: value for name, value in renamed.items() if name in own and value.shape == own[name].shape}
         fitting |= _missing_layer_scale(own, needed, fitting, renamed)
         if len(needed & fitting.keys()) > len(needed & found.get(place, {}).keys()):
@@ -90,13 +90,10 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
     places = _best(found, needed)
     fitting = found[places[0]] if places else {}
     if missing := sorted(needed - fitting.keys()):
-        there = sorted(next(iter(states.values())))
-        count = len(needed)
-        some = f"{count - len(missing)} of its {count} entries; missing or of another shape: {_some(missing)}"
-        found_instead = some if fitting else f"another one (entries: {len(there)}, needed: {count})"
         raise BadValueError(
-            f"{file}: expected the whole backbone of {type(model).__name__}, found {found_instead}; the file has "
-            f"{_some(there)}"
+            f"{file}: expected the whole backbone of {type(model).__name__}, found {len(needed) - len(missing)} of its "
+            f"{len(needed)} entries; missing or of another shape: {_some(missing)}; "
+            f"the file has {_some(sorted(tensors))}"
         )
     if len({frozenset(found[place][name].data_ptr() for name in needed) for place in places}) > 1:
         raise BadValueError(
@@ -108,12 +105,7 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
     return Report(
         places[0],
         loaded=list(fitting),
-        left_out=[
-            f"{container}{name}"
-            for container, state in states.items()
-            for name, value in state.items()
-            if value.data_ptr() not in taken and not _is_counter(name)
-        ],
+        left_out=[name for name, value in tensors.items() if value.data_ptr() not in taken and not _is_counter(name)],
         missing=[name for name in own if name not in fitting and not _is_counter(name)],
     )
 
@@ -150,30 +142,26 @@ def _read(file: Path) -> object:
         ) from error
 
 
-def _states(content: object, place: str = "") -> Iterator[tuple[str, State]]:
-    """Yield every dictionary of named tensors in a checkpoint, and where it is."""
-    if not isinstance(content, Mapping):
-        return
-    tensors = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    if tensors:
-        yield place, tensors
-    for name, value in content.items():
+def _tensors(content: object, place: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors in a checkpoint by their names, each behind those of the dictionaries that it is in."""
+    for name, value in content.items() if isinstance(content, Mapping) else ():
+        if isinstance(value, Tensor):
+            yield f"{place}{name}", value
         # An optimiser's state repeats the parameters' shapes, and may repeat their names.
-        if not str(name).startswith("opt"):
-            yield from _states(value, f"{place}{name}/")
+        elif not str(name).startswith("opt"):
+            yield from _tensors(value, f"{place}{name}/")
 
 
-def _candidates(model: nn.Module, states: Mapping[str, State], *, at_least: int) -> Iterator[tuple[str, State]]:
+def _candidates(model: nn.Module, tensors: State, *, at_least: int) -> Iterator[tuple[str, State]]:
     """Yield what lies under each prefix, as it is, in the names timm gives it, and with numbered children named.
 
     Where there are fewer than `at_least` entries there is no backbone.
     """
     under: dict[str, dict[str, Tensor]] = {}
-    for container, state in states.items():
-        for name, value in state.items():
-            for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))):
-                under.setdefault(container + name[:start], {})[name[start:]] = value
-    children = [name for name, _ in model.named_children()]
+    for name, value in tensors.items():
+        for start in (0, *(mark.end() for mark in re.finditer("[./]", name))):
+            under.setdefault(name[:start], {})[name[start:]] = value
+    numbered = {str(number): name for number, (name, _) in enumerate(model.named_children())}
     module = sys.modules[type(model).__module__]
     remap = getattr(module, "checkpoint_filter_fn", None) if module.__name__.startswith("timm.") else None
     for place, inside in under.items():
@@ -181,7 +169,11 @@ def _candidates(model: nn.Module, states: Mapping[str, State], *, at_least: int)
             continue
         yield place, inside
         # nn.Sequential(*backbone.children()) has numbers where the backbone had names.
-        yield place, {_named(name, children): value for name, value in inside.items()}
+        named = {
+            re.sub(r"^\d+", lambda number: numbered.get(number[0], number[0]), name): value
+            for name, value in inside.items()
+        }
+        yield place, named
         if remap is not None:
             try:
                 renamed = remap(dict(inside), model)
@@ -190,13 +182,6 @@ def _candidates(model: nn.Module, states: Mapping[str, State], *, at_least: int)
             # New names are taken, new numbers are not: it would also resize the weights of another patch size.
             same = {value.data_ptr() for value in inside.values()}
             yield place, {name: value for name, value in renamed.items() if value.data_ptr() in same}
-
-
-def _named(name: str, children: list[str]) -> str:
-    number, dot, rest = name.partition(".")
-    if number.isdecimal() and int(number) < len(children):
-        return f"{children[int(number)]}{dot}{rest}"
-    return name
 
 
 def _missing_layer_scale(own: State, needed: Collection[str], fitting: State, state: State) -> State:

@@ -37,14 +37,14 @@ class Family:
     Attributes:
         usage: how a model is named, for people.
         loads: what one gets by it, for people.
-        build: from what stands behind the colon, and whether published weights are wanted, to the network.
+        build: from what stands behind the colon, and whether published weights are wanted, to a `Network` or a module.
         packages: that it needs, and `extra` of this distribution installs.
         random: whether its models can be had with random weights.
     """
 
     usage: str
     loads: str
-    build: Callable[[str, bool], Network]
+    build: Callable[[str, bool], object]
     packages: tuple[str, ...] = ()
     extra: str = "models"
     random: bool = True
@@ -61,6 +61,8 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
     Raises:
         ValueError, ModuleNotFoundError, TypeError, OSError: see `load_model`.
     """
+    from torch import nn
+
     name, _, rest = spec.partition(":")
     family = family_of(spec)
     if not name or bool(rest) != (":" in family.usage):
@@ -68,7 +70,7 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
         meant = "" if ":" in spec else f": did you mean {guess}?"
         raise BadValueError(f"expected a model named {_USAGES}, got {spec!r}{meant}")
     try:
-        return family.build(spec if family is _OWN else rest, pretrained)
+        built = family.build(spec if family is _OWN else rest, pretrained)
     except TuckerCamError:
         raise
     except ModuleNotFoundError as error:
@@ -85,6 +87,11 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
                 "--no-pretrained, need no download"
             ) from error
         raise BadValueError(f"{spec} could not be built ({type(error).__name__}: {one_line(error)})") from error
+    if not isinstance(built, (nn.Module, Network)):
+        raise BadTypeError(
+            f"expected a torch.nn.Module or a tucker_cam.models.Network from {spec}, got {type(built).__name__}"
+        )
+    return built if isinstance(built, Network) else Network(built)
 
 
 def efficientnet_lite(number: int) -> Network:
@@ -224,7 +231,7 @@ def _processed(processor: Any, picture: Image.Image) -> Tensor:
     return batch[0]
 
 
-def _torch_hub(name: str, pretrained: bool) -> Network:
+def _torch_hub(name: str, pretrained: bool) -> object:
     import torch
 
     repository, _, entry = name.rpartition(":")
@@ -233,23 +240,7 @@ def _torch_hub(name: str, pretrained: bool) -> Network:
         raise BadValueError(
             f"expected hub:OWNER/REPOSITORY:ENTRY, or hub:FOLDER:ENTRY of a folder with a hubconf.py, got 'hub:{name}'"
         )
-    built = torch.hub.load(repository, entry, source=source, trust_repo=True, verbose=False, pretrained=pretrained)
-    return _network(built, f"hub:{name}")
-
-
-def _own(spec: str, _: bool) -> Network:
-    function: Any = from_own_module(spec)
-    return _network(function(), spec)
-
-
-def _network(built: object, spec: str) -> Network:
-    from torch import nn
-
-    if not isinstance(built, (nn.Module, Network)):
-        raise BadTypeError(
-            f"expected a torch.nn.Module or a tucker_cam.models.Network from {spec}, got {type(built).__name__}"
-        )
-    return built if isinstance(built, Network) else Network(built)
+    return torch.hub.load(repository, entry, source=source, trust_repo=True, verbose=False, pretrained=pretrained)
 
 
 def _unknown(library: str, name: str, known: list[str]) -> BadValueError:
@@ -260,7 +251,7 @@ def _unknown(library: str, name: str, known: list[str]) -> BadValueError:
 _OWN = Family(
     "MODULE:CALLABLE",
     "what your function returns: a `torch.nn.Module`, or a `tucker_cam.models.Network` with its preprocessing",
-    _own,
+    lambda spec, _: from_own_module(spec)(),
     extra="",
     random=False,
 )
