@@ -37,20 +37,45 @@ def swin_with_tokens():
     )
 
 
+def pyramid():
+    """Return a backbone that returns two maps by name, and a head of convolutions."""
+
+    def run(self, x):
+        first = self.first(x)
+        return {"0": first, "1": self.second(first)}
+
+    convolutions = {"first": nn.Conv2d(3, 4, 3, 2, 1), "second": nn.Conv2d(4, 4, 3, 2, 1)}
+    return dense(Wired(run, **convolutions), nn.Conv2d(4, 2, 1))
+
+
+def in_tuple():
+    inner = Wired(lambda self, x: (self.conv(x) + 1,), conv=nn.Conv2d(3, 4, 3))
+    return Wired(lambda self, x: self.inner(x)[0].mean((2, 3)), inner=inner)
+
+
 @pytest.mark.parametrize(
-    ("model", "size", "name", "shape", "transform"),
+    ("model", "name", "shape", "transform"),
     [
-        (vit, 32, "norm", (1, 17, 16), TokensToMaps(1, 1.0)),
-        (lambda: vit(reg_tokens=4), 32, "norm", (1, 21, 16), TokensToMaps(5, 1.0)),
-        (lambda: vit(class_token=False, global_pool="avg"), 32, "norm", (1, 16, 16), TokensToMaps(0, 1.0)),
-        (lambda: vit(class_token=False, global_pool="map"), 32, "norm", (1, 16, 16), TokensToMaps(0, 1.0)),
-        (swin_with_tokens, 32, "layernorm", (1, 64, 24), TokensToMaps(0, 1.0)),
+        pytest.param(vit, "norm", (1, 17, 16), TokensToMaps(1, 1.0), id="ViT"),
+        pytest.param(lambda: vit(reg_tokens=4), "norm", (1, 21, 16), TokensToMaps(5, 1.0), id="registers"),
+        pytest.param(
+            lambda: vit(class_token=False, global_pool="map"),
+            "norm",
+            (1, 16, 16),
+            TokensToMaps(0, 1.0),
+            id="attention pooling of tokens",
+        ),
+        pytest.param(swin_with_tokens, "layernorm", (1, 64, 24), TokensToMaps(0, 1.0), id="Swin in tokens"),
+        pytest.param(pyramid, "backbone", (1, 8, 16, 16), pyramid_to_maps, id="a pyramid"),
+        pytest.param(in_tuple, "inner", (1, 4, 30, 30), only_map, id="a map in a tuple"),
     ],
-    ids=["ViT", "registers", "no class token", "attention pooling", "Swin in tokens"],
 )
-def test_the_last_layer_with_a_spatial_map_is_found_with_its_transform(model, size, name, shape, transform):
-    layer = find_target_layer(model(), torch.rand(1, 3, size, size))
+def test_the_last_layer_with_a_spatial_map_is_found_with_its_transform(model, name, shape, transform):
+    network = model()
+    layer = find_target_layer(network, torch.rand(1, 3, 32, 32))
     assert (layer.name, layer.shape, layer.reshape_transform) == (name, shape, transform)
+    with TSM(network, [layer.module], layer.reshape_transform) as cam:
+        assert cam(torch.rand(2, 3, 32, 32)).shape == (2, 32, 32)
 
 
 @pytest.mark.parametrize("size", [(32, 48), (48, 32)])
@@ -75,34 +100,6 @@ def test_a_pyramids_levels_are_stacked_at_the_middle_size():
     assert maps.shape == (1, 6, 8, 8)
     assert torch.equal(maps[:, 2:5], levels["1"])
     torch.testing.assert_close(maps[:, 5], torch.full((1, 8, 8), 7.0))
-
-
-def pyramid():
-    """Return a backbone that returns two maps by name, and a head of convolutions."""
-
-    def run(self, x):
-        first = self.first(x)
-        return {"0": first, "1": self.second(first)}
-
-    convolutions = {"first": nn.Conv2d(3, 4, 3, 2, 1), "second": nn.Conv2d(4, 4, 3, 2, 1)}
-    return dense(Wired(run, **convolutions), nn.Conv2d(4, 2, 1))
-
-
-def in_tuple():
-    inner = Wired(lambda self, x: (self.conv(x) + 1,), conv=nn.Conv2d(3, 4, 3))
-    return Wired(lambda self, x: self.inner(x)[0].mean((2, 3)), inner=inner)
-
-
-@pytest.mark.parametrize(
-    ("build", "name", "shape", "transform"),
-    [(pyramid, "backbone", (1, 8, 8, 8), pyramid_to_maps), (in_tuple, "inner", (1, 4, 14, 14), only_map)],
-)
-def test_a_feature_pyramid_and_a_map_in_a_tuple_are_layers(build, name, shape, transform):
-    model = build()
-    layer = find_target_layer(model, torch.rand(1, 3, 16, 16))
-    assert (layer.name, layer.shape, layer.reshape_transform) == (name, shape, transform)
-    with TSM(model, [layer.module], layer.reshape_transform) as cam:
-        assert cam(torch.rand(2, 3, 16, 16)).shape == (2, 16, 16)
 
 
 STEM = {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4, "layer_type": "basic"}
@@ -189,27 +186,16 @@ def normalised():
     ("model", "name"),
     [
         # As segmentation_models_pytorch has it: convolution, enlarging, activation; with more classes than channels.
-        pytest.param(lambda: nn.Sequential(encoder_decoder(), head(1)), "0", id="one class"),
-        pytest.param(lambda: nn.Sequential(encoder_decoder(), head(21)), "0", id="many classes"),
-        pytest.param(lambda: nn.Sequential(*encoder_decoder(), *head(1)), "3", id="flat"),
-        pytest.param(lambda: enlarging(3), "decoder", id="the shape of a picture"),
-        pytest.param(lambda: enlarging(5), "decoder", id="enlarged outside"),
+        pytest.param(lambda: nn.Sequential(encoder_decoder(), head(1)), "0", id="a head for one class"),
+        pytest.param(lambda: nn.Sequential(encoder_decoder(), head(21)), "0", id="a head for many classes"),
+        pytest.param(lambda: nn.Sequential(*encoder_decoder(), *head(1)), "3", id="a flat head"),
+        pytest.param(lambda: enlarging(3), "decoder", id="a head with the shape of a picture"),
+        pytest.param(lambda: enlarging(5), "decoder", id="a head that is enlarged outside"),
         pytest.param(detector, "neck", id="a head for levels"),
-        pytest.param(token_labels, "norm", id="a head for tokens"),
-        pytest.param(pyramid, "backbone", id="what follows maps by name"),
-        pytest.param(
-            lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), attention_pool()), "1", id="attention pooling"
-        ),
         pytest.param(level_pool, "second", id="a head that takes two maps"),
-    ],
-)
-def test_a_head_is_not_explained_but_the_layer_before_it(model, name):
-    assert find_target_layer(model(), torch.rand(1, 3, 64, 64)).name == name
-
-
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
+        pytest.param(token_labels, "norm", id="a head for tokens"),
+        pytest.param(pyramid, "backbone", id="a head after maps by name"),
+        pytest.param(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), attention_pool()), "0", id="attention pooling"),
         pytest.param(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3)), "2", id="convolutions"),
         pytest.param(
             lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8)),
@@ -219,11 +205,10 @@ def test_a_head_is_not_explained_but_the_layer_before_it(model, name):
         pytest.param(lambda: nn.Sequential(vit().patch_embed, *vit().blocks), "2", id="ViT blocks"),
         pytest.param(normalised, "1.0", id="most of the network"),
         pytest.param(output_object, "encoder.mix", id="tokens in an output object"),
-        # A layer that is called twice is recorded at its first call.
-        pytest.param(twice, "2", id="called twice"),
+        pytest.param(twice, "2", id="called twice, recorded once"),
     ],
 )
-def test_what_is_no_head_keeps_its_last_layer(model, name):
+def test_a_head_is_not_explained_but_the_last_layer_before_it(model, name):
     assert find_target_layer(model(), torch.rand(1, 3, 32, 32)).name == name
 
 

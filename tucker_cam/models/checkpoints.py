@@ -41,18 +41,15 @@ State = Mapping[str, Tensor]
 
 
 class Report(NamedTuple):
-    """What became of a checkpoint.
+    """What became of a checkpoint."""
 
-    Attributes:
-        place: where in the file the backbone was, such as ``state_dict/module.encoder_q.``; empty for the top.
-        loaded: names in the model.
-        left_out: names in the file.
-        missing: names in the model that the file has not: parts of the head.
-    """
-
+    # Where in the file the backbone was, such as state_dict/module.encoder_q.; empty for the top.
     place: str
+    # Names in the model.
     loaded: list[str]
+    # Names in the file.
     left_out: list[str]
+    # Names in the model that the file has not: parts of the head.
     missing: list[str]
 
     def __str__(self) -> str:
@@ -134,8 +131,8 @@ def _read(file: Path) -> object:
             return torch.load(file, weights_only=True, map_location="cpu")
     except Exception as error:
         # A broken file makes both fail in many ways.
-        foreign = str(error).partition("Unsupported global: GLOBAL ")[2].split(" ")[0]
-        what = f"an object of {foreign}" if foreign else "a broken file, a web page or a pointer of Git LFS"
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"an object of {foreign[1]}" if foreign else "a broken file, a web page or a pointer of Git LFS"
         raise BadValueError(
             f"{file}: expected tensors, found {what}; nothing in it was run. If you trust the file, save the weights "
             "by themselves: torch.save(model.state_dict(), file)"

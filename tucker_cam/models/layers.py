@@ -44,43 +44,34 @@ class SpatialLayer(NamedTuple):
 
 
 class DryRun(NamedTuple):
-    """What a forward pass showed of a model.
+    """What a forward pass showed of a model."""
 
-    Attributes:
-        layers: all whose maps follow the picture, in the order in which they were done.
-        named: by name, also those whose output has a map's shape and did not follow.
-        target: the last layer before the head; None if it does not follow the picture, or there is none.
-        upstream: by layer, the names of all modules that had begun when it was done: what its maps can depend on.
-    """
-
+    # All whose maps follow the picture, in the order in which they were done.
     layers: list[SpatialLayer]
+    # Also those whose output has a map's shape and did not follow.
     named: dict[str, SpatialLayer]
+    # The last layer before the head; None if it does not follow the picture, or there is none.
     target: SpatialLayer | None
+    # By layer, the names of all modules that had begun when it was done: what its maps can depend on.
     upstream: dict[str, frozenset[str]]
 
 
 class _Call(NamedTuple):
-    """A module's first call in the forward pass.
-
-    Attributes:
-        begun: how many modules had begun when it was done.
-        layer: None if it has no spatial map.
-        follows: whether that follows the picture; None if it is the same everywhere.
-        role: a head turns maps into something else; queries are tokens on no grid; names are of maps in a mapping.
-        means: over the positions of each map in its output, pictures x channels.
-        took: the same of what it took, if it has no weights.
-        width: how many channels the one map that it took had; None if it took something else.
-        several: whether it took several maps.
-    """
+    """A module's first call in the forward pass."""
 
     module: nn.Module
-    begun: int
+    # The names of all modules that had begun when it was done.
+    begun: frozenset[str]
+    # None if it has no spatial map.
     layer: SpatialLayer | None
+    # Whether that follows the picture; None if it is the same everywhere.
     follows: bool | None
+    # A head turns maps into something else; queries are tokens on no grid; names are of maps in a mapping.
     role: Literal["head", "queries", "names", None]
-    means: list[Tensor]
+    # Of each map that it took and that it put out the means over the positions, pictures x channels.
     took: list[Tensor]
-    width: int | None
+    put_out: list[Tensor]
+    # Whether it took several maps.
     several: bool
 
 
@@ -122,14 +113,8 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
         >>> find_target_layer(model, torch.zeros(1, 3, 8, 8))
         SpatialLayer(name='1', module=ReLU(), shape=(1, 8, 6, 6), reshape_transform=None)
     """
-    return target_of(model, dry_run(model, example))
-
-
-def target_of(model: nn.Module, run: DryRun) -> SpatialLayer:
-    """Return the layer that a dry run found, or raise NoLayerError."""
-    if run.target is None:
-        raise NoLayerError(type(model).__name__, run.layers)
-    return run.target
+    (layer,) = choose_layers(model, dry_run(model, example), [])
+    return layer
 
 
 def dry_run(model: nn.Module, example: Tensor) -> DryRun:
@@ -138,7 +123,7 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        begun, calls, output = _observe(model, pictures)
+        calls, output = _observe(model, pictures)
     finally:
         for module, flag in training.items():
             module.training = flag
@@ -156,11 +141,7 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
         if (call.layer or call.role == "queries") and name not in passing and not f"{name}.".startswith(inside)
     ]
     # A part that is never called, whose parent uses its weights itself, as attention does with its projection.
-    silent = [name for name, module in model.named_modules() if name not in begun and not any(module.children())]
-    upstream = {}
-    for name, call in calls.items():
-        reached = set(begun[: call.begun])
-        upstream[name] = frozenset(reached | {name for name in silent if name.rpartition(".")[0] in reached})
+    silent = [name for name, module in model.named_modules() if name not in calls and not any(module.children())]
     target = body[-1].layer if body and body[-1].follows is not False else None
     # Where none is chosen, what is the same everywhere is none to name either: a detector's queries can be so.
     believed = (True,) if target is None else (True, None)
@@ -168,20 +149,22 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
         [call.layer for call in calls.values() if call.layer and call.follows in believed],
         {name: call.layer for name, call in calls.items() if call.layer},
         target,
-        upstream,
+        {
+            name: call.begun.union(part for part in silent if part.rpartition(".")[0] in call.begun)
+            for name, call in calls.items()
+        },
     )
 
 
-def _observe(model: nn.Module, pictures: Tensor) -> tuple[list[str], dict[str, _Call], object]:
-    """Return the modules in the order in which they began, their calls in the order of their ends, and the output."""
-    begun: dict[str, list[Tensor]] = {}
+def _observe(model: nn.Module, pictures: Tensor) -> tuple[dict[str, _Call], object]:
+    """Return the modules' calls in the order of their ends, and the model's output."""
+    took: dict[str, list[Tensor]] = {}
     calls: dict[str, _Call] = {}
 
     def begin(name: str, module: nn.Module, inputs: Sequence[Any]) -> None:
-        if name not in begun:
+        if name not in took:
             # Now, as what it takes may be changed in place.
-            weightless = next(module.parameters(), None) is None
-            begun[name] = _means(inputs[0], pictures) if inputs and weightless else []
+            took[name] = _means(inputs[0], pictures) if inputs else []
 
     def end(name: str, module: nn.Module, inputs: Sequence[Any], output: object) -> None:
         if name in calls or module is model:
@@ -199,13 +182,12 @@ def _observe(model: nn.Module, pictures: Tensor) -> tuple[list[str], dict[str, _
             role = "queries"
         calls[name] = _Call(
             module=module,
-            begun=len(begun),
+            begun=frozenset(took),
             layer=SpatialLayer(name, module, *found) if found else None,
             follows=follows(output, found[1]) if found else False,
             role=role,
-            means=_means(output, pictures),
-            took=begun[name],
-            width=positions_in(first, pictures)[0].shape[1] if showed and not several else None,
+            took=took[name],
+            put_out=_means(output, pictures),
             several=several,
         )
 
@@ -214,7 +196,7 @@ def _observe(model: nn.Module, pictures: Tensor) -> tuple[list[str], dict[str, _
             hooks.enter_context(module.register_forward_pre_hook(partial(begin, name)))
             hooks.enter_context(module.register_forward_hook(partial(end, name)))
         output = model(pictures)
-    return list(begun), calls, output
+    return calls, output
 
 
 def _means(output: object, pictures: Tensor) -> list[Tensor]:
@@ -225,35 +207,34 @@ def _same(first: Tensor, second: Tensor) -> bool:
     return first.shape == second.shape and float((first - second).abs().max()) <= _EQUAL * float(second.abs().max())
 
 
-def _passing_on(small: set[str], calls: Mapping[str, _Call], output: object, pictures: Tensor) -> set[str]:
+def _passing_on(small: set[str], calls: dict[str, _Call], output: object, pictures: Tensor) -> set[str]:
     """Return all that puts out the model's own output, where a small part predicts it."""
     passing: set[str] = set()
     for own in positions_in(output, pictures):
         wanted, makers = own.float().flatten(2).mean(2), []
-        for name, call in reversed(list(calls.items())):
-            if any(_same(each, wanted) for each in call.means):
+        for name, call in reversed(calls.items()):
+            if any(_same(each, wanted) for each in call.put_out):
                 makers.append(name)
                 # A module without weights, such as a sigmoid or a resizing, hands on what it took.
-                wanted = call.took[0] if len(call.took) == 1 else wanted
+                wanted = call.took[0] if len(call.took) == 1 and not _size(call.module) else wanted
         # Of random weights the normalisation after a convolution changes nothing, and the convolution seems the last.
         last = next((calls[name].module for name in makers if _own(calls[name].module)), None)
         enlarged = own.shape[2:] == pictures.shape[2:]
         for name in small.intersection(makers):
-            width = calls[name].width
-            inside = [call.module for part, call in calls.items() if f"{part}.".startswith(f"{name}.")]
+            call = calls[name]
+            inside = [each.module for part, each in calls.items() if f"{part}.".startswith(f"{name}.")]
             weighty = [module for module in inside if _own(module)]
-            narrows = width is not None and wanted.shape[1] < width and isinstance(last, _LINEAR)
-            if weighty and (enlarged or calls[name].several or (narrows and weighty[-1] is last)):
+            narrows = len(call.took) == 1 and wanted.shape[1] < call.took[0].shape[1] and isinstance(last, _LINEAR)
+            if weighty and (enlarged or call.several or (narrows and weighty[-1] is last)):
                 passing.update(makers)
     return passing
 
 
-def _twins(small: set[str], calls: Mapping[str, _Call]) -> set[str]:
+def _twins(small: set[str], calls: dict[str, _Call]) -> set[str]:
     """Return the small linear layers that are like the one for the classes: VOLO classifies its tokens too."""
     linear = {name: call for name, call in calls.items() if isinstance(call.module, _LINEAR)}
-    shapes = {name: [each.shape for each in _own(call.module)] for name, call in linear.items()}
-    classes = next((shapes[name] for name in reversed(linear) if linear[name].layer is None), None)
-    return {name for name in small & linear.keys() if linear[name].layer and shapes[name] == classes}
+    classes = next((str(call.module) for call in reversed(linear.values()) if call.layer is None), None)
+    return {name for name, call in linear.items() if name in small and call.layer and str(call.module) == classes}
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
@@ -267,9 +248,16 @@ def _size(module: nn.Module) -> int:
 def choose_layers(model: nn.Module, run: DryRun, layers: Sequence[str | int | nn.Module]) -> list[SpatialLayer]:
     """Return these layers: modules, dotted names, or negative indices into ``run.layers`` (-1 is the last).
 
+    Without any it is the one that the run found.
+
     Raises:
+        NoLayerError: none are given, and the run found none.
         ValueError: there is no such layer with a spatial map; the message holds the nearest names.
     """
+    if not layers:
+        if run.target is None:
+            raise NoLayerError(type(model).__name__, run.layers)
+        return [run.target]
     # A name is an order: attention of random weights, to be replaced by a checkpoint's, follows nothing yet.
     known = run.named | {str(index): layer for index, layer in enumerate(run.layers, start=-len(run.layers))}
     names = {module: name for name, module in model.named_modules()}
@@ -288,8 +276,8 @@ def choose_layers(model: nn.Module, run: DryRun, layers: Sequence[str | int | nn
 
 def common_transform(layers: Sequence[SpatialLayer]) -> ReshapeTransform | None:
     """Return the one reshape transform of these layers, as the host takes one for all; ValueError if they differ."""
-    transforms = [layer.reshape_transform for layer in layers]
-    if any(transform != transforms[0] for transform in transforms):
+    transforms = {layer.reshape_transform for layer in layers}
+    if len(transforms) > 1:
         kinds = ", ".join(f"`{layer.name}` {layer.shape}" for layer in layers)
         raise BadValueError(f"expected layers that become maps in one way, got {kinds}: explain them one at a time")
-    return transforms[0] if transforms else None
+    return transforms.pop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,7 +15,7 @@ from tucker_cam.activations import ReshapeTransform
 from tucker_cam.errors import BadTypeError, BadValueError
 from tucker_cam.models.checkpoints import load_checkpoint
 from tucker_cam.models.families import build_network, family_of
-from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common_transform, dry_run, target_of
+from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common_transform, dry_run
 from tucker_cam.models.network import Network, Preprocessing, imagenet_preprocessing
 from tucker_cam.text import one_line
 
@@ -144,16 +144,16 @@ def load_model(
     network = _with_preprocessing(spec, network, size, crop, mean, std)
     module = network.model.eval()
     run = _dry_run(spec, network)
-    chosen = choose_layers(module, run, layers) if layers else [target_of(module, run)]
+    chosen = choose_layers(module, run, layers)
     common_transform(chosen)
-    name, report, classifies = spec, "", network.classifies
+    name, report = spec, ""
     if weights is not None:
         file = Path(weights)
         explained = {layer.name for layer in (*chosen, run.target) if layer is not None}
         loaded = load_checkpoint(module, file, frozenset().union(*(run.upstream[name] for name in explained)))
         name, report = f"{spec} with {file.name}", f"; {file.name}: {loaded}"
         # A head that the file has not is random.
-        classifies = classifies and not loaded.missing
+        network = replace(network, classifies=network.classifies and not loaded.missing)
     elif not pretrained:
         name = f"{spec} with random weights"
     if device is None and isinstance(model, str) and torch.cuda.is_available():
@@ -166,12 +166,7 @@ def load_model(
         raise BadValueError(f"the model cannot run on {str(device)!r} ({one_line(error)}): use cpu") from error
     shown = ", ".join(f"{layer.name} {'x'.join(map(str, layer.shape[1:]))}" for layer in chosen)
     return LoadedModel(
-        model=module,
-        preprocess=network.preprocess,
-        mean=network.mean,
-        std=network.std,
-        classifies=classifies,
-        frames=network.frames,
+        **{field.name: getattr(network, field.name) for field in fields(Network)},
         name=name,
         description=f"model: {name}; layer: {shown}{report}",
         layers=chosen,
