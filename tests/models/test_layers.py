@@ -1,6 +1,5 @@
 """The layer to explain: found in a dry run, for every family of models that is named in the README."""
 
-import numpy as np
 import pytest
 import torch
 from networks import (
@@ -17,10 +16,11 @@ from torch import nn
 from transformers import AutoModel, DetrConfig, HieraConfig, ResNetConfig, SwinConfig, YolosConfig
 
 from tucker_cam import TSM
-from tucker_cam.models import NoLayerError, find_target_layer, load_model
+from tucker_cam.models import NoLayerError, find_target_layer
 from tucker_cam.models.layers import choose_layers, common_transform, dry_run
 from tucker_cam.models.reshape import (
     TokensToMaps,
+    channels_last_to_maps,
     only_map,
     pyramid_to_maps,
     spatial_output,
@@ -87,6 +87,8 @@ def test_tokens_of_a_picture_that_is_not_square_are_laid_out_in_its_proportions(
     assert maps.shape == (2, 16, size[0] // 8, size[1] // 8)
     # The patch of row 1, column 2 stands after a class token and a whole row.
     assert torch.equal(maps[:, :, 1, 2], tokens[:, 1 + size[1] // 8 + 2])
+    # Swin's, channels last, are only turned.
+    assert torch.equal(channels_last_to_maps(maps.permute(0, 2, 3, 1)), maps)
 
 
 def test_so_many_tokens_that_they_are_no_picture_are_one_clear_error():
@@ -119,7 +121,7 @@ VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "int
 def test_a_detectors_queries_are_not_taken_for_positions(config):
     """16 queries are as many as the patches of 32 pixels; YOLOS has its queries after the patches."""
     torch.manual_seed(0)
-    with pytest.raises(NoLayerError) as raised:
+    with pytest.raises(NoLayerError, match=r"feature maps \(B, C, H, W\) or a picture's tokens, found none") as raised:
         find_target_layer(AutoModel.from_config(config()), torch.zeros(1, 3, 128, 128))
     # What can be named instead: convolutions, which are no queries.
     assert any(isinstance(layer.module, nn.Conv2d) for layer in raised.value.layers)
@@ -219,17 +221,26 @@ def test_a_square_number_of_queries_is_no_grid_of_patches_larger_than_any_networ
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("model", "size", "layers", "doubtful"),
     [
-        nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 2)),
-        # Tokens that are 11 x 11 of something, but not patches of a picture of 28 x 28.
-        nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), nn.Linear(676, 121), nn.Linear(121, 64)),
+        pytest.param(lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 28 * 28, 2)), 28, [], [], id="MLP"),
+        # 11 x 11 of something, but not patches of a picture of 28 x 28.
+        pytest.param(
+            lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2), nn.Linear(676, 121), nn.Linear(121, 64)),
+            28,
+            ["0"],
+            [],
+            id="tokens on no grid",
+        ),
+        pytest.param(shuffling, 64, ["patches"], ["mix"], id="patches in an order of their own"),
+        pytest.param(with_positions, 224, ["patches"], [], id="positions that are learnt"),
     ],
-    ids=["MLP", "tokens on no grid"],
 )
-def test_a_model_that_ends_without_a_spatial_map_is_refused(model):
-    with pytest.raises(ValueError, match=r"feature maps \(B, C, H, W\) or a picture's tokens, found none"):
-        find_target_layer(model, torch.zeros(1, 3, 28, 28))
+def test_a_model_that_ends_without_a_map_of_the_picture_has_no_target(model, size, layers, doubtful):
+    run = dry_run(model(), torch.zeros(1, 3, size, size))
+    assert run.target is None
+    assert [layer.name for layer in run.layers] == layers
+    assert [*run.named] == [*layers, *doubtful]
 
 
 def test_looking_for_the_layer_leaves_the_model_as_it_was():
@@ -277,33 +288,3 @@ def test_layers_that_become_maps_in_different_ways_are_refused_together():
     assert common_transform(choose_layers(model, run, ["blocks.0", "blocks.1"])) == TokensToMaps(1, 1.0)
     with pytest.raises(ValueError, match=r"in one way, got `patch_embed.proj` .* `norm`"):
         common_transform(choose_layers(model, run, ["patch_embed.proj", "norm"]))
-
-
-@pytest.mark.parametrize(("model", "size", "doubtful"), [(shuffling, 64, ["mix"]), (with_positions, 224, [])])
-def test_patches_in_an_order_of_their_own_and_positions_that_are_learnt_are_no_map(model, size, doubtful):
-    run = dry_run(model(), torch.zeros(1, 3, size, size))
-    assert run.target is None
-    assert [layer.name for layer in run.layers] == ["patches"]
-    assert [*run.named] == ["patches", *doubtful]
-
-
-@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "timm:swin_tiny_patch4_window7_224"])
-def test_a_transformers_map_shows_the_patch_that_differs(name):
-    """Only one patch of the last layer's tokens is strong: its place in the picture is where the map is strongest."""
-    loaded = load_model(name, pretrained=False)
-    side = 14 if "vit" in name else 7
-
-    def one_strong_patch(module, inputs, output):
-        marked = torch.zeros_like(output)
-        if output.dim() == 3:
-            marked[:, 1 + 3 * side + 5] = 1
-        else:
-            marked[:, 3, 5] = 1
-        return marked
-
-    handle = loaded.target_layers[0].register_forward_hook(one_strong_patch)
-    with TSM(loaded.model, loaded.target_layers, loaded.reshape_transform) as cam:
-        saliency = cam(torch.rand(1, 3, 224, 224))[0]
-    handle.remove()
-    row, column = np.unravel_index(saliency.argmax(), saliency.shape)
-    assert (int(row * side / 224), int(column * side / 224)) == (3, 5)
