@@ -174,6 +174,10 @@ def output_object():
     return Wired(run, patches=nn.Conv2d(3, 8, 8, 8), wide=nn.Linear(8, 400), encoder=encoder)
 
 
+def narrowing(part):
+    return nn.Sequential(nn.Conv2d(3, 64, 7), nn.ReLU(), part)
+
+
 def twice():
     relu = nn.ReLU()
     return nn.Sequential(nn.Conv2d(3, 4, 3), relu, nn.Conv2d(4, 4, 3), relu, nn.AdaptiveAvgPool2d(1))
@@ -199,10 +203,9 @@ def normalised():
         pytest.param(pyramid, "backbone", id="a head after maps by name"),
         pytest.param(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), attention_pool()), "0", id="attention pooling"),
         pytest.param(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3)), "2", id="convolutions"),
+        pytest.param(lambda: narrowing(nn.Conv2d(64, 8, 1)), "1", id="a head that narrows"),
         pytest.param(
-            lambda: nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8)),
-            "3",
-            id="a narrowing block",
+            lambda: narrowing(nn.Sequential(nn.Conv2d(64, 8, 1), nn.BatchNorm2d(8))), "2", id="a block does too"
         ),
         pytest.param(lambda: nn.Sequential(vit().patch_embed, *vit().blocks), "2", id="ViT blocks"),
         pytest.param(normalised, "1.0", id="most of the network"),

@@ -218,14 +218,13 @@ def _passing_on(small: set[str], calls: dict[str, _Call], output: object, pictur
                 # A module without weights, such as a sigmoid or a resizing, hands on what it took.
                 wanted = call.took[0] if len(call.took) == 1 and not _size(call.module) else wanted
         # Of random weights the normalisation after a convolution changes nothing, and the convolution seems the last.
-        last = next((calls[name].module for name in makers if _own(calls[name].module)), None)
+        modules = [calls[name].module for name in makers]
+        last = next((module for module in modules if list(module.parameters(recurse=False))), None)
         enlarged = own.shape[2:] == pictures.shape[2:]
         for name in small.intersection(makers):
             call = calls[name]
-            inside = [each.module for part, each in calls.items() if f"{part}.".startswith(f"{name}.")]
-            weighty = [module for module in inside if _own(module)]
             narrows = len(call.took) == 1 and wanted.shape[1] < call.took[0].shape[1] and isinstance(last, _LINEAR)
-            if weighty and (enlarged or call.several or (narrows and weighty[-1] is last)):
+            if _size(call.module) and (enlarged or call.several or narrows):
                 passing.update(makers)
     return passing
 
@@ -235,10 +234,6 @@ def _twins(small: set[str], calls: dict[str, _Call]) -> set[str]:
     linear = {name: call for name, call in calls.items() if isinstance(call.module, _LINEAR)}
     classes = next((str(call.module) for call in reversed(linear.values()) if call.layer is None), None)
     return {name for name, call in linear.items() if name in small and call.layer and str(call.module) == classes}
-
-
-def _own(module: nn.Module) -> list[nn.Parameter]:
-    return list(module.parameters(recurse=False))
 
 
 def _size(module: nn.Module) -> int:
