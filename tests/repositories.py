@@ -109,6 +109,9 @@ def lightning(state, other):
     }
 
 
+LAYOUTS = [moco_v2, moco_v3, swav, dino, barlow_twins, backbone_alone, simclr, lightning]
+
+
 def vicregl(model, *, layer_scale):
     """Name a timm ConvNeXt's weights as VICRegL's own class does, which has no layer scale by default."""
     renamed = {}

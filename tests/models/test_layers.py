@@ -2,15 +2,7 @@
 
 import pytest
 import torch
-from networks import (
-    Wired,
-    dense,
-    detector,
-    enlarging,
-    shuffling,
-    token_labels,
-    with_positions,
-)
+from networks import Wired, dense, detector, enlarging, shuffling, token_labels, with_positions
 from timm.models import VisionTransformer
 from torch import nn
 from transformers import AutoModel, DetrConfig, HieraConfig, ResNetConfig, SwinConfig, YolosConfig
@@ -18,13 +10,7 @@ from transformers import AutoModel, DetrConfig, HieraConfig, ResNetConfig, SwinC
 from tucker_cam import TSM
 from tucker_cam.models import NoLayerError, find_target_layer
 from tucker_cam.models.layers import choose_layers, common_transform, dry_run
-from tucker_cam.models.reshape import (
-    TokensToMaps,
-    channels_last_to_maps,
-    only_map,
-    pyramid_to_maps,
-    spatial_output,
-)
+from tucker_cam.models.reshape import TokensToMaps, channels_last_to_maps, only_map, pyramid_to_maps, spatial_output
 
 
 def vit(**options):
@@ -38,14 +24,14 @@ def swin_with_tokens():
 
 
 def pyramid():
-    """Return a backbone that returns two maps by name, and a head of convolutions."""
+    """Return a backbone that returns two maps by name, and a head that makes more channels of one."""
 
     def run(self, x):
         first = self.first(x)
         return {"0": first, "1": self.second(first)}
 
     convolutions = {"first": nn.Conv2d(3, 4, 3, 2, 1), "second": nn.Conv2d(4, 4, 3, 2, 1)}
-    return dense(Wired(run, **convolutions), nn.Conv2d(4, 2, 1))
+    return dense(Wired(run, **convolutions), nn.Conv2d(4, 9, 1))
 
 
 def in_tuple():
@@ -151,16 +137,13 @@ def attention_pool():
 
 
 def level_pool():
-    """Return a network with a head that takes two maps and returns none."""
+    """Return a network with a head that takes two maps, returns two in tuples, and is not the model's output."""
 
     def run(self, x):
         first = self.first(x)
-        return self.boxes([first, self.second(first)])
+        return sum(each.mean((2, 3)) for (each,) in self.boxes([first, self.second(first)]))
 
-    boxes = Wired(
-        lambda self, maps: (torch.cat([self.predict(each).flatten(2) for each in maps], 2), None),
-        predict=nn.Conv2d(4, 2, 1),
-    )
+    boxes = Wired(lambda self, maps: [(self.predict(each),) for each in maps], predict=nn.Conv2d(4, 2, 1))
     return Wired(run, first=nn.Conv2d(3, 4, 3, 2, 1), second=nn.Conv2d(4, 4, 3, 2, 1), boxes=boxes)
 
 
