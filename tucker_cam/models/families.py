@@ -214,9 +214,9 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
     if hasattr(config, "vision_config"):
         # Of a model of pictures and texts, such as CLIP, the part that sees the picture.
         model = getattr(model, "vision_model", model)
-    if not getattr(processor, "do_normalize", False):
-        return Network(model, partial(_processed, processor), _NO_MEAN, _NO_STD)
-    return Network(model, partial(_processed, processor), tuple(processor.image_mean), tuple(processor.image_std))
+    normalises = getattr(processor, "do_normalize", False)
+    mean, std = (processor.image_mean, processor.image_std) if normalises else (_NO_MEAN, _NO_STD)
+    return Network(model, partial(_processed, processor), tuple(mean), tuple(std))
 
 
 def _parts(config: Any) -> Iterator[Any]:

@@ -99,9 +99,8 @@ class Network:
         """Return what the network saw, resized and cropped, in [0, 1]: (time x) height x width x 3."""
         import torch
 
-        shape = (-1, *(1 for _ in network_input.shape[1:]))
-        mean, std = torch.tensor(self.mean).reshape(shape), torch.tensor(self.std).reshape(shape)
-        picture: NDArray[np.float32] = (network_input.cpu() * std + mean).clamp(0, 1).movedim(0, -1).numpy()
+        seen = network_input.cpu().movedim(0, -1)
+        picture: NDArray[np.float32] = (seen * torch.tensor(self.std) + torch.tensor(self.mean)).clamp(0, 1).numpy()
         return picture
 
     def example(self) -> Tensor:
