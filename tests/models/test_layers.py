@@ -147,16 +147,6 @@ def level_pool():
     return Wired(run, first=nn.Conv2d(3, 4, 3, 2, 1), second=nn.Conv2d(4, 4, 3, 2, 1), boxes=boxes)
 
 
-def output_object():
-    """Return a network whose encoder returns its tokens as transformers' do."""
-
-    def run(self, x):
-        return self.wide(self.encoder(self.patches(x).flatten(2).mT)["last_hidden_state"].mean(1))
-
-    encoder = Wired(lambda self, tokens: {"last_hidden_state": self.mix(tokens)}, mix=nn.Linear(8, 8))
-    return Wired(run, patches=nn.Conv2d(3, 8, 8, 8), wide=nn.Linear(8, 400), encoder=encoder)
-
-
 def narrowing(part):
     return nn.Sequential(nn.Conv2d(3, 64, 7), nn.ReLU(), part)
 
@@ -186,13 +176,13 @@ def normalised():
         pytest.param(pyramid, "backbone", id="a head after maps by name"),
         pytest.param(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), attention_pool()), "0", id="attention pooling"),
         pytest.param(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3)), "2", id="convolutions"),
+        pytest.param(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), "1", id="the size of a picture"),
         pytest.param(lambda: narrowing(nn.Conv2d(64, 8, 1)), "1", id="a head that narrows"),
         pytest.param(
             lambda: narrowing(nn.Sequential(nn.Conv2d(64, 8, 1), nn.BatchNorm2d(8))), "2", id="a block does too"
         ),
         pytest.param(lambda: nn.Sequential(vit().patch_embed, *vit().blocks), "2", id="ViT blocks"),
         pytest.param(normalised, "1.0", id="most of the network"),
-        pytest.param(output_object, "encoder.mix", id="tokens in an output object"),
         pytest.param(twice, "2", id="called twice, recorded once"),
     ],
 )
