@@ -5,7 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel, BitImageProcessorPil, ConvNextImageProcessorPil, Dinov2Config, ResNetConfig
+from transformers import (
+    AutoModel,
+    BitImageProcessorPil,
+    CLIPConfig,
+    ConvNextImageProcessorPil,
+    Dinov2Config,
+    ResNetConfig,
+    ViTMAEConfig,
+)
 
 HUBCONF = """
 from torchvision.models import resnet18
@@ -30,6 +38,12 @@ def make_repositories():
     AutoModel.from_config(dinov2).save_pretrained("facebook/dinov2-small")
     crop = {"height": 28, "width": 28}
     BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop).save_pretrained("facebook/dinov2-small")
+    layer = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision, text = layer | {"image_size": 28, "patch_size": 7}, layer | {"vocab_size": 50}
+    CLIPConfig(vision_config=vision, text_config=text).save_pretrained("openai/clip-vit-base-patch32")
+    BitImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop).save_pretrained("openai/clip-vit-base-patch32")
+    AutoModel.from_config(ViTMAEConfig(**layer, intermediate_size=16)).save_pretrained("facebook/vit-mae-base")
+    BitImageProcessorPil().save_pretrained("facebook/vit-mae-base")
     vicreg = Path("facebookresearch/vicreg")
     vicreg.mkdir(parents=True)
     (vicreg / "hubconf.py").write_text(HUBCONF)
