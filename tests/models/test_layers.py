@@ -42,7 +42,6 @@ def in_tuple():
 @pytest.mark.parametrize(
     ("model", "name", "shape", "transform"),
     [
-        pytest.param(vit, "norm", (1, 17, 16), TokensToMaps(1, 1.0), id="ViT"),
         pytest.param(lambda: vit(reg_tokens=4), "norm", (1, 21, 16), TokensToMaps(5, 1.0), id="registers"),
         pytest.param(
             lambda: vit(class_token=False, global_pool="map"),
@@ -165,7 +164,7 @@ def normalised():
     ("model", "name"),
     [
         # As segmentation_models_pytorch has it: convolution, enlarging, activation; with more classes than channels.
-        pytest.param(lambda: nn.Sequential(encoder_decoder(), head(1)), "0", id="a head for one class"),
+        pytest.param(lambda: nn.Sequential(nn.Sequential(encoder_decoder(), head(1))), "0.0", id="a head in a wrapper"),
         pytest.param(lambda: nn.Sequential(encoder_decoder(), head(21)), "0", id="a head for many classes"),
         pytest.param(lambda: nn.Sequential(*encoder_decoder(), *head(1)), "3", id="a flat head"),
         pytest.param(lambda: enlarging(3), "decoder", id="a head with the shape of a picture"),
