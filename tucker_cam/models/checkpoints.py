@@ -87,10 +87,12 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
     places = _best(found, needed)
     fitting = found[places[0]] if places else {}
     if missing := sorted(needed - fitting.keys()):
+        count = len(needed)
+        some = f"{count - len(missing)} of its {count} entries; missing or of another shape: {_some(missing)}"
+        found_instead = some if fitting else f"another one (entries: {len(tensors)}, needed: {count})"
         raise BadValueError(
-            f"{file}: expected the whole backbone of {type(model).__name__}, found {len(needed) - len(missing)} of its "
-            f"{len(needed)} entries; missing or of another shape: {_some(missing)}; "
-            f"the file has {_some(sorted(tensors))}"
+            f"{file}: expected the whole backbone of {type(model).__name__}, found {found_instead}; the file has "
+            f"{_some(sorted(tensors))}"
         )
     if len({frozenset(found[place][name].data_ptr() for name in needed) for place in places}) > 1:
         raise BadValueError(

@@ -30,7 +30,7 @@ _FOLDERS: dict[Annotations, tuple[str, ...]] = {
     "boxes": ("annotations", "Annotations"),
     "masks": ("masks", "Masks", "SegmentationClass"),
 }
-_WHERE = "found are boxes beside a picture or in annotations, and masks in masks or SegmentationClass, by its name"
+_WHERE = "boxes are found beside a picture or in annotations, masks in masks or SegmentationClass, by its name"
 _NOT_SCORED = "so not scored on localisation"
 
 
