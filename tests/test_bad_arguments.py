@@ -34,6 +34,7 @@ COMBINED = [MTSM, MultivecEigenCAM]
 # The methods, the model, its layers and the options; the error and the words that tell a user what to do.
 AT_CONSTRUCTION = [
     (ALL, CNN, CNN[2], {}, TypeError, r"list of layers, got Conv2d: put a layer in brackets, \[layer\]"),
+    (ALL, CNN, None, {}, TypeError, "list of layers, got NoneType"),
     (ALL, CNN, "layer4", {}, TypeError, "list of layers, got str"),
     (ALL, CNN, ["layer4"], {}, TypeError, "one torch.nn.Module, and nothing else, got .'layer4'"),
     (ALL, CNN, [], {}, ValueError, "at least one torch.nn.Module"),
@@ -55,6 +56,7 @@ AT_THE_CALL = [
     (UNUSED, [UNUSED.unused], {}, IMAGES, ValueError, UNREACHED.format("unused")),
     (UNUSED, [UNUSED.listed], {}, IMAGES, ValueError, UNREACHED.format("listed") + ".*that the model loops over"),
     (UNUSED, [UNUSED.pool], {}, IMAGES, TypeError, "feature maps from `pool` as one torch.Tensor, got tuple"),
+    (CNN, [CNN], {}, IMAGES, ValueError, r"feature maps from `Sequential` as batch x channels x spatial.*\(2, 10\)"),
     (CNN, [CNN[6]], {}, IMAGES, ValueError, r"from `6` as batch x channels x spatial.*, got \(2, 10\).*before"),
     (VIT, [VIT.blocks[0].norm1], {}, IMAGES, ValueError, r"from `blocks.0.norm1`.*\(2, 5, 12\).*tokens.*reshape_tran"),
     *(
@@ -73,6 +75,7 @@ AT_THE_CALL = [
             (lambda x: x.repeat(4, 1, 1, 1), ValueError, ", one set for each of 2 images, got 8"),
         ]
     ),
+    (CNN, [CNN[2]], {}, IMAGES.numpy(), TypeError, "as a torch.Tensor, .*got ndarray"),
     (CNN, [CNN[2]], {}, list(IMAGES), TypeError, "got list: put each picture through the model's preprocessing"),
     (CNN, [CNN[2]], {}, IMAGES.to_sparse(), TypeError, "images as a dense tensor"),
     (CNN, [CNN[2]], {}, IMAGES.to("meta"), TypeError, "images as a dense tensor with numbers in it"),
@@ -131,8 +134,13 @@ def test_an_error_of_the_model_or_of_the_transform_comes_through_as_it_is(method
     ("arguments", "error", "message"),
     [
         ({"features": np.zeros((1, 2, 3, 4))}, TypeError, "features as one torch.Tensor, got ndarray"),
+        ({"features": torch.zeros(1, 2, 3, 4).long()}, TypeError, "features as floating point numbers"),
+        ({"features": torch.zeros(2, 3)}, ValueError, r"features as batch x channels x spatial.*got \(2, 3\)"),
+        ({"features": torch.zeros(0, 2, 3, 4)}, ValueError, "none of them empty"),
         ({"features": torch.full((1, 2, 3, 4), torch.nan)}, ValueError, "finite features.*use torch.nan_to_num"),
+        ({"features": torch.zeros(1, 2, 3, 4).to_sparse()}, TypeError, "features as a dense tensor"),
         ({"engine": "jax"}, ValueError, "engine as one of 'torch', 'tensorly', got 'jax'"),
+        ({"rank": "all"}, TypeError, "or 'same', got 'all'"),
         ({"rank": (2, 2)}, ValueError, r"3 parts for feature maps of shape \(2, 3, 4\), channels first, got \(2, 2\)"),
     ],
 )

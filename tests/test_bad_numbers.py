@@ -11,7 +11,7 @@ from numpy.testing import assert_allclose
 from registry import ORACLES, OURS, every_method, every_method_and_its_oracle
 from torch import nn
 
-from tucker_cam import MTSM, TSM
+from tucker_cam import MTSM, TSM, MultivecEigenCAM
 from tucker_cam.decomposition.projection import combined_map, leading_map
 
 TALL, WIDE = (20, 3, 4), (5, 4, 6)
@@ -93,6 +93,8 @@ def test_equal_singular_values_give_one_of_the_equal_directions_and_the_only_ene
     assert leading_map(maps).norm().item() == pytest.approx(3, rel=1e-5)
     lengths = 9 * right.norm(dim=1).reshape(1, height, width)
     assert_allclose(combined_map(maps, combine="energy"), lengths, rtol=1e-5, atol=1e-5)
+    for method in (TSM, MTSM, partial(MTSM, combine="energy"), MultivecEigenCAM):
+        assert_allclose(explain(method, maps), explain(method, maps), rtol=0, atol=0)
 
 
 @both_shapes
@@ -116,6 +118,16 @@ def test_equal_singular_values_give_one_of_the_equal_directions_and_the_only_ene
 def test_tiny_and_huge_numbers_have_the_map_of_the_same_numbers_in_between(method, oracle, dtype, scale, shape):
     maps = (features(shape) * scale).to(dtype)
     assert_allclose(explain(method, maps), references.explained(oracle, maps), atol=1e-5)
+
+
+@both_shapes
+@every_method
+def test_one_image_of_numbers_far_from_the_others_changes_none_of_them(method, shape):
+    maps = features(shape).float()
+    clean = explain(method, maps)
+    maps[1] *= 1e30
+    assert_allclose(explain(method, maps)[[0, 2]], clean[[0, 2]], rtol=0, atol=0)
+    assert_allclose(explain(method, maps)[1], clean[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])

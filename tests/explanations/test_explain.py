@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from tucker_cam import MTSM, TSM, explain
+from tucker_cam import MTSM, TSM, channel_modes, explain
+from tucker_cam.methods import METHODS
 from tucker_cam.models import Network, load_model
 
 TINY = "networks:tiny_loaded_model"
@@ -99,9 +100,12 @@ def test_a_model_of_ones_own_is_explained_at_the_layer_that_is_named_or_found():
         explain(noise(), network, layers=[nn.ReLU()])
 
 
-def test_classes_are_methods_by_the_users_name():
-    (explanation,) = explain(noise(), TINY, {"mine": MTSM})
+def test_classes_are_methods_by_the_users_name_and_components_come_on_demand():
+    (explanation,) = explain(noise(), TINY, {"mine": MTSM, "tsm": METHODS["tsm"]}, components=True)
     assert_is_map_of(explanation.maps["mine"], 0, MTSM)
+    with torch.no_grad():
+        modes = channel_modes(load_model(TINY).model[:4](network_inputs(1)))
+    np.testing.assert_allclose(explanation.values, modes.values[0], rtol=1e-4)
 
 
 def test_clips_are_explained():

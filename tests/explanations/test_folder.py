@@ -118,6 +118,23 @@ def test_a_run_does_not_explain_what_an_earlier_one_wrote(pictures, monkeypatch)
     assert "found none but results of earlier runs" in run("out", *MODEL, "--out", "third").stderr
 
 
+def test_parquet_files_are_read_row_by_row(pictures, tmp_path, out):
+    encoded = [(pictures / f"p{index:03}.png").read_bytes() for index in range(5)]
+    names = ["a", "../../b", "/c", "a", "d"]
+    pq.write_table(
+        pa.table({"image": [*encoded[:4], b"no picture"], "name": names}), tmp_path / "t.parquet", row_group_size=2
+    )
+    result = run(tmp_path / "t.parquet", *MODEL, "--format", "npy", "--out", out)
+    assert result.exit_code == 1
+    assert "t.parquet, row 0 of group 2: expected a picture" in result.stderr
+    # A table's names lead nowhere out of the folder, and two of a kind do not overwrite each other.
+    assert {path.name for path in out.iterdir()} == {
+        "manifest.json",
+        *(f"{name}_tsm.npy" for name in ("a", "b", "c", "a-2")),
+    }
+    np.testing.assert_allclose(np.load(out / "a-2_tsm.npy"), expected_map(pictures / "p003.png"), atol=1e-5)
+
+
 def test_a_table_that_is_none_costs_no_picture_of_its_folder_its_map(pictures, tmp_path):
     pq.write_table(pa.table({"label": [1]}), pictures / "none.parquet")
     pq.write_table(pa.Table.from_arrays([pa.array([b"one"])] * 2, ["image"] * 2), pictures / "two.parquet")
@@ -303,15 +320,18 @@ def test_a_broken_store_or_part_names_its_file_and_what_to_do(pictures, out):
     assert run(*arguments).exit_code == 0
     part, manifest = out / ".gallery" / "tsm" / "p001.json", manifest_of(out)
     (pictures / "broken.png").write_bytes(b"no picture")
-    part.write_text("")
-    result = run(*arguments)
-    assert result.exit_code == 1
-    assert "p001.json: expected a part of the gallery, found a broken one: delete it" in result.stderr
-    assert "broken.png: expected a picture" in result.stderr
-    assert "12 pictures: 0 explained, 11 there already, 1 failed" in result.output
+    whole = part.read_text()
+    for text in (whole[:100], "[]", "{}"):
+        part.write_text(text)
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert "p001.json: expected a part of the gallery, found a broken one: delete it" in result.stderr
+        assert "broken.png: expected a picture" in result.stderr
+        assert "12 pictures: 0 explained, 11 there already, 1 failed" in result.output
     (pictures / "broken.png").unlink()
     part.unlink()
     assert run(*arguments).exit_code == 0
+    assert part.read_text() == whole
     manifest["pictures"] = dict(reversed(manifest["pictures"].items()))
     (out / "manifest.json").write_text(json.dumps(manifest))
     assert "its pictures are not in the manifest's order" in " ".join(run(*arguments).stderr.split())
@@ -394,6 +414,10 @@ def test_a_gallery_links_the_overlays_that_are_there_and_of_its_runs(tmp_path, o
     assert files() == {("jet", None), below}
 
 
+def test_a_batch_is_sized_to_the_memory_of_a_gpu():
+    assert Explainer(load_model("networks:tiny_loaded_model", device="cpu"), {"tsm": TSM}).batch_size == 8
+
+
 @pytest.mark.cuda
 def test_a_gpu_takes_larger_batches_and_gives_the_same_maps(pictures, tmp_path):
     on_gpu = Explainer(load_model("networks:tiny_loaded_model", device="cuda"), {"tsm": TSM})
@@ -437,7 +461,9 @@ def test_a_run_that_is_killed_again_and_again_ends_with_every_picture_once_and_w
 def test_what_is_no_manifest_is_one_clear_error(pictures, out):
     assert run(pictures, *MODEL, "--out", out).exit_code == 0
     whole = manifest_of(out)
-    entries = [[], None, {"a": 1}, {"a": {"name": "x"}}]
+    endless = {"a": {"name": "x", "modified": float("inf")}}
+    twice = {"a": {"name": "x", "modified": 0}, "b": {"name": "x", "modified": 0}}
+    entries = [[], None, {"a": 1}, {"a": {"name": "x"}}, endless, twice]
     for text in [json.dumps(whole | {"pictures": each}) for each in entries] + ["", "[]", '{"name": "an app"}']:
         (out / "manifest.json").write_text(text)
         result = run(pictures, *MODEL, "--out", out)

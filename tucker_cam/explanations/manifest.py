@@ -64,7 +64,7 @@ class Manifest:
             self.run = dict(run or content)
             try:
                 self._take(content)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+            except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
                 raise _no_manifest(str(folder)) from error
         self.places = {key: place for place, key in enumerate(self.names)}
 
@@ -76,6 +76,8 @@ class Manifest:
             self.stamps[key] = Stamp(int(picture["modified"]), None if size is None else int(size))
             if "view" in picture:
                 self.views[key] = picture["view"]
+        if len(set(self.names.values())) < len(self.names):
+            raise BadValueError("two pictures of one name")
 
     def add(self, pictures: Iterable[Picture]) -> None:
         """Note each picture as it is now, under a name of its own; the second ``cat`` becomes ``cat-2``."""
