@@ -247,3 +247,16 @@ def test_a_volume_is_explained_and_smoothed_by_augmentation(method):
     expected = np.mean([cam(batch * factor) for factor in (0.9, 1, 1.1)], axis=0)
     assert_allclose(cam(batch, aug_smooth=True), expected, atol=1e-6)
     assert_is_the_map(cam(batch), cam, batch)
+
+
+@every_class
+def test_a_call_takes_what_eigencam_takes(method):
+    model, batch = networks.small_cnn(), images()
+    for build in (method, EigenCAM):
+        by_position = build(model, [model[2]])
+        by_name = build(model=model, target_layers=[model[2]], reshape_transform=None)
+        one = by_position(batch, None, False, False)
+        other = by_name(
+            input_tensor=batch, targets=[ClassifierOutputTarget(1)] * 2, aug_smooth=False, eigen_smooth=True
+        )
+        assert_allclose(one, other)

@@ -152,6 +152,16 @@ def test_confidence_change_and_curves_agree_with_torchcam():
     assert deletion.mean().item() == pytest.approx(theirs["deletion_auc"], rel=1e-4)
 
 
+def test_insertion_and_deletion_agree_with_a_case_computed_by_hand():
+    images, score = bright_where(MASK)
+    nothing = torch.zeros_like(images)
+    # The object is the highest quarter: after 1 of 4 steps all of it is there, or all of it gone.
+    insertion = metrics.insertion_auc(images, MAP, score, baseline=nothing, steps=4)
+    deletion = metrics.deletion_auc(images, MAP, score, baseline=nothing, steps=4)
+    torch.testing.assert_close(insertion, torch.tensor([(0 / 2 + 1 + 1 + 1 + 1 / 2) / 4]))
+    torch.testing.assert_close(deletion, torch.tensor([(1 / 2 + 0 + 0 + 0 + 0 / 2) / 4]))
+
+
 def test_pixels_of_equal_value_fade_in_together():
     images, score = bright_where(MASK)
     flat, nothing = torch.full_like(MAP, 0.3), torch.zeros_like(images)
@@ -166,21 +176,22 @@ def test_the_baselines_are_the_mean_colour_and_a_gaussian_blur():
     torch.testing.assert_close(metrics.blurred(images), torch.from_numpy(expected), atol=0.01, rtol=0)
 
 
-def test_road_agrees_with_the_host_and_scores_no_constant_map():
+def test_road_agrees_with_the_host_changes_sign_when_the_map_is_inverted_and_scores_no_constant_map():
     mask = torch.zeros(2, 16, 16, dtype=torch.bool)
     mask[:, 4:12, 4:12] = True
     maps = mask + 0.2 * torch.rand(2, 16, 16)
     maps = maps / maps.amax((1, 2), keepdim=True)
     images, score = bright_where(mask)
-    found = metrics.road(images, maps, score)
-    assert (found > 0.1).all()
+    right, wrong = (metrics.road(images, each, score) for each in (maps, 1 - maps))
+    assert (right > 0.1).all()
     targets = [lambda scores: scores] * 2
     least, most = (
         average([20, 40, 60, 80])(images, maps.numpy(), targets, score)
         for average in (ROADLeastRelevantFirstAverage, ROADMostRelevantFirstAverage)
     )
-    # But for its small noise.
-    torch.testing.assert_close(found, torch.as_tensor((least - most) / 2).to(found), atol=0.02, rtol=0)
+    torch.testing.assert_close(right, torch.as_tensor((least - most) / 2).to(right), atol=0.02, rtol=0)
+    # The two halves of ROADCombined change places, but for its small noise.
+    torch.testing.assert_close(wrong, -right, atol=0.02, rtol=0)
     maps[1], state = 1, torch.random.get_rng_state()
     result = metrics.road(images, maps, lambda these: these.mean((2, 3)).expand(-1, 2))
     assert result.isnan().tolist() == [[False, False], [True, True]]

@@ -478,3 +478,19 @@ def test_the_gallery_of_the_documentation_opens(browser):
         assert page.locator("#views b").all_text_contents() == ["eigencam", "tsm"]
         assert page.locator("#components img").count() == 6
         assert not told
+
+
+def test_the_policy_allows_nothing_but_the_page_itself(tmp_path):
+    write_gallery(tmp_path / "gallery.html", "x", [])
+    (policy,) = re.findall('Content-Security-Policy" content="([^"]*)"', (tmp_path / "gallery.html").read_text())
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    for own in ("script-src", "style-src"):
+        assert rules.pop(own).startswith("'sha256-")
+    assert rules == {"default-src": "'none'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'"}
+
+
+def test_the_header_says_what_the_colours_mean(show):
+    page = show(THREE)
+    page.set_viewport_size({"width": 390, "height": 700})
+    said = page.get_by_text("Red: the features are strong together there; blue: they are weak. No label was asked for.")
+    assert said.is_visible()

@@ -4,6 +4,7 @@ import networks
 import numpy as np
 import pytest
 import torch
+import ttach
 from pytorch_grad_cam import EigenCAM, GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -89,3 +90,17 @@ def test_explanations_with_every_method_and_components_take_one_pass_and_the_com
         assert explanation.maps.keys() == METHODS.keys()
         np.testing.assert_allclose(explanation.components, modes.maps[index, :6], atol=1e-4)
         np.testing.assert_allclose(explanation.values, modes.values[index], rtol=1e-4)
+
+
+def test_a_method_that_fails_halfway_leaves_the_others_their_maps():
+    loaded, batch = loaded_with(), images()
+    expected = METHODS["tsm"](loaded.model, loaded.target_layers)(batch, aug_smooth=True)
+
+    def failing(*arguments):
+        return METHODS["mtsm"](*arguments, tta_transforms=ttach.Compose([ttach.Multiply([1, "none"])]))
+
+    with OnePass(loaded, batch, aug_smooth=True) as one_pass:
+        with pytest.raises(TypeError):
+            one_pass.maps(failing)
+        one_pass.passes.clear()
+        assert np.array_equal(one_pass.maps(METHODS["tsm"]), expected)
