@@ -3,9 +3,9 @@
     python -m benchmarks.speed            # minutes; writes benchmarks/results/speed.{json.gz,md,png}; --quick: seconds
 
 Every round times each method once, in turn, so that a slow spell of the machine meets all of them; what takes little is
-run once more just before, so that it does not pay for what the method before it left behind. On the CPU it is this
-process's time that counts. Methods that loop over the images in Python (the host's and TensorLy's) are timed on one
-image, and scaled, where a batch would take seconds. Peak memory is read as Linux tells it. Needs the `test` extra.
+called again and again, as timeit does, so that it does not pay for what was before it. On the CPU it is this process's
+time that counts. Methods that loop over the images in Python (the host's and TensorLy's) are timed on one image, and
+scaled, where a batch would take seconds. Peak memory is read as Linux tells it. Needs the `test` extra.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from tucker_cam.decomposition.projection import combined_map, leading_map
 from tucker_cam.models import load_model
 
 SEED = 0
-# For one method on one case; it gets one round at least. What takes less than a little is run twice a round.
-PATIENCE_MS, LITTLE_MS = 1_500.0, 50.0
+# For one method on one case, one round at least; what takes little is called as often as fits into a moment.
+PATIENCE_MS, LITTLE_MS, MOMENT_MS = 1_500.0, 50.0, 10.0
 _M_MMAP_THRESHOLD = -3
 TRUNCATED = {3: (8, 4, 4), 4: (8, 2, 4, 4)}
 FLOOR, TRUNCATED_TSM, TRUNCATED_PEER = "Gram product (floor)", "TSM, truncated", "TensorLy, truncated"
@@ -72,19 +72,21 @@ class Timed:
             return
         images = 1 if self.one_by_one and (not self.samples or median(self.samples) > PATIENCE_MS / 8) else self.images
         taken = self._milliseconds(images)
-        if taken < LITTLE_MS:
-            taken = self._milliseconds(images)
         self.spent += taken
+        if taken < LITTLE_MS:
+            calls = 1 + int(MOMENT_MS / taken)
+            taken = self._milliseconds(images, calls)
+            self.spent += calls * taken
         self.samples.append(taken * self.images / images)
 
-    def _milliseconds(self, images: int) -> float:
-        on_gpu = torch.cuda.is_initialized()
-        clock = time.perf_counter if on_gpu else time.process_time
+    def _milliseconds(self, images: int, calls: int = 1) -> float:
+        clock = time.perf_counter if torch.cuda.is_initialized() else time.process_time
         start = clock()
-        self.work(images)
-        if on_gpu:
+        for _ in range(calls):
+            self.work(images)
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        return 1e3 * (clock() - start)
+        return 1e3 * (clock() - start) / calls
 
     @property
     def summary(self) -> dict[str, object]:
@@ -108,9 +110,8 @@ def decomposition_methods(maps: Tensor) -> dict[str, Timed]:
     images, shape = len(maps), tuple(maps.shape[1:])
     unfolding = maps.flatten(2)
     tall = unfolding if unfolding.shape[1] >= unfolding.shape[2] else unfolding.mT
-    arrays = maps.cpu().numpy()
+    arrays, rank = maps.cpu().numpy(), TRUNCATED[len(shape)]
     model = nn.Sequential(nn.Conv2d(3, 1, 1))
-    rank = TRUNCATED[len(shape)]
 
     def by_host(method: type[BaseCAM]) -> Timed:
         cam = method(model, [model[0]])
@@ -283,13 +284,13 @@ def main(
         for case, methods in (cases | others | end_to_end).items()
         if {over, under} <= methods.keys() and re.search(named, case)
     }
-    results = {"environment": environment(SEED) | {"device": device}, "growth": growth, "memory": memory}
+    about = environment(SEED) | {"device": device}
+    results = {"environment": about, "growth": growth, "memory": memory, "ratios": ratios}
     for key, timed_cases in (("decomposition", cases), ("others", others), ("end_to_end", end_to_end)):
         results[key] = {case: {m: t.summary for m, t in methods.items()} for case, methods in timed_cases.items()}
-    results["ratios"] = ratios
     out.mkdir(parents=True, exist_ok=True)
     write_samples(out / "speed.json.gz", results)
-    (out / "speed.md").write_text(report(results["environment"], memory, cases, end_to_end, ratios))
+    (out / "speed.md").write_text(report(about, memory, cases, end_to_end, ratios))
     plot_growth(growth, out / "speed.png")
     typer.echo((out / "speed.md").read_text())
 

@@ -118,12 +118,12 @@ def _update_from_gram(
     B, positions x columns, is the Kronecker product of the spatial factors.
     """
     basis = _kronecker(factors)
-    mixed = basis.mT @ matrix
-    squares, right = torch.linalg.eigh(mixed @ basis)
-    squares = squares[:, None, -rank:].clamp_min(0)
+    mixed = basis.mT.bmm(matrix)
+    squares, right = torch.linalg.eigh(mixed.bmm(basis))
+    squares = squares[:, None, -rank:]
     inverse = torch.where(squares > _NEGLIGIBLE * squares[..., -1:], squares, torch.inf).rsqrt()
     scaled = right[..., -rank:] * inverse
-    return scaled.mT @ mixed, basis @ scaled
+    return scaled.mT.bmm(mixed), basis.bmm(scaled)
 
 
 def _update_from_features(
@@ -132,7 +132,7 @@ def _update_from_features(
     r"""Return $A_1^\top F$ and $A_1$, the leading left singular vectors of F with its spatial modes projected."""
     projected = _project(unfolding.reshape(*unfolding.shape[:2], *spatial), dict(enumerate(factors)))
     _, factor = _leading_left_vectors(projected.flatten(2), rank)
-    return factor.mT @ unfolding, factor
+    return factor.mT.bmm(unfolding), factor
 
 
 def _leading_left_vectors(
@@ -140,7 +140,7 @@ def _leading_left_vectors(
 ) -> tuple[Float[Tensor, "batch rank"], Float[Tensor, "batch rows rank"]]:
     """Return the largest squared singular values, and their left vectors, by way of the smaller Gram matrix."""
     tall = is_tall(matrix)
-    squares, vectors = torch.linalg.eigh(matrix.mT @ matrix if tall else matrix @ matrix.mT)
+    squares, vectors = torch.linalg.eigh(matrix.mT.bmm(matrix) if tall else matrix.bmm(matrix.mT))
     vectors = vectors[..., -rank:]
     # The strongest first: QR takes each column as it is, less what the ones before it have of it.
     return squares[:, -rank:], torch.linalg.qr(matrix @ vectors.flip(-1)).Q if tall else vectors
@@ -161,5 +161,5 @@ def _project(tensor: Tensor, factors: dict[int, Tensor]) -> Tensor:
     """
     for mode, factor in reversed(factors.items()):
         rows = tensor.movedim(mode + 2, -1)
-        tensor = (rows.flatten(1, -2) @ factor).reshape(*rows.shape[:-1], -1).movedim(-1, mode + 2)
+        tensor = rows.flatten(1, -2).bmm(factor).reshape(*rows.shape[:-1], -1).movedim(-1, mode + 2)
     return tensor

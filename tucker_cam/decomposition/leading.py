@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from tucker_cam.decomposition.gram import (
     LARGEST_NORM,
@@ -84,7 +85,7 @@ def _squared(unfolding: Unfolding, squares: Tensor, matrix: Square, power: Squar
     """Find the leading eigenvector of the matrix in a power of it."""
     power, vectors, gaps = _found_in_power(matrix, power, _SQUARINGS)
     values, residuals = _residuals(vectors, vectors.bmm(matrix))
-    turned = (residuals.norm(dim=(1, 2)) / _above_zero(values) + noise) / _above_zero(gaps)
+    turned = (vector_norm(residuals, dim=(1, 2)) / _above_zero(values) + noise) / _above_zero(gaps)
     return *_judged(unfolding, squares, vectors, values, turned), (unfolding, squares, matrix, power)
 
 
@@ -100,13 +101,13 @@ def _corrected(unfolding: Unfolding, squares: Tensor, matrix: Square, power: Squ
     shifted = torch.baddbmm(matrix, values[:, None, None] * vectors.mT, vectors, beta=-1)
     shifted.diagonal(dim1=-2, dim2=-1).add_(values[:, None])
     missing = torch.linalg.solve_ex(shifted, residuals.mT).result.mT
-    length = missing.norm(dim=(1, 2))
+    length = vector_norm(missing, dim=(1, 2))
     turned = length**2 + (length * noise + _DOUBLE_NOISE) / _above_zero(gaps)
     return *_judged(unfolding, squares, _unit(vectors + missing), values, turned), (unfolding, squares, matrix)
 
 
 def _found_in_power(matrix: Square, power: Square, times: int, before: int = 0) -> tuple[Square, Row, Scalars]:
-    r"""Square a power of trace one, and return it, the leading eigenvector in it and a lower bound of the relative gap.
+    r"""Square a power so often, and return it, the leading eigenvector in it and a lower bound of the relative gap.
 
     The column with the largest diagonal entry has the largest part of the vector; steps with the power leave less of
     the others, and steps with the matrix itself take away the rounding errors of the squarings.
@@ -119,15 +120,14 @@ def _found_in_power(matrix: Square, power: Square, times: int, before: int = 0) 
     other = torch.empty_like(power)  # in turns: new memory costs as much as a squaring
     for _ in range(times):
         power, other = torch.bmm(power, power, out=other), power
-    diagonal = power.diagonal(dim1=-2, dim2=-1)
-    power /= _above_zero(diagonal.sum(1))[:, None, None]
-    largest = diagonal.argmax(1)[:, None, None].expand(-1, 1, len(power[0]))
-    vectors = power.gather(1, largest)
+    largest, places = power.diagonal(dim1=-2, dim2=-1).max(1)
+    power /= _above_zero(largest)[:, None, None]
+    vectors = power.gather(1, places[:, None, None].expand(-1, 1, len(power[0])))
     for factor in [power] * _STEPS_IN_POWER + [matrix] * 2:
         vectors = vectors.bmm(factor)
     vectors = _unit(vectors)
     first = vectors.bmm(power).bmm(vectors.mT)
-    rest = torch.baddbmm(power, first * vectors.mT, vectors, alpha=-1, out=other).norm(dim=(1, 2))
+    rest = vector_norm(torch.baddbmm(power, first * vectors.mT, vectors, alpha=-1, out=other), dim=(1, 2))
     exponent = 2 ** (before + times)
     rounding = exponent * len(power[0]) * torch.finfo(power.dtype).eps
     ratios = (rest / _above_zero(first.flatten()) + rounding) ** (1 / exponent)
@@ -150,7 +150,7 @@ def _lanczos(unfolding: Unfolding, squares: Tensor, start: Row, *, noise: float)
         ritz, mixing = eigenpairs(basis @ images.mT)
         vectors = mixing[..., :1].mT @ basis
         values, residuals = _residuals(vectors, mixing[..., :1].mT @ images)
-        relative = residuals.norm(dim=(1, 2)) / _above_zero(values)
+        relative = vector_norm(residuals, dim=(1, 2)) / _above_zero(values)
         if (relative <= tolerance).all() or basis.shape[1] > most:
             break
     turned = (relative + noise) / _above_zero(1 - ritz[:, 1] / _above_zero(values))
@@ -215,7 +215,7 @@ def _residuals(vectors: Row, images: Row) -> tuple[Scalars, Row]:
 
 
 def _unit(vectors: Row) -> Row:
-    return vectors / _above_zero(vectors.norm(dim=2, keepdim=True))
+    return vectors / _above_zero(vector_norm(vectors, dim=2, keepdim=True))
 
 
 def _above_zero(numbers: Tensor) -> Tensor:
