@@ -4,8 +4,8 @@ An unfolding F is batch x channels x positions. It is *tall* where it has at lea
 its Gram matrix is $F^\top F$, over positions, otherwise $F F^\top$, over channels: never larger than min(channels,
 positions) squared.
 
-There is one rule for precision. A solver returns its maps, says which images' maps may be off by more than the promise,
-and hands on what it found; `settled` has these images done by the next solver, which takes more care.
+There is one rule for precision. A solver returns its maps, says which of them are surely not off by more than the
+promise, and hands on what it found; `settled` has the other images done by the next solver, which takes more care.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Square = Float[Tensor, "batch n n"]
     Row = Float[Tensor, "batch 1 n"]
     Scalars = Float[Tensor, " batch"]
-    # Maps, which of them are in doubt, and what the next solver goes on with.
+    # Maps, which of them are sure, and what the next solver goes on with.
     Attempt = tuple[Tensor, Tensor, tuple[Tensor, ...]]
     Solver = Callable[..., Attempt]
 
@@ -42,12 +42,12 @@ _FEW_ROWS = 16
 def settled(solvers: Sequence[Solver], *state: Tensor) -> Tensor:
     """Return the first solver's maps, and the others' for the images that the ones before them leave in doubt."""
     solver, *others = solvers
-    maps, in_doubt, state = solver(*state)
-    if not others or not in_doubt.any():
+    maps, sure, state = solver(*state)
+    if not others or sure.all():
         return maps
-    if in_doubt.all():  # nothing is copied then
+    if not sure.any():  # nothing is copied then
         return settled(others, *state)
-    maps[in_doubt] = settled(others, *(part[in_doubt] for part in state))
+    maps[~sure] = settled(others, *(part[~sure] for part in state))
     return maps
 
 

@@ -73,20 +73,18 @@ def leading_maps(unfolding: Unfolding, *, rescaled: bool = False) -> Float[Tenso
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     squares = diagonal if is_tall(unfolding) else unfolding.square().sum(1).double()
     squared_norm = diagonal.sum(1)
-    bounded = squared_norm.clamp(SMALLEST_NORM**2, LARGEST_NORM**2)
-    if not rescaled and not torch.equal(squared_norm, bounded):
+    if not rescaled and not torch.equal(squared_norm, squared_norm.clamp(SMALLEST_NORM**2, LARGEST_NORM**2)):
         return leading_maps(rescale_extremes(unfolding)[0], rescaled=True)
-    power = matrix / bounded[:, None, None]
     solvers = [partial(_squared, noise=noise), partial(_corrected, noise=noise), partial(_decomposed, exact=not single)]
-    return settled(solvers, unfolding, squares, matrix, power)
+    return settled(solvers, unfolding, squares, matrix)
 
 
-def _squared(unfolding: Unfolding, squares: Tensor, matrix: Square, power: Square, *, noise: float) -> Attempt:
+def _squared(unfolding: Unfolding, squares: Tensor, matrix: Square, *, noise: float) -> Attempt:
     """Find the leading eigenvector of the matrix in a power of it."""
-    power, vectors, gaps = _found_in_power(matrix, power, _SQUARINGS)
+    power, vectors, gaps = _found_in_power(matrix, matrix, _SQUARINGS)
     values, residuals = _residuals(vectors, vectors.bmm(matrix))
-    turned = (vector_norm(residuals, dim=(1, 2)) / _above_zero(values) + noise) / _above_zero(gaps)
-    return *_judged(unfolding, squares, vectors, values, turned), (unfolding, squares, matrix, power)
+    off = vector_norm(residuals, dim=(1, 2)) + noise * values
+    return *_judged(unfolding, squares, vectors, values, off, gaps * values), (unfolding, squares, matrix, power)
 
 
 def _corrected(unfolding: Unfolding, squares: Tensor, matrix: Square, power: Square, *, noise: float) -> Attempt:
@@ -102,8 +100,8 @@ def _corrected(unfolding: Unfolding, squares: Tensor, matrix: Square, power: Squ
     shifted.diagonal(dim1=-2, dim2=-1).add_(values[:, None])
     missing = torch.linalg.solve_ex(shifted, residuals.mT).result.mT
     length = vector_norm(missing, dim=(1, 2))
-    turned = length**2 + (length * noise + _DOUBLE_NOISE) / _above_zero(gaps)
-    return *_judged(unfolding, squares, _unit(vectors + missing), values, turned), (unfolding, squares, matrix)
+    off = length**2 * gaps + length * noise + _DOUBLE_NOISE
+    return *_judged(unfolding, squares, _unit(vectors + missing), values, off, gaps), (unfolding, squares, matrix)
 
 
 def _found_in_power(matrix: Square, power: Square, times: int, before: int = 0) -> tuple[Square, Row, Scalars]:
@@ -117,17 +115,17 @@ def _found_in_power(matrix: Square, power: Square, times: int, before: int = 0) 
     and Young, 1936). With $q = v^\top P v \le p_1$ that bounds $\lambda_2 / \lambda_1 = (p_2 / p_1)^{1/2^k}$, but for
     the rounding errors, which a squaring doubles and adds to.
     """
-    other = torch.empty_like(power)  # in turns: new memory costs as much as a squaring
-    for _ in range(times):
-        power, other = torch.bmm(power, power, out=other), power
-    largest, places = power.diagonal(dim1=-2, dim2=-1).max(1)
+    places = [torch.empty_like(power), torch.empty_like(power)]  # in turns: new memory costs as much as a squaring
+    for turn in range(times):
+        power = torch.bmm(power, power, out=places[turn % 2])
+    largest, columns = power.diagonal(dim1=-2, dim2=-1).max(1)
     power /= _above_zero(largest)[:, None, None]
-    vectors = power.gather(1, places[:, None, None].expand(-1, 1, len(power[0])))
+    vectors = power.gather(1, columns[:, None, None].expand(-1, 1, len(power[0])))
     for factor in [power] * _STEPS_IN_POWER + [matrix] * 2:
         vectors = vectors.bmm(factor)
     vectors = _unit(vectors)
     first = vectors.bmm(power).bmm(vectors.mT)
-    rest = vector_norm(torch.baddbmm(power, first * vectors.mT, vectors, alpha=-1, out=other), dim=(1, 2))
+    rest = vector_norm(torch.baddbmm(power, first * vectors.mT, vectors, alpha=-1, out=places[times % 2]), dim=(1, 2))
     exponent = 2 ** (before + times)
     rounding = exponent * len(power[0]) * torch.finfo(power.dtype).eps
     ratios = (rest / _above_zero(first.flatten()) + rounding) ** (1 / exponent)
@@ -153,24 +151,24 @@ def _lanczos(unfolding: Unfolding, squares: Tensor, start: Row, *, noise: float)
         relative = vector_norm(residuals, dim=(1, 2)) / _above_zero(values)
         if (relative <= tolerance).all() or basis.shape[1] > most:
             break
-    turned = (relative + noise) / _above_zero(1 - ritz[:, 1] / _above_zero(values))
-    return *_judged(unfolding, squares, vectors, values, turned), (unfolding, squares, vectors)
+    off, gaps = (relative + noise) * values, values - ritz[:, 1]
+    return *_judged(unfolding, squares, vectors, values, off, gaps), (unfolding, squares, vectors)
 
 
 def _decomposed(unfolding: Unfolding, squares: Tensor, matrix: Tensor, *, exact: bool) -> Attempt:
     """Decompose the Gram matrix, the one at hand where that is exact, whatever the gap."""
     values, vectors = eigenpairs(matrix if exact else gram_matrix(unfolding))
-    certain = torch.zeros_like(values[:, 0])
-    return *_judged(unfolding, squares, vectors[..., :1].mT, values[:, 0], certain), ()
+    nothing = torch.zeros_like(values[:, 0])
+    return *_judged(unfolding, squares, vectors[..., :1].mT, values[:, 0], nothing, nothing), ()
 
 
 def _judged(
-    unfolding: Unfolding, squares: Tensor, vectors: Row, values: Scalars, turned: Scalars
+    unfolding: Unfolding, squares: Tensor, vectors: Row, values: Scalars, off: Scalars, gaps: Scalars
 ) -> tuple[Tensor, Tensor]:
-    """Return the maps along leading eigenvectors, and which are in doubt where these are turned by such angles.
+    """Return the maps along leading eigenvectors, and which keep the promise where residual and noise are so large.
 
-    A map is off by its angle times the features' length there at most (Davis and Kahan, 1970, say by how much residual
-    and noise turn a vector: by what they are over the gap).
+    These turn a vector by what they are over the gap (Davis and Kahan, 1970), and a map is off by that angle times the
+    features' length there at most.
     """
     if is_tall(unfolding):
         maps = values.clamp_min(0).sqrt()[:, None] * vectors.squeeze(1).abs()
@@ -178,7 +176,7 @@ def _judged(
         maps = torch.cat([vectors @ rows.mT for rows in rows_in_float64(unfolding)], dim=2).squeeze(1).abs()
     promise = _PROMISE_OF_FLOAT64 if unfolding.dtype == torch.float64 else _PROMISE
     lowest, highest = torch.aminmax(maps, dim=1)
-    return maps, ~(turned * squares.amax(1).sqrt() <= promise * (highest - lowest))
+    return maps, off * squares.amax(1).sqrt() <= promise * (highest - lowest) * gaps
 
 
 def _product(unfolding: Unfolding, vectors: Row, *, single: bool) -> Float[Tensor, "batch 1 n"]:
