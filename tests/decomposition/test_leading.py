@@ -68,13 +68,14 @@ def test_noise_without_any_structure_is_corrected_to_much_better_than_single_pre
     assert [name for name, _ in ways] == ["_squared", "_corrected"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("exponent", [0.1, 1, 3, 10])
 @pytest.mark.parametrize("n", [2, 5, 49, 120])
-def test_the_bound_of_the_gap_is_one_and_no_idle_one(n, exponent):
+def test_the_bound_of_the_gap_is_one_and_no_idle_one(n, exponent, dtype):
     basis = torch.linalg.qr(torch.randn(40, n, n, dtype=torch.float64)).Q
     values = torch.rand(40, n, dtype=torch.float64).pow(exponent).sort(descending=True).values
     matrix = basis @ (values[..., None] * basis.mT)
-    power = matrix / values.sum(1)[:, None, None]
+    power = (matrix / values.sum(1)[:, None, None]).to(dtype)
     true = 1 - values[:, 1] / values[:, 0]
     for times, before, least, most in ((3, 0, 0.4, 0.8), (5, 3, 0.01, 0.04)):
         power, _, gaps = leading._found_in_power(matrix, power, times, before)

@@ -45,12 +45,11 @@ _ROW_NOISE = 2e-6
 _NUMBERS_IN_CACHE = 2**20
 # From this size on a Krylov subspace is faster than the products that squaring takes.
 _LARGE = 128
-# After three squarings the matrix is its 8th power; a step with a power costs a tenth of a squaring, and eight of these
-# leave of a second eigenvalue of 0.8 times the first one 1e-7. Five squarings more: of one of 0.99, 1e-10.
+# After three squarings the matrix is its 8th power; a step with a power costs a fraction of a squaring, and eight of
+# these leave of a second eigenvalue of 0.8 times the first one 1e-7. Five squarings more: of one of 0.99, 1e-10.
 _SQUARINGS, _MORE_SQUARINGS, _STEPS_IN_POWER = 3, 5, 8
 # Most feature maps take four steps; what is not found in these many is decomposed. In float64, down to this residual.
 _STEPS_AT_A_TIME, _STEPS, _PRECISE_STEPS, _RESIDUAL = 2, 20, 12, 1e-11
-_TINY = torch.finfo(torch.float64).tiny
 
 
 @torch.no_grad()
@@ -69,19 +68,22 @@ def leading_maps(unfolding: Unfolding, *, rescaled: bool = False) -> Float[Tenso
         return torch.cat([_in_krylov_subspace(rescale_extremes(part)[0], solvers) for part in parts])
     noise = _SINGLE_NOISE if single else _DOUBLE_NOISE
     tall = as_tall(unfolding)
-    matrix = tall.mT.bmm(tall).double() if single else gram_matrix(unfolding)
+    product = tall.mT.bmm(tall) if single else gram_matrix(unfolding)
+    matrix = product.double()
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     squares = diagonal if is_tall(unfolding) else unfolding.square().sum(1).double()
     squared_norm = diagonal.sum(1)
-    if not rescaled and not torch.equal(squared_norm, squared_norm.clamp(SMALLEST_NORM**2, LARGEST_NORM**2)):
+    bounded = squared_norm.clamp(SMALLEST_NORM**2, LARGEST_NORM**2)
+    if not rescaled and not torch.equal(squared_norm, bounded):
         return leading_maps(rescale_extremes(unfolding)[0], rescaled=True)
+    power = product / bounded[:, None, None].to(product.dtype)
     solvers = [partial(_squared, noise=noise), partial(_corrected, noise=noise), partial(_decomposed, exact=not single)]
-    return settled(solvers, unfolding, squares, matrix)
+    return settled(solvers, unfolding, squares, matrix, power)
 
 
-def _squared(unfolding: Unfolding, squares: Tensor, matrix: Square, *, noise: float) -> Attempt:
+def _squared(unfolding: Unfolding, squares: Tensor, matrix: Square, power: Square, *, noise: float) -> Attempt:
     """Find the leading eigenvector of the matrix in a power of it."""
-    power, vectors, gaps = _found_in_power(matrix, matrix, _SQUARINGS)
+    power, vectors, gaps = _found_in_power(matrix, power, _SQUARINGS)
     values, residuals = _residuals(vectors, vectors.bmm(matrix))
     off = vector_norm(residuals, dim=(1, 2)) + noise * values
     return *_judged(unfolding, squares, vectors, values, off, gaps * values), (unfolding, squares, matrix, power)
@@ -107,8 +109,10 @@ def _corrected(unfolding: Unfolding, squares: Tensor, matrix: Square, power: Squ
 def _found_in_power(matrix: Square, power: Square, times: int, before: int = 0) -> tuple[Square, Row, Scalars]:
     r"""Square a power so often, and return it, the leading eigenvector in it and a lower bound of the relative gap.
 
+    The power has the precision of the product that it was made of, and in the end a leading eigenvalue of one.
+
     The column with the largest diagonal entry has the largest part of the vector; steps with the power leave less of
-    the others, and steps with the matrix itself take away the rounding errors of the squarings.
+    the others, and steps with the matrix itself, in float64, take away the rounding errors of the squarings.
 
     After k squarings the power P has the eigenvalues $p_i \propto \lambda_i^{2^k}$. For any q and v,
     $p_2 \le \|P - q\,v v^\top\|_F$: taking away a matrix of rank one leaves at least the second singular value (Eckart
@@ -121,14 +125,15 @@ def _found_in_power(matrix: Square, power: Square, times: int, before: int = 0) 
     largest, columns = power.diagonal(dim1=-2, dim2=-1).max(1)
     power /= _above_zero(largest)[:, None, None]
     vectors = power.gather(1, columns[:, None, None].expand(-1, 1, len(power[0])))
-    for factor in [power] * _STEPS_IN_POWER + [matrix] * 2:
-        vectors = vectors.bmm(factor)
-    vectors = _unit(vectors)
-    first = vectors.bmm(power).bmm(vectors.mT)
-    rest = vector_norm(torch.baddbmm(power, first * vectors.mT, vectors, alpha=-1, out=places[times % 2]), dim=(1, 2))
+    for _ in range(_STEPS_IN_POWER):
+        vectors = vectors.bmm(power)
+    vectors = _unit(vectors.double().bmm(matrix).bmm(matrix))
+    rough = vectors.to(power.dtype)
+    power /= _above_zero(rough.bmm(power).bmm(rough.mT))
+    rest = vector_norm(torch.baddbmm(power, rough.mT, rough, alpha=-1, out=places[times % 2]), dim=(1, 2))
     exponent = 2 ** (before + times)
     rounding = exponent * len(power[0]) * torch.finfo(power.dtype).eps
-    ratios = (rest / _above_zero(first.flatten()) + rounding) ** (1 / exponent)
+    ratios = (rest.double() + rounding) ** (1 / exponent)
     return power, vectors, (1 - ratios).clamp_min(0)
 
 
@@ -217,4 +222,4 @@ def _unit(vectors: Row) -> Row:
 
 
 def _above_zero(numbers: Tensor) -> Tensor:
-    return numbers.clamp_min(_TINY)
+    return numbers.clamp_min(torch.finfo(numbers.dtype).tiny)
