@@ -33,12 +33,13 @@ from benchmarks.polarity import polarity_tables
 from benchmarks.reporting import environment, interval, table
 from tucker_cam.cams import LabelFreeCAM
 from tucker_cam.decomposition.projection import leading_map
-from tucker_cam.evaluation.comparison import one_pass_of, saliency_maps
+from tucker_cam.evaluation.comparison import saliency_maps
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.evaluate import evaluate
 from tucker_cam.evaluation.metrics import MEASURES
 from tucker_cam.evaluation.report import pick_examples
 from tucker_cam.evaluation.summary import Summary
+from tucker_cam.explanations.maps import OnePass
 from tucker_cam.methods import LABEL_DEPENDENT, METHODS
 from tucker_cam.models import LoadedModel, load_model
 from tucker_cam.models.families import efficientnet_lite
@@ -154,7 +155,7 @@ def milliseconds(network: str, folder: Path, weights: Path | None) -> dict[str, 
             samples.append(time.process_time() - start)
         return 1e3 * median(samples) / len(images)
 
-    with threadpool_limits(1), torch.no_grad(), one_pass_of(loaded, images) as one_pass:
+    with threadpool_limits(1), torch.no_grad(), OnePass(loaded, images) as one_pass:
         one_pass.output_and_features()
         found = {"forward pass": timed(lambda: loaded.model(images))}
         return found | {name: timed(partial(one_pass.maps, method)) for name, method in CHOSEN.items()}
@@ -267,7 +268,7 @@ def draw_examples(path: Path, rows: Sequence[Any], folder: Path) -> None:
     grid = figure.subplots(len(chosen), len(shown), squeeze=False)
     for of_picture, (_, name, title) in zip(grid, chosen, strict=True):
         view = network_view(next(each for each in samples if each.name == name), annotations, loaded)
-        with one_pass_of(loaded, view.network_input[None]) as one_pass:
+        with OnePass(loaded, view.network_input[None]) as one_pass:
             maps = dict(saliency_maps(one_pass, [name], {each: (CHOSEN | LABEL_DEPENDENT)[each] for each in shown}))
         for axes, method in zip(of_picture, shown, strict=True):
             axes.imshow(maps[method][0], cmap="jet", vmin=0, vmax=1)

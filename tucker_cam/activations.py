@@ -212,21 +212,13 @@ def features(
         >>> maps.shape
         torch.Size([2, 8, 4, 5])
     """
-    _, found = _record(model, layers, images, reshape_transform)
-    return found
+    return output_and_features(model, layers, images, reshape_transform)[1]
 
 
-def record(
-    model: nn.Module, layer: nn.Module, images: Tensor, reshape_transform: ReshapeTransform | None = None
-) -> tuple[Any, Tensor]:
-    """Return the model's output and a layer's feature maps, and raise as `features` does."""
-    output, (found,) = _record(model, [layer], images, reshape_transform)
-    return output, found
-
-
-def _record(
+def output_and_features(
     model: nn.Module, layers: Sequence[nn.Module], images: Tensor, reshape_transform: ReshapeTransform | None
 ) -> tuple[Any, list[Tensor]]:
+    """Return the model's output too; all else as `features`."""
     recorder = FeatureRecorder(model, layers, reshape_transform)
     try:
         with torch.no_grad():

@@ -18,9 +18,10 @@ from tucker_cam import TSM, evaluate
 from tucker_cam.cli import app
 from tucker_cam.errors import BadValueError, TuckerCamError
 from tucker_cam.evaluation import comparison, metrics
-from tucker_cam.evaluation.comparison import one_pass_of, score_of
+from tucker_cam.evaluation.comparison import score_of
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.metrics import MEASURES, Measure
+from tucker_cam.explanations.maps import OnePass
 from tucker_cam.methods import METHODS
 from tucker_cam.models import load_model
 from tucker_cam.pictures.annotations import find_samples, network_view
@@ -73,7 +74,7 @@ def test_the_rows_of_a_folder_and_of_batches_hold_what_the_metrics_say(data):
     samples, kind, _ = find_samples(data)
     views = [network_view(sample, kind, loaded) for sample in samples]
     images, masks = (torch.stack([view[place] for view in views]) for place in (0, 1))
-    with TSM(loaded.model, loaded.target_layers) as cam, one_pass_of(loaded, images) as one_pass:
+    with TSM(loaded.model, loaded.target_layers) as cam, OnePass(loaded, images) as one_pass:
         maps, score = torch.as_tensor(cam(images)), score_of(loaded, one_pass)
     localisation = [measure.name for measure in MEASURES if measure.group == "localisation"]
     expected = {name: getattr(metrics, name)(maps, masks) for name in localisation}

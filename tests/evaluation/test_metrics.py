@@ -16,7 +16,8 @@ from torchcam.methods import GradCAM
 from torchcam.metrics import ClassificationMetric, DeletionInsertionMetric
 
 from tucker_cam.evaluation import metrics
-from tucker_cam.evaluation.comparison import one_pass_of, score_of
+from tucker_cam.evaluation.comparison import score_of
+from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import Network, load_model
 
 # One object in the middle, and a map that marks it, with a little beside it.
@@ -203,7 +204,7 @@ def test_the_score_is_the_probability_beside_the_embeddings_similarity(layer):
     model = small_cnn().eval()
     loaded = load_model(Network(model, classifies=True), layers=[layer])
     images, others = torch.randn(2, 3, 3, 24, 24)
-    with one_pass_of(loaded, images) as one_pass:
+    with OnePass(loaded, images) as one_pass:
         score = score_of(loaded, one_pass)
         found, whole = score(others), score(images)
     with torch.no_grad():
@@ -239,5 +240,5 @@ def test_a_network_that_shall_classify_and_returns_no_logits_is_one_clear_error(
     model = small_cnn()
     model.register_forward_hook(lambda module, inputs, logits: output(logits))
     loaded = load_model(Network(model, classifies=True))
-    with one_pass_of(loaded, torch.rand(1, 3, 24, 24)) as one_pass, pytest.raises(TypeError, match="classifies=False"):
+    with OnePass(loaded, torch.rand(1, 3, 24, 24)) as one_pass, pytest.raises(TypeError, match="classifies=False"):
         score_of(loaded, one_pass)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from tucker_cam.activations import record
+from tucker_cam.activations import output_and_features
 from tucker_cam.errors import BadTypeError
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
 from tucker_cam.evaluation.metrics import Judged, Measure, Score
@@ -27,11 +28,6 @@ def score_names(network: Network) -> tuple[str, ...]:
     return ("probability", "similarity") if network.classifies else ("similarity",)
 
 
-def one_pass_of(loaded: LoadedModel, images: Tensor) -> OnePass:
-    """Return the forward pass of these images that all methods share."""
-    return OnePass(loaded, images)
-
-
 def score_of(loaded: LoadedModel, one_pass: OnePass) -> Score:
     """Return a score of images by what the network makes of them, against what it makes of a pass's whole ones.
 
@@ -41,20 +37,22 @@ def score_of(loaded: LoadedModel, one_pass: OnePass) -> Score:
     whatever layer is explained, so that the scores of two layers compare.
     """
     whole, layer = one_pass.images, loaded.last_layer
+
+    def run(images: Tensor) -> tuple[Any, list[Tensor]]:
+        return output_and_features(loaded.model, [layer.module], images, layer.reshape_transform)
+
     if layer.module is loaded.target_layers[0] and layer.reshape_transform == loaded.reshape_transform:
         output, (features,) = one_pass.output_and_features()
     else:
-        output, features = record(loaded.model, layer.module, whole, layer.reshape_transform)
+        output, (features,) = run(whole)
     classes = _logits(output).argmax(1, keepdim=True) if loaded.classifies else None
 
     def score(images: Tensor) -> Tensor:
-        found = output, features
-        if images is not whole:
-            found = record(loaded.model, layer.module, images, layer.reshape_transform)
-        similarity = cosine_similarity(pooled(found[1]), pooled(features))[:, None]
+        answer, (seen,) = (output, [features]) if images is whole else run(images)
+        similarity = cosine_similarity(pooled(seen), pooled(features))[:, None]
         if classes is None:
             return similarity
-        return torch.cat([_logits(found[0]).softmax(1).gather(1, classes), similarity], dim=1)
+        return torch.cat([_logits(answer).softmax(1).gather(1, classes), similarity], dim=1)
 
     return score
 
@@ -97,7 +95,7 @@ def compare(
 ) -> list[Row]:
     """Score the methods, then the controls, on pictures of one size; NaN where a map is not finite."""
     rows: list[Row] = []
-    with one_pass_of(loaded, images) as one_pass:
+    with OnePass(loaded, images) as one_pass:
         score = score_of(loaded, one_pass)
         whole = score(images)
         for method, maps in saliency_maps(one_pass, names, methods):

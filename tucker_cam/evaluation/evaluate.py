@@ -13,7 +13,7 @@ from typing import Unpack
 from torch import Tensor
 
 from tucker_cam.errors import BadFileError, BadValueError, Failure
-from tucker_cam.evaluation.comparison import Builder, compare, one_pass_of, saliency_maps, score_names
+from tucker_cam.evaluation.comparison import Builder, compare, saliency_maps, score_names
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.inputs import Data, Inputs, Model, find_inputs, go_through, load_for_pictures
 from tucker_cam.evaluation.metrics import Measure, choose_measures
@@ -21,6 +21,7 @@ from tucker_cam.evaluation.report import FORMATS, Example, pick_examples, write_
 from tucker_cam.evaluation.results import Results, Row
 from tucker_cam.evaluation.summary import BASELINE, Summary, summarise
 from tucker_cam.explanations.border import BorderCheck
+from tucker_cam.explanations.maps import OnePass
 from tucker_cam.methods import LABEL_DEPENDENT, METHODS, check_name, methods_named
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.loading import Loading
@@ -203,7 +204,7 @@ class Evaluation:
         samples = self._inputs.samples or {}
         view = network_view(samples[picture], self._inputs.annotations, self.loaded)
         wanted = {name: build for name, build in self._methods.items() if name == method}
-        with one_pass_of(self.loaded, view.network_input[None].to(self.loaded.device)) as one_pass:
+        with OnePass(self.loaded, view.network_input[None].to(self.loaded.device)) as one_pass:
             saliency = dict(saliency_maps(one_pass, [picture], wanted))[method][0]
         return Example(title, self.loaded.picture(view.network_input), saliency.cpu().numpy(), view.mask.numpy())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from tucker_cam.errors import BadTypeError, BadValueError, Failure
 from tucker_cam.explanations.explainer import read_input
 from tucker_cam.models import LoadedModel, Network, load_model
 from tucker_cam.models.loading import Loading
-from tucker_cam.pictures.ahead import in_batches, of_one_size, read_ahead
+from tucker_cam.pictures.ahead import in_batches, of_one_size, read_ahead, together_or_alone
 from tucker_cam.pictures.annotations import Annotations, NetworkView, Sample, find_samples, network_view
 from tucker_cam.pictures.held import Collection, named_inputs
 from tucker_cam.progress import progress
@@ -125,7 +125,9 @@ def go_through(
             views = {name: _view(each) for name, each in batch if not isinstance(each, Exception)}
             remarks += [remark for view in views.values() for remark in view.remarks]
             for these in of_one_size({name: view.network_input for name, view in views.items()}):
-                failures += _together_or_alone(work, {name: views[name] for name in these}, device)
+                do = partial(_do, work=work, views=views, device=device)
+                found = together_or_alone(do, [*these], through=(OSError,))
+                failures += [Failure(name, error) for name, error in zip(these, found, strict=True) if error]
             done += len(batch)
             advance(len(batch))
     if len(failures) == done:
@@ -140,16 +142,8 @@ def _view(seen: NetworkView | Tensor) -> NetworkView:
     return NetworkView(seen, torch.zeros(seen.shape[-2:], dtype=torch.bool), [])
 
 
-def _together_or_alone(work: Work, views: dict[str, NetworkView], device: torch.device) -> list[Failure]:
-    try:
-        images = torch.stack([view.network_input for view in views.values()])
-        masks = torch.stack([view.mask for view in views.values()])
-        work(list(views), images.to(device), masks.to(device))
-    except OSError:
-        raise
-    except Exception as error:
-        # A picture on which a network fails, or a batch too large for the memory, costs no other picture its rows.
-        if len(views) == 1:
-            return [Failure(name, error) for name in views]
-        return [failure for each in views.items() for failure in _together_or_alone(work, dict([each]), device)]
-    return []
+def _do(names: Sequence[str], work: Work, views: Mapping[str, NetworkView], device: torch.device) -> list[None]:
+    images = torch.stack([views[name].network_input for name in names])
+    masks = torch.stack([views[name].mask for name in names])
+    work(names, images.to(device), masks.to(device))
+    return [None] * len(names)

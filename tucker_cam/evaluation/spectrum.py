@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tucker_cam.activations import record
+from tucker_cam.activations import features
 from tucker_cam.decomposition.modes import channel_modes
 from tucker_cam.errors import Failure
 from tucker_cam.evaluation.inputs import Data, Model, find_inputs, go_through, load_for_pictures
@@ -57,10 +57,10 @@ def spectrum(
     parts: list[dict[str, Tensor]] = []
 
     def decompose(names: Sequence[str], images: Tensor, masks: Tensor) -> None:
-        _, features = record(loaded.model, loaded.target_layers[0], images, loaded.reshape_transform)
+        (maps,) = features(loaded.model, loaded.target_layers, images, loaded.reshape_transform)
         shares = {}
         for name, center in DECOMPOSITIONS.items():
-            values = channel_modes(features, center=center).values.double().cpu()
+            values = channel_modes(maps, center=center).values.double().cpu()
             share = (values / values.sum(1, keepdim=True))[:, :_VALUES]
             shares[name] = pad(share, (0, _VALUES - share.shape[1]), value=torch.nan)
         parts.append(shares)

@@ -19,7 +19,7 @@ from tucker_cam.explanations.explanation import Explanation
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import LoadedModel, Network
 from tucker_cam.models.network import preprocessed
-from tucker_cam.pictures.ahead import of_one_size, read_ahead
+from tucker_cam.pictures.ahead import of_one_size, read_ahead, together_or_alone
 from tucker_cam.pictures.held import Held, Picture
 
 CPU_BATCH = 8
@@ -64,21 +64,15 @@ class Explainer:
         """Explain a batch of inputs, which may be errors; those of one size go through the network together."""
         results: list[Any] = [*inputs]
         for these in of_one_size({index: each for index, each in enumerate(inputs) if isinstance(each, Tensor)}):
-            together = self._together([pictures[index] for index in these], torch.stack([*these.values()]))
-            for index, result in zip(these, together, strict=True):
+            found = together_or_alone(partial(self._explain_those, pictures=pictures, images=these), [*these])
+            for index, result in zip(these, found, strict=True):
                 results[index] = result
         return results
 
-    def _together(self, pictures: Sequence[Picture], images: Tensor) -> list[Explanation | Exception]:
-        try:
-            return [*self._explain(pictures, images)]
-        except Exception as error:
-            # One picture on which a network fails in its own way, or a batch too large for the memory, costs no
-            # other picture its map.
-            if len(images) == 1:
-                return [error]
-            alone = zip(pictures, images.split(1), strict=True)
-            return [result for picture, image in alone for result in self._together([picture], image)]
+    def _explain_those(
+        self, indices: Sequence[int], pictures: Sequence[Picture], images: Mapping[int, Tensor]
+    ) -> list[Explanation]:
+        return self._explain([pictures[index] for index in indices], torch.stack([images[index] for index in indices]))
 
     def _explain(self, pictures: Sequence[Picture], images: Tensor) -> list[Explanation]:
         loaded = self.loaded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from tucker_cam.errors import BadFileError, BadValueError
 Item = TypeVar("Item")
 Key = TypeVar("Key")
 Read = TypeVar("Read")
+Result = TypeVar("Result")
 _MOST_WORKERS = 8
 
 
@@ -37,6 +38,23 @@ def of_one_size(inputs: Mapping[Key, Tensor]) -> list[dict[Key, Tensor]]:
     for key, each in inputs.items():
         by_size.setdefault(each.shape, {})[key] = each
     return [*by_size.values()]
+
+
+def together_or_alone(
+    work: Callable[[list[Key]], Iterable[Result]], items: list[Key], *, through: tuple[type[Exception], ...] = ()
+) -> list[Result | Exception]:
+    """Do some work on items together or, where it fails, on each: results, or errors, but those that come `through`.
+
+    One picture on which a network fails in its own way, or a batch too large for the memory, costs no other its result.
+    """
+    try:
+        return [*work(items)]
+    except through:
+        raise
+    except Exception as error:
+        if len(items) == 1:
+            return [error]
+    return [result for item in items for result in together_or_alone(work, [item], through=through)]
 
 
 def read_ahead(
