@@ -108,3 +108,11 @@ def test_a_massive_channel_of_a_large_layer_leaves_a_finished_map_right(shape):
         for maps in (leading_maps(unfolding), exact)
     )
     assert (finished - expected).abs().max() < 1e-5
+
+
+def test_a_second_ritz_value_that_is_too_small_leaves_no_map_wrong():
+    unfolding = torch.randn(200, 150, 144, generator=torch.Generator().manual_seed(1))[130:140]
+    exact = torch.linalg.svd(unfolding.double(), full_matrices=False)
+    expected = exact.S[:, :1] * exact.Vh[:, 0].abs()
+    off = (leading_maps(unfolding) - expected).abs().amax(1)
+    assert (off < 1e-5 * (expected.amax(1) - expected.amin(1))).all()
