@@ -45,11 +45,11 @@ def test_a_package_that_a_module_of_ones_own_needs_is_named(tmp_path):
         method_named("needy:Mine")
 
 
-def test_a_class_of_ones_own_is_a_method_under_its_own_name(tmp_path):
+def test_a_class_of_ones_own_is_a_method_under_the_name_of_both_module_and_class(tmp_path):
     source = (
         "from tucker_cam.cams import LabelFreeCAM\n\n\nclass Mean(LabelFreeCAM):\n    def saliency(self, features):\n"
     )
     (tmp_path / "of_mine.py").write_text(f"{source}        return features.mean(1).abs()\n")
     model, method = networks.small_cnn(), method_named("of_mine:Mean")
-    assert (method.name, method.title) == ("Mean", "Mean")
+    assert (method.name, method.title) == ("of_mine.Mean", "Mean")
     assert method(model, [model[2]])(torch.rand(2, 3, 32, 32)).shape == (2, 32, 32)

@@ -25,7 +25,7 @@ def main() -> None:
         stream = getattr(sys, name)
         if stream is not None and not stream.isatty():
             raw = io.BufferedWriter(_UnlessClosed(stream.fileno(), "w", closefd=False))
-            text = io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
+            text = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering)
             setattr(sys, name, text)
     try:
         with importing():

@@ -90,7 +90,7 @@ def methods_named(
 
 
 def method_named(name: str) -> Method:
-    """Return the label-free method of this name, or MODULE:CLASS of the user's own, whose name is the class's.
+    """Return the label-free method of this name, or MODULE:CLASS of the user's own, whose name is both.
 
     Raises:
         TypeError, ValueError: there is none; the message holds the nearest, or says what is wrong with the module.
@@ -104,7 +104,7 @@ def method_named(name: str) -> Method:
     if not colon:
         return METHODS[check_name("method", name, METHODS)]
     _check_class(name, from_own_module(name))
-    return Method(kind, kind, module, kind)
+    return Method(f"{module}.{kind}", kind, module, kind)
 
 
 def _check_class(name: str, kind: object) -> None:

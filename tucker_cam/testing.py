@@ -45,7 +45,8 @@ def check_cam(method: Callable[..., LabelFreeCAM]) -> None:
     alone = np.concatenate([_explain(method, image[None]) for image in features])
     _check_close(alone, whole, "an image has the same map alone as in a batch")
     _check_close(_explain(method, features.flip(-1)), whole[..., ::-1], "mirrored features have the mirrored map")
-    _check_close(_explain(method, features * 1e-6), whole, "the scale of the features does not matter")
+    for scale in (1e-6, 1e30):
+        _check_close(_explain(method, features * scale), whole, "the scale of the features does not matter")
     _check(not _explain(method, torch.zeros_like(features)).any(), "features that are zero have a map of zeros")
     _check_close(_explain(method, features.double()), whole, "float64 features have the map of float32 ones")
     _check(_explain(method, features[:, :, None]).shape == (3, 1, 5, 7), "a volume has a volume's map")

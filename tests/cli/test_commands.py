@@ -219,3 +219,11 @@ def test_short_options_and_a_sample_of_the_pictures(tmp_path):
     assert result.exit_code == 0, result.output
     assert len(list((tmp_path / "out").glob("*_tsm.png"))) == 3
     assert run("explain", *pictures, "--limit", 0, "-o", tmp_path / "none").exit_code == 2
+
+
+def test_help_is_shown_in_an_encoding_that_has_not_all_of_its_signs():
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "COLUMNS": "80"}
+    command = [sys.executable, "-m", "tucker_cam", "explain", "--help"]
+    ended = subprocess.run(command, capture_output=True, check=False, env=environment)
+    assert ended.returncode == 0
+    assert b"--model" in ended.stdout

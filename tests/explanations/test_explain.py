@@ -345,3 +345,30 @@ def test_a_picture_of_one_pixel_is_drawn_as_the_network_saw_it(tmp_path):
     assert not explanations.failures
     with Image.open(tmp_path / "picture-0_tsm.png") as overlay:
         assert overlay.size == (24, 24)
+
+
+def test_a_picture_of_16_bits_has_the_map_of_its_file_and_one_of_32_is_refused(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 2**16, (30, 40), np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    pictures = [tmp_path / "grey.png", Image.open(tmp_path / "grey.png"), Image.fromarray(grey)]
+    first, *others = [each.maps["tsm"] for each in explain(pictures, "networks:tiny_loaded_model")]
+    assert len(others) == 2
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+    with pytest.raises(OSError, match="found one of 32"):
+        explain(Image.fromarray(grey.astype(np.float32)), "networks:tiny_loaded_model")
+
+
+def test_the_callers_random_numbers_stay():
+    state = torch.get_rng_state()
+    list(explain(noise(), "networks:tiny_loaded_model"))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_network_of_one_channel_is_shown_in_grey():
+    model, images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), torch.rand(1, 1, 12, 12, requires_grad=True)
+    network = Network(
+        model, lambda picture: transforms.ToTensor()(picture.convert("L").resize((12, 12))), (0.0,), (1.0,)
+    )
+    (explanation,) = explain(images, network)
+    assert explanation.overlay().size == (12, 12)

@@ -27,6 +27,7 @@ from tucker_cam.explanations.folder import remove_files
 from tucker_cam.explanations.manifest import Manifest
 from tucker_cam.explanations.outputs import MethodFiles
 from tucker_cam.models import load_model
+from tucker_cam.pictures.annotations import find_samples
 from tucker_cam.pictures.files import open_picture
 from tucker_cam.pictures.held import Held
 from tucker_cam.pictures.sources import Source
@@ -116,6 +117,22 @@ def test_a_run_does_not_explain_what_an_earlier_one_wrote(pictures, monkeypatch)
         assert len(list((pictures / out).rglob("*.png"))) == 11
     assert "expected another folder for the results" in run(".", *MODEL, "--out", pictures).stderr
     assert "found none but results of earlier runs" in run("out", *MODEL, "--out", "third").stderr
+
+
+def test_pictures_in_whose_folder_results_were_written_are_still_found_and_the_results_left_out(pictures, tmp_path):
+    holiday = make_pictures(tmp_path / "all" / "holiday", 3)
+    for again in (0, 3):
+        result = run(f"{holiday}/*.png", *MODEL, "--out", holiday)
+        assert f"3 pictures: {3 - again} explained, {again} there already" in result.output
+    assert len(list(holiday.glob("*.png"))) == 6
+    assert "3 pictures: 3 explained" in run(tmp_path / "all", *MODEL, "--out", tmp_path / "out").output
+    assert [sample.name for sample in find_samples(holiday).samples] == ["p000.png", "p001.png", "p002.png"]
+
+
+def test_a_folder_of_runs_is_none_of_them(pictures, out):
+    assert run(pictures, *MODEL, "--out", out / "first").exit_code == 0
+    assert "11 explained" in run(pictures, *MODEL, "--out", out).output
+    assert (out / "p000_tsm.png").is_file()
 
 
 def test_parquet_files_are_read_row_by_row(pictures, tmp_path, out):
@@ -464,7 +481,8 @@ def test_what_is_no_manifest_is_one_clear_error(pictures, out):
     endless = {"a": {"name": "x", "modified": float("inf")}}
     twice = {"a": {"name": "x", "modified": 0}, "b": {"name": "x", "modified": 0}}
     entries = [[], None, {"a": 1}, {"a": {"name": "x"}}, endless, twice]
-    for text in [json.dumps(whole | {"pictures": each}) for each in entries] + ["", "[]", '{"name": "an app"}']:
+    edited = [{"pictures": each} for each in entries] + [{"layers": 5}, {"methods": [["a"]]}, {"methods": [1]}]
+    for text in [json.dumps(whole | each) for each in edited] + ["", "[]", '{"name": "an app"}', "[" * 100_000]:
         (out / "manifest.json").write_text(text)
         result = run(pictures, *MODEL, "--out", out)
         assert result.exit_code == 2

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import ttach
-from pytorch_grad_cam import EigenCAM, GradCAM
+from pytorch_grad_cam import AblationCAM, EigenCAM, GradCAM, ScoreCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 from tucker_cam import TSM, channel_modes
@@ -104,3 +104,30 @@ def test_a_method_that_fails_halfway_leaves_the_others_their_maps():
             one_pass.maps(failing)
         one_pass.passes.clear()
         assert np.array_equal(one_pass.maps(METHODS["tsm"]), expected)
+
+
+@pytest.mark.parametrize("kind", [AblationCAM, GradCAM, ScoreCAM])
+def test_the_hosts_methods_of_a_class_explain_the_predicted_one_and_leave_model_and_gradients(kind):
+    loaded = load_model("networks:tiny_loaded_model")
+    images, layer = torch.rand(2, 3, 24, 24), loaded.target_layers[0]
+    expected = kind(loaded.model, [layer])(images, targets=None)
+    loaded.model(images).sum().backward()
+    before = [parameter.grad.clone() for parameter in loaded.model.parameters()]
+    with torch.no_grad(), OnePass(loaded, images) as one_pass:
+        np.testing.assert_allclose(one_pass.maps(kind), expected, atol=1e-6)
+    assert layer in loaded.model.modules()
+    for parameter, gradient in zip(loaded.model.parameters(), before, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+    loaded.model.requires_grad_(False)
+    with OnePass(loaded, images) as one_pass:
+        np.testing.assert_allclose(one_pass.maps(kind), expected, atol=1e-6)
+
+
+def test_an_index_error_of_a_method_comes_through():
+    class Broken(TSM):
+        def saliency(self, features):
+            return [][0]
+
+    loaded = load_model("networks:tiny_loaded_model")
+    with OnePass(loaded, torch.rand(1, 3, 24, 24)) as one_pass, pytest.raises(IndexError):
+        one_pass.maps(Broken)

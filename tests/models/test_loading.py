@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 from repositories import make_repositories
+from torch import nn
 from transformers import AutoModel
 
 from tucker_cam import TSM
 from tucker_cam.models import LoadedModel, NoLayerError, load_model
 from tucker_cam.models.families import FAMILIES, build_network
-from tucker_cam.models.network import IMAGENET_MEAN, imagenet_preprocessing
+from tucker_cam.models.network import IMAGENET_MEAN, Network, Preprocessing, imagenet_preprocessing
 
 
 @pytest.fixture
@@ -170,3 +171,21 @@ def test_every_family_is_a_row_of_the_readme():
     for family in FAMILIES.values():
         said = [f"`{family.usage}`", family.loads, f"`.[{family.extra}]`" if family.extra else ""]
         assert [row for row in rows if row.startswith("| `") and all(part in row for part in said)]
+
+
+def test_models_of_one_name_and_of_the_same_weights_are_told_apart_by_their_layers_shapes():
+    models = [nn.Sequential(nn.Conv2d(3, 4, 3, stride), nn.ReLU()) for stride in (1, 2)]
+    models[1].load_state_dict(models[0].state_dict())
+    first, again, second = (load_model(model, layers=["0"]).digest() for model in (*models[:1], *models))
+    assert first == again != second
+
+
+def test_what_is_not_given_of_a_preprocessing_stays():
+    network = Network(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), Preprocessing(96, crop=False, interpolation="bilinear")
+    )
+    found = load_model(network, mean=(0.5,) * 3).preprocess
+    assert found == Preprocessing(96, crop=False, mean=(0.5,) * 3, interpolation="bilinear")
+    assert load_model(load_model(network), size=48).preprocess == Preprocessing(
+        48, crop=False, interpolation="bilinear"
+    )

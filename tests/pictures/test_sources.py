@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from annotated import write_picture
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from tucker_cam.errors import BadFileError, BadValueError
 from tucker_cam.pictures.annotations import find_samples
 from tucker_cam.pictures.files import open_picture
 from tucker_cam.pictures.held import collect
-from tucker_cam.pictures.sources import find_sources, random_sample, safe_name
+from tucker_cam.pictures.sources import MARK, find_sources, random_sample, safe_name
 
 
 @pytest.fixture
@@ -54,7 +55,10 @@ def test_files_globs_and_folders_name_each_picture_once(pictures, tmp_path, monk
 def test_explain_and_evaluate_find_the_same_files(pictures):
     for suffix in ("gif", "avif", "webp", "bmp", "tiff", "pgm"):
         (pictures / f"x.{suffix}").write_bytes(b"")
+    about = PngInfo()
+    about.add_text(MARK, "{}")
     write_picture(pictures / "out" / "a_tsm.png")
+    Image.open(pictures / "out" / "a_tsm.png").save(pictures / "out" / "a_tsm.png", pnginfo=about)
     (pictures / "out" / "manifest.json").write_text('{"versions": {"tucker-cam": "1"}}')
     (pictures / "gone.png").symlink_to("nowhere.png")
     paths = [source.path for source in found_in(pictures)]

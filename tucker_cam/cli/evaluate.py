@@ -14,7 +14,7 @@ from tucker_cam.errors import BadValueError, Failure
 from tucker_cam.evaluation.evaluate import check_output, evaluate
 from tucker_cam.evaluation.metrics import Measure
 from tucker_cam.evaluation.report import FORMATS
-from tucker_cam.evaluation.summary import BASELINE, ENOUGH, Summary, write_summary
+from tucker_cam.evaluation.summary import BASELINE, ENOUGH, HEADER, Summary, write_summary
 from tucker_cam.text import counted, say
 
 _SAY_MOST = (
@@ -33,6 +33,8 @@ def evaluate_folder(
 ) -> list[Failure]:
     """Print the table of an evaluation, and return what was skipped; see `evaluate`."""
     check_output(out, data=data)
+    whole = out.with_name(f"{out.stem}-summary.csv")
+    check_output(whole, header=HEADER)
     if report is not None:
         check_output(report, data=data, formats=FORMATS)
         if report.resolve() == out.resolve():
@@ -40,7 +42,6 @@ def evaluate_folder(
     evaluation = evaluate(data, model, methods, out=out, **options)
     summaries = evaluation.summary()
     print_table(summaries, evaluation.measures)
-    whole = out.with_name(f"{out.stem}-summary.csv")
     write_summary(whole, summaries)
     for remark in evaluation.remarks:
         say(f"note: {remark}")

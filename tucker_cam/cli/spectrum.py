@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tucker_cam.errors import BadValueError, Failure
+from tucker_cam.errors import Failure
 from tucker_cam.evaluation.evaluate import check_output
 from tucker_cam.evaluation.spectrum import HEADER, spectrum
 from tucker_cam.text import say
@@ -17,9 +17,7 @@ def write_spectrum(data: Path, model: str, out: Path, **options: Any) -> list[Fa
     """Write the box plots and the CSV, and return what was skipped; see `spectrum`."""
     table = out.with_suffix(".csv")
     check_output(out, data=data, formats=(".png",))
-    check_output(table)
-    if table.exists() and not table.read_text(encoding="utf-8", errors="replace").startswith(",".join(HEADER)):
-        raise BadValueError(f"{table}: expected a spectrum to overwrite, found something else: give another --out")
+    check_output(table, header=HEADER)
     found = spectrum(data, model, **options)
     found.plot(out)
     found.to_csv(table)

@@ -79,7 +79,7 @@ def leading_maps(unfolding: Unfolding, *, rescaled: bool = False) -> Float[Tenso
     bounded = squared_norm.clamp(SMALLEST_NORM**2, LARGEST_NORM**2)
     if not rescaled and not torch.equal(squared_norm, bounded):
         return leading_maps(rescale_extremes(unfolding)[0], rescaled=True)
-    power = product / bounded[:, None, None].to(product.dtype)
+    power = product / bounded.to(product.dtype).view(-1, 1, 1)
     solvers = [partial(_squared, noise=noise), partial(_corrected, noise=noise), partial(_decomposed, exact=not single)]
     return settled(solvers, unfolding, squares, matrix, power)
 
@@ -126,8 +126,8 @@ def _found_in_power(matrix: Square, power: Square, times: int, before: int = 0) 
     for turn in range(times):
         power = torch.bmm(power, power, out=places[turn % 2])
     largest, columns = power.diagonal(dim1=-2, dim2=-1).max(1)
-    power /= _above_zero(largest)[:, None, None]
-    vectors = power.gather(1, columns[:, None, None].expand(-1, 1, len(power[0])))
+    power /= _above_zero(largest).view(-1, 1, 1)
+    vectors = power.gather(1, columns.view(-1, 1, 1).expand(-1, 1, len(power[0])))
     for _ in range(_STEPS_IN_POWER):
         vectors = vectors.bmm(power)
     vectors = _unit(vectors.double().bmm(matrix).bmm(matrix))
@@ -217,7 +217,7 @@ def _start(unfolding: Unfolding) -> Float[Tensor, "batch 1 n"]:
 def _residuals(vectors: Row, images: Row) -> tuple[Scalars, Row]:
     """Return the Rayleigh quotients of vectors with these products, and what they leave."""
     values = (vectors * images).sum((1, 2))
-    return values, images - values[:, None, None] * vectors
+    return values, images - values.view(-1, 1, 1) * vectors
 
 
 def _unit(vectors: Row) -> Row:

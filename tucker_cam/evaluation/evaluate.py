@@ -140,14 +140,18 @@ def evaluate(
     return Evaluation(results, measures, failures, remarks, loaded, chosen, inputs)
 
 
-def check_output(path: Path, *, data: Path | None = None, formats: Sequence[str] = ()) -> None:
-    """Refuse, before the work of hours, a file that is none, lies in `data` or ends otherwise; make its folder."""
+def check_output(
+    path: Path, *, data: Path | None = None, formats: Sequence[str] = (), header: Sequence[str] = ()
+) -> None:
+    """Refuse, before the work of hours, a file that is none, in `data`, ends or begins otherwise; make its folder."""
     if formats and path.suffix.lower() not in formats:
         raise BadValueError(f"{path}: expected a file ending in {', '.join(formats)}")
     if data is not None and path.resolve().is_relative_to(data.resolve()):
         raise BadValueError(f"{path}: expected an output outside of the data, {data}")
     if path.exists() and not path.is_file():
         raise BadFileError(f"{path}: expected a file to write, found a folder or a device")
+    if header and path.exists() and not path.read_text("utf-8", "replace").startswith(",".join(header)):
+        raise BadValueError(f"{path}: expected a table to write again, found something else: give another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -40,7 +40,8 @@ class Results:
             raise BadValueError(f"expected measures of different names, got the columns {', '.join(self._header)}")
         self.rows: dict[tuple[str, str], Row] = {}
         if path is not None and path.exists():
-            self._read(path)
+            if path.stat().st_size:
+                self._read(path)
             self.to_csv(path)
 
     def append(self, rows: Iterable[Row]) -> None:

@@ -19,6 +19,7 @@ BASELINE = "eigencam"
 # Of fewer pictures a percentile bootstrap's interval leaves 0 out far too often.
 ENOUGH = 10
 _RESAMPLES = 2000
+HEADER = ("method", "measure", "pictures", "mean", "low", "high", "difference", "difference_low", "difference_high")
 
 
 class Interval(NamedTuple):
@@ -68,8 +69,7 @@ def summarise(
 
 def write_summary(path: Path, summaries: Mapping[str, Mapping[str, Summary]]) -> None:
     """Write a row for each method and measure: the mean and the difference, each with its interval."""
-    header = ["method", "measure", "pictures", "mean", "low", "high", "difference", "difference_low", "difference_high"]
-    with new_table(path, header) as write_row:
+    with new_table(path, HEADER) as write_row:
         for method, by_measure in summaries.items():
             for name, found in by_measure.items():
                 numbers = [f"{number:.6g}" for number in (*found.value, *(found.difference or ()))]

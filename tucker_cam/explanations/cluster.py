@@ -27,11 +27,10 @@ from tucker_cam.explanations.explainer import CPU_BATCH, Explainer, read_input
 from tucker_cam.explanations.manifest import identity, not_of_a_run, place_of_run, versions
 from tucker_cam.models import LoadedModel
 from tucker_cam.pictures.ahead import in_batches
-from tucker_cam.pictures.sources import MANIFEST, Source
+from tucker_cam.pictures.sources import MANIFEST, TABLES, Source
 from tucker_cam.text import counted
 from tucker_cam.writing import only_run
 
-_PREFIX = "maps-"
 _MOST_BLOCKS = 1000
 _SCHEMA = pyarrow.schema(
     [
@@ -157,7 +156,7 @@ class _Actor:
 
 class _Names(FilenameProvider):
     def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
-        return f"{_PREFIX}{super().get_filename_for_task(write_uuid, task_index)}"
+        return f"{TABLES}{super().get_filename_for_task(write_uuid, task_index)}"
 
 
 def _item(batch: Sequence[Source], methods: Collection[str], done: set[tuple[str, str]]) -> dict[str, list[Any]]:
@@ -177,7 +176,7 @@ def _claim_folder(filesystem: Any, root: str, run: Mapping[str, Any]) -> str:
     if folder in manifests:
         return folder
     # Tables are read: they must be a run's.
-    if tables := filesystem.glob(f"{folder}/{_PREFIX}*.parquet"):
+    if tables := filesystem.glob(f"{folder}/{TABLES}*.parquet"):
         raise not_of_a_run(tables[0])
     unfinished, path = f"{folder}/.{MANIFEST}.unfinished", f"{folder}/{MANIFEST}"
     try:
@@ -205,7 +204,7 @@ def _read_tables(filesystem: Any, folder: str, *, known: Collection[str] = ()) -
     """Read all tables but those that are known."""
     # Ray writes them behind its back.
     filesystem.invalidate_cache()
-    tables = _Tables(sorted({*filesystem.glob(f"{folder}/{_PREFIX}*.parquet")}.difference(known)), set(), {}, [])
+    tables = _Tables(sorted({*filesystem.glob(f"{folder}/{TABLES}*.parquet")}.difference(known)), set(), {}, [])
     columns = ["picture", "method", "error"]
     for path in tables.paths:
         try:

@@ -69,7 +69,8 @@ def explain(
         model: a name or a module as for `load_model`, or what that returns.
         methods: names as on the command line; or classes of the host's kind, by a name of yours.
         out: a folder to write to, in this call; what an earlier one has written there stays, and what another model
-            or layer has is not mixed with it: it gets a folder below. With ``ray`` it may be a URL.
+            or layer has is not mixed with it: it gets a folder below. Pictures that this program holds are called by
+            their places, ``picture-0``, and others of their place are written over. With ``ray`` it may be a URL.
         formats: of ``overlay`` (PNG), ``npy`` and ``zarr`` (maps, float32).
         gallery: write ``gallery.html`` too, one page with all pictures.
         view: of overlays, as `colormap` and `alpha`: see `Explanation.overlay`.

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from tucker_cam.errors import BadValueError
+from tucker_cam.explanations.outputs import KINDS, MethodFiles
 from tucker_cam.models import LoadedModel
 from tucker_cam.pictures.held import Picture
 from tucker_cam.pictures.sources import MANIFEST, Stamp, safe_name
@@ -27,7 +28,7 @@ _PACKAGES = ("tucker-cam", "torch", "numpy", "grad-cam", "pillow")
 _RUN = frozenset(["engine", "model", "weights", "layers", "aug_smooth", "preprocessing"])
 _LONGEST_FOLDER = 100
 # Ours end so, and no folder of a picture's name may.
-_SUFFIXES = (".json", ".html", ".npy", ".png", ".zarr")
+_SUFFIXES = (".json", ".html", ".zarr", *(kind.suffix for kind in KINDS if issubclass(kind, MethodFiles)))
 
 
 class Manifest:
@@ -143,12 +144,14 @@ def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, bytes
         ValueError: one of them is no manifest.
     """
     contents = {place: read_manifest(text, place) for place, text in manifests.items()}
+    if out not in contents:  # and folders below it are of other runs
+        return out
     for place, content in contents.items():
         if run.items() <= content.items():
             return place
-    taken = contents.get(out)
+    taken = contents[out]
     # What a run left that failed before its first picture is nobody's.
-    if taken is None or (taken["engine"] == run["engine"] and taken.get("pictures") == {}):
+    if taken["engine"] == run["engine"] and taken.get("pictures") == {}:
         return out
     model = re.sub(r"[^\w.+-]+", "-", run["model"])
     name = "_".join([model, *run["layers"], *(["ray"] if run["engine"] == "ray" else [])])[:_LONGEST_FOLDER]
@@ -164,7 +167,9 @@ def read_manifest(manifest: bytes, folder: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(manifest)
         if not content.keys() >= _RUN:
             raise BadValueError("not all is said")
-    except (AttributeError, ValueError) as error:
+        for names in (content["layers"], content.get("methods", [])):
+            "".join(names)
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise _no_manifest(folder) from error
     return content
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pytorch_grad_cam import AblationCAM, ScoreCAM
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor
 
@@ -40,20 +41,36 @@ class OnePass(FeatureRecorder):
     def maps(self, method: Callable[..., BaseCAM]) -> NDArray[np.float32]:
         """Return a method's maps, batch x spatial, float32 in [0, 1].
 
-        One that uses gradients runs the model by itself, and explains the class that it predicts.
+        One that asks for a class runs the model by itself, and explains the one that it predicts; gradients that are
+        there stay.
 
         Raises:
             TypeError, ValueError: see `TSM`. What the model, or the host, raises comes through.
         """
         self._calls = 0
-        with method(self.model, self.target_layers, self.reshape_transform) as cam:
-            targets: list[Any] | None = None
-            if not cam.uses_gradients:
-                cam.activations_and_grads.release()
-                cam.activations_and_grads = self
-                # Without targets the host would read the output, which need not be a tensor.
-                targets = []
-            maps: NDArray[np.float32] = cam(self.images, targets=targets, aug_smooth=self.aug_smooth)
+        cam = method(self.model, self.target_layers, self.reshape_transform)
+        try:
+            if cam.uses_gradients or isinstance(cam, (AblationCAM, ScoreCAM)):
+                return self._of_a_class(cam)
+            cam.activations_and_grads.release()
+            cam.activations_and_grads = self
+            # Without targets the host would read the output, which need not be a tensor.
+            maps: NDArray[np.float32] = cam(self.images, targets=[], aug_smooth=self.aug_smooth)
+            return maps
+        finally:  # the host's own block would swallow an IndexError
+            cam.activations_and_grads.release()
+
+    def _of_a_class(self, cam: BaseCAM) -> NDArray[np.float32]:
+        parameters = list(self.model.parameters())
+        before = [parameter.grad for parameter in parameters]
+        # Of a model without gradients the image still has some.
+        images = self.images.clone().requires_grad_(cam.uses_gradients)
+        try:
+            with torch.set_grad_enabled(cam.uses_gradients):
+                maps: NDArray[np.float32] = cam(images, targets=None, aug_smooth=self.aug_smooth)
+        finally:
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
         return maps
 
     def output_and_features(self) -> tuple[Any, list[Tensor]]:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 
 STORE, PAGE = "maps.zarr", "gallery.html"
-_LOOK = "tucker_cam look"
 
 
 class Output(ABC):
@@ -103,8 +102,10 @@ class Overlays(MethodFiles):
     def save(self, path: Path, explanation: Explanation, saliency: NDArray[np.float32]) -> None:
         from PIL.PngImagePlugin import PngInfo
 
+        from tucker_cam.pictures.sources import MARK
+
         about = PngInfo()
-        about.add_text(_LOOK, json.dumps(self.look._asdict()))
+        about.add_text(MARK, json.dumps(self.look._asdict()))
         if saliency.ndim == 2:
             # Twice as fast as Pillow's default, and a few per cent larger.
             explanation.drawn(saliency, self.look).save(path, format="PNG", compress_level=1, pnginfo=about)
@@ -119,10 +120,11 @@ def _look_of(path: Path) -> Look | None:
     from PIL import Image
 
     from tucker_cam.explanations.explanation import Look
+    from tucker_cam.pictures.sources import MARK
 
     try:
         with Image.open(path) as overlay:
-            look = Look(**json.loads(overlay.info[_LOOK]))
+            look = Look(**json.loads(overlay.info[MARK]))
         look.check()
     except (OSError, KeyError, TypeError, ValueError):
         return None

@@ -65,8 +65,8 @@ class LoadedModel(Network):
         return {"size": own.size, "crop": own.crop, "mean": list(own.mean), "std": list(own.std)}
 
     def digest(self) -> str:
-        """Return a short hash of the weights, which tells two checkpoints of one name apart."""
-        digest = hashlib.sha256()
+        """Return a short hash of the weights and the layers' shapes, which tells two models of one name apart."""
+        digest = hashlib.sha256(str([layer.shape for layer in self.spatial_layers]).encode())
         for value in self.model.state_dict().values():
             if isinstance(value, Tensor):
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -195,9 +195,12 @@ def _with_preprocessing(
         return network
     if network.frames is not None:
         raise BadValueError(f"{spec}: expected no size, crop, mean or std, as it takes {network.frames} frames at once")
-    preprocess = Preprocessing(
-        size=network.example().shape[-1] if size is None else size,
-        crop=crop,
+    own = network.preprocess
+    base = own if isinstance(own, Preprocessing) else Preprocessing(network.example().shape[-1])
+    preprocess = replace(
+        base,
+        size=base.size if size is None else size,
+        crop=crop and base.crop,
         mean=tuple(network.mean if mean is None else mean),
         std=tuple(network.std if std is None else std),
     )

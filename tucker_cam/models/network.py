@@ -96,10 +96,12 @@ class Network:
         return next(self.model.parameters(), torch.empty(0)).device
 
     def picture(self, network_input: Tensor) -> NDArray[np.float32]:
-        """Return what the network saw, resized and cropped, in [0, 1]: (time x) height x width x 3."""
+        """Return what the network saw, in [0, 1]: (time x) height x width x 3; where it sees one channel, in grey."""
         import torch
 
-        seen = network_input.cpu().movedim(0, -1)
+        seen = network_input.detach().cpu().movedim(0, -1)
+        if seen.shape[-1] == 1:
+            seen = seen.expand(*seen.shape[:-1], 3)
         picture: NDArray[np.float32] = (seen * torch.tensor(self.std) + torch.tensor(self.mean)).clamp(0, 1).numpy()
         return picture
 

@@ -70,7 +70,9 @@ def read_ahead(
     try:
         # Any sequence is a data set, and what makes batches of its items may as well read them.
         dataset: Any = batches
-        yield from DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=read)
+        # With a generator of its own it draws nothing from the caller's.
+        own = torch.Generator()
+        yield from DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=read, generator=own)
     except RuntimeError as error:
         # An error of the reader itself names its process as well, though not by its pid.
         if "DataLoader worker (pid" not in str(error):

@@ -55,18 +55,11 @@ def decode_frames(file: BinaryIO, name: str, count: int) -> list[Image.Image]:
     """
     try:
         with open_image(file) as picture:
-            if picture.mode == "F" or (picture.mode, picture.format) == ("I", "TIFF"):
-                # Nothing in the picture says which of its numbers are black and white.
-                raise BadFileError(f"{name}: expected a picture of 8 or 16 bits a channel, found one of 32: convert it")
             frames = []
             last = getattr(picture, "n_frames", 1) - 1 if count > 1 else 0
             for index in np.linspace(0, last, count).round().astype(int):
                 picture.seek(int(index))
-                upright = ImageOps.exif_transpose(picture)
-                if upright.mode.startswith("I"):
-                    # Pillow would cut 16-bit greys off at 255 instead of scaling them.
-                    upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
-                frames.append(upright.convert("RGB"))
+                frames.append(upright_rgb(picture, name))
             return frames
     except BadFileError:
         raise
@@ -77,6 +70,18 @@ def decode_frames(file: BinaryIO, name: str, count: int) -> list[Image.Image]:
     except Exception as error:
         # Pillow's decoders, and EXIF data of its own kind, raise nearly anything.
         raise BadFileError(f"{name}: expected a whole picture, found a broken one ({error})") from error
+
+
+def upright_rgb(picture: Image.Image, name: str) -> Image.Image:
+    """Return a picture as RGB, turned as its EXIF data says; OSError for one of 32 bits a channel."""
+    if picture.mode == "F" or (picture.mode == "I" and picture.format in ("TIFF", None)):
+        # Nothing in the picture says which of its numbers are black and white.
+        raise BadFileError(f"{name}: expected a picture of 8 or 16 bits a channel, found one of 32: convert it")
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I"):
+        # Pillow would cut 16-bit greys off at 255 instead of scaling them.
+        upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
+    return upright.convert("RGB")
 
 
 def open_image(file: BinaryIO | Path) -> Image.Image:

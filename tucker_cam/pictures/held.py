@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from tucker_cam.errors import BadTypeError, BadValueError, Failure
+from tucker_cam.pictures.files import upright_rgb
 from tucker_cam.pictures.sources import Source, Stamp, find_sources, random_sample
 
 Pictures = str | Path | Image.Image | NDArray[Any] | Tensor | Iterable[Any]
@@ -123,7 +124,7 @@ def _of_list(pictures: Sequence[Any], out: Path | None) -> tuple[list[Picture], 
 
 def _as_picture(given: Any, index: int) -> Image.Image:
     if isinstance(given, Image.Image):
-        return ImageOps.exif_transpose(given).convert("RGB")
+        return upright_rgb(given, f"picture {index}")
     if not isinstance(given, np.ndarray):
         raise BadTypeError(f"expected a path, an image or an array as picture {index}, got {type(given).__name__}")
     if given.ndim != 3 or given.shape[2] != 3 or 0 in given.shape:

@@ -25,6 +25,10 @@ Item = TypeVar("Item")
 PICTURES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 MANIFEST = "manifest.json"
 """What tells a folder of results."""
+MARK = "tucker_cam look"
+"""What an overlay says of itself in its PNG: how it was drawn."""
+TABLES = "maps-"
+"""Ray's tables of maps begin so."""
 _TABLE = ".parquet"
 _MAGIC = re.compile(r"[*?[]")
 _EXPECTED = "expected pictures or Parquet files, found none"
@@ -86,8 +90,8 @@ class Source:
 def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[list[Source], list[Failure]]:
     """Find the pictures: each file that is named, and those in folders (at any depth), globs and Parquet files.
 
-    Hidden files in folders are left out, and so are folders that are links, and folders of results, such as `out`. A
-    file of a folder that cannot be read stays in the list: reading it says so. For tables see `tables`.
+    Hidden files in folders are left out, and so are folders that are links, and results of earlier runs. A file of a
+    folder that cannot be read stays in the list: reading it says so. For tables see `tables`.
 
     Returns:
         The pictures, in the order of the arguments, and of the names in each, none twice; and the arguments and tables
@@ -123,11 +127,11 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
     return found + [Path(error.filename) for error in closed]
 
 
-def without_results(files: Sequence[Path], root: Path, out: Path | None = None) -> list[Path]:
-    """Leave out what lies in a folder of results, be it `root` or below."""
+def without_results(files: Sequence[Path], root: Path) -> list[Path]:
+    """Leave out the overlays and tables in folders of results, be it `root` or below; what else is there stays."""
     folders = {folder for file in files for folder in file.parents if folder.is_relative_to(root)}
-    results = {folder for folder in folders if _holds_results(folder) or (out and folder.resolve() == out.resolve())}
-    return [file for file in files if results.isdisjoint(file.parents)]
+    results = {folder for folder in folders if _holds_results(folder)}
+    return [file for file in files if results.isdisjoint(file.parents) or not _is_result(file)]
 
 
 def random_sample(items: Sequence[Item], limit: int | None) -> list[Item]:
@@ -166,7 +170,7 @@ def _files_at(argument: str, out: Path | None) -> list[tuple[str, str]]:
     else:
         root = Path(os.path.dirname(_MAGIC.split(argument)[0]))
         found = [Path(file) for file in glob.glob(argument, recursive=True) if not os.path.isdir(file)]
-    ours = without_results(found, root, out)
+    ours = without_results(found, root)
     if not ours:
         left_out = " but results of earlier runs" if found else ""
         raise BadValueError(f"{argument}: {_EXPECTED}{left_out}")
@@ -211,4 +215,13 @@ def _in_file(path: str, stem: str) -> list[Source]:
 def _holds_results(folder: Path) -> bool:
     with suppress(OSError):
         return b'"tucker-cam"' in (folder / MANIFEST).read_bytes()
+    return False
+
+
+def _is_result(file: Path) -> bool:
+    if file.suffix == _TABLE:
+        return file.name.startswith(TABLES)
+    # Pillow's decoders raise nearly anything.
+    with suppress(Exception), Image.open(file) as picture:
+        return MARK in picture.info
     return False

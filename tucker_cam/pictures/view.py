@@ -63,9 +63,9 @@ def _coordinates(preprocess: Callable[[Any], Tensor], size: tuple[int, int], fra
     """Return where in the picture, in [0, 1], each place of the network's input lies, its x and its y; NaN if none."""
     black, white = _levels(preprocess, frames)
     width, height = size
-    sent = np.full((height, width, 3), _BLUE)
-    sent[..., 0] = (np.arange(width) + 0.5) / width
-    sent[..., 1] = (np.arange(height)[:, None] + 0.5) / height
+    sent = np.full((height, width, 3), 255 * _BLUE, np.uint8)
+    sent[..., 0] = np.rint(255 * (np.arange(width) + 0.5) / width)
+    sent[..., 1] = np.rint(255 * (np.arange(height)[:, None] + 0.5) / height)
     red, green, blue = np.asarray((_sent(preprocess, sent, frames) - black) / (white - black))
     return np.where(np.abs(blue - _BLUE) > _ROUNDING, np.nan, [red, green])
 
@@ -74,14 +74,14 @@ def _coordinates(preprocess: Callable[[Any], Tensor], size: tuple[int, int], fra
 def _levels(preprocess: Callable[[Any], Tensor], frames: int | None) -> tuple[Tensor, Tensor]:
     """Return what black and white of each channel become; in the middle, which is never padding."""
     # Of the size that every network takes in its dry run.
-    sent = [_sent(preprocess, np.full((256, 256, 3), level), frames) for level in (0.0, 1.0)]
+    sent = [_sent(preprocess, np.full((256, 256, 3), level, np.uint8), frames) for level in (0, 255)]
     black, white = (each[:, each.shape[1] // 2, each.shape[2] // 2, None, None] for each in sent)
     return black, white
 
 
-def _sent(preprocess: Callable[[Any], Tensor], picture: NDArray[np.float64], frames: int | None) -> Tensor:
+def _sent(preprocess: Callable[[Any], Tensor], picture: NDArray[np.uint8], frames: int | None) -> Tensor:
     """Return the network's input, channels x height x width; of a clip its first frame."""
-    image = Image.fromarray(np.rint(255 * picture).astype(np.uint8))
+    image = Image.fromarray(picture)
     found = preprocess(image if frames is None else [image] * frames).to(torch.float64)
     return found if frames is None else found[:, 0]
 
