@@ -124,8 +124,8 @@ def test_the_hosts_methods_of_a_class_explain_the_predicted_one_and_leave_model_
 
 
 def test_an_index_error_of_a_method_comes_through():
-    class Broken(TSM):
-        def saliency(self, features):
+    class Broken(EigenCAM):
+        def get_cam_image(self, *_):
             return [][0]
 
     loaded = load_model("networks:tiny_loaded_model")
