@@ -127,7 +127,9 @@ def go_through(
             for these in of_one_size({name: view.network_input for name, view in views.items()}):
                 do = partial(_do, work=work, views=views, device=device)
                 found = together_or_alone(do, [*these], through=(OSError,))
-                failures += [Failure(name, error) for name, error in zip(these, found, strict=True) if error]
+                failures += [
+                    Failure(name, error) for name, error in zip(these, found, strict=True) if error is not None
+                ]
             done += len(batch)
             advance(len(batch))
     if len(failures) == done:

@@ -168,7 +168,7 @@ def read_manifest(manifest: bytes, folder: str) -> dict[str, Any]:
         if not content.keys() >= _RUN:
             raise BadValueError("not all is said")
         for names in (content["layers"], content.get("methods", [])):
-            "".join(names)
+            "".join(names)  # a TypeError where they are no names
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise _no_manifest(folder) from error
     return content

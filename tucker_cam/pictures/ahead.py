@@ -41,7 +41,7 @@ def of_one_size(inputs: Mapping[Key, Tensor]) -> list[dict[Key, Tensor]]:
 
 
 def together_or_alone(
-    work: Callable[[list[Key]], Iterable[Result]], items: list[Key], *, through: tuple[type[Exception], ...] = ()
+    work: Callable[[list[Item]], Iterable[Result]], items: list[Item], *, through: tuple[type[Exception], ...] = ()
 ) -> list[Result | Exception]:
     """Do some work on items together or, where it fails, on each: results, or errors, but those that come `through`.
 

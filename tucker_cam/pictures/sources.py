@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 from PIL import Image
 
 from tucker_cam.errors import BadValueError, Failure, MissingPackageError, TuckerCamError
-from tucker_cam.pictures.files import decode_frames, is_url, open_file
+from tucker_cam.pictures.files import decode_frames, is_url, open_file, open_image
 from tucker_cam.pictures.tables import encoded_picture, row_names
 from tucker_cam.text import one_line
 
@@ -222,6 +222,6 @@ def _is_result(file: Path) -> bool:
     if file.suffix == _TABLE:
         return file.name.startswith(TABLES)
     # Pillow's decoders raise nearly anything.
-    with suppress(Exception), Image.open(file) as picture:
+    with suppress(Exception), open_image(file) as picture:
         return MARK in picture.info
     return False
