@@ -75,13 +75,25 @@ def test_the_bound_of_the_gap_is_one_and_no_idle_one(n, exponent, dtype):
     basis = torch.linalg.qr(torch.randn(40, n, n, dtype=torch.float64)).Q
     values = torch.rand(40, n, dtype=torch.float64).pow(exponent).sort(descending=True).values
     matrix = basis @ (values[..., None] * basis.mT)
-    power = (matrix / values.sum(1)[:, None, None]).to(dtype)
+    power = (matrix / values.norm(dim=1)[:, None, None]).to(dtype)
     true = 1 - values[:, 1] / values[:, 0]
     for times, before, least, most in ((3, 0, 0.4, 0.8), (5, 3, 0.01, 0.04)):
         power, _, gaps = leading._found_in_power(matrix, power, times, before)
         assert (gaps <= true).all()
         resolved = (true > least) & (true < most)
         assert (gaps[resolved] > 0.5 * true[resolved]).all()
+
+
+@pytest.mark.parametrize("part", [0, 1e-6, 1e-3])
+@pytest.mark.parametrize("second", [0.3, 0.7])
+def test_a_vector_at_right_angles_to_the_first_one_multiplied_is_found(part, second):
+    start = leading._start(torch.ones(1, 1, 49, dtype=torch.float64))[0].T
+    apart = torch.linalg.qr(torch.cat([start, torch.randn(49, 9, dtype=torch.float64)], dim=1)).Q[:, 1:]
+    right = torch.linalg.qr(torch.cat([apart[:, :1] + part * start, start, apart[:, 1:]], dim=1)).Q
+    left = torch.linalg.qr(torch.randn(600, 10, dtype=torch.float64)).Q
+    unfolding = (left * torch.tensor([1, second, *[0.1] * 8])) @ right.T
+    for features in (unfolding, unfolding.float()):
+        assert_is_the_leading_map(leading_maps(features[None]), features[None])
 
 
 @pytest.mark.parametrize("shape", LARGE)

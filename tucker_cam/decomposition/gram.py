@@ -34,7 +34,7 @@ SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
 # Others, Apple's MPS for one, have no float64 or no eigendecompositions.
 _DEVICES_THAT_DECOMPOSE = ("cpu", "cuda")
 # Numbers that are turned into float64 at a time, but no fewer rows than these: the copy stays in the processor's cache.
-_NUMBERS_AT_A_TIME, _LEAST_ROWS_AT_A_TIME = 2**17, 64
+_NUMBERS_AT_A_TIME, _LEAST_ROWS_AT_A_TIME = 2**17, 128
 # The float32 products of fewer rows are not relied on: BLAS sums them one number after the other, and is off by 5e-6.
 _FEW_ROWS = 16
 

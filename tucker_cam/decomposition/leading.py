@@ -8,7 +8,7 @@ products with vectors. Both start in float32, and know by how much that may put 
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,7 +46,7 @@ _NUMBERS_IN_CACHE = 2**20
 # From this size on a Krylov subspace is faster than the products that squaring takes.
 _LARGE = 128
 # After three squarings the matrix is its 8th power; a step with a power costs a fraction of a squaring, and eight of
-# these leave of a second eigenvalue of 0.8 times the first one 1e-7. Five squarings more: of one of 0.99, 1e-10.
+# these leave of a second eigenvalue of 0.8 times the first one 6e-7. Five squarings more: of one of 0.99, 1e-9.
 _SQUARINGS, _MORE_SQUARINGS, _STEPS_IN_POWER = 3, 5, 8
 # Most feature maps take four steps; what is not found in these many is decomposed. In float64, down to this residual.
 _STEPS_AT_A_TIME, _STEPS, _PRECISE_STEPS, _RESIDUAL = 2, 20, 12, 1e-11
@@ -75,11 +75,11 @@ def leading_maps(unfolding: Unfolding, *, rescaled: bool = False) -> Float[Tenso
     matrix = product.double()
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     squares = diagonal if is_tall(unfolding) else unfolding.square().sum(1).double()
-    squared_norm = diagonal.sum(1)
-    bounded = squared_norm.clamp(SMALLEST_NORM**2, LARGEST_NORM**2)
-    if not rescaled and not torch.equal(squared_norm, bounded):
+    norms = vector_norm(product, dim=(1, 2), keepdim=True)
+    bounded = norms.clamp(SMALLEST_NORM**2, LARGEST_NORM**2)
+    if not rescaled and not torch.equal(norms, bounded):
         return leading_maps(rescale_extremes(unfolding)[0], rescaled=True)
-    power = product / bounded.to(product.dtype).view(-1, 1, 1)
+    power = product / bounded
     solvers = [partial(_squared, noise=noise), partial(_corrected, noise=noise), partial(_decomposed, exact=not single)]
     return settled(solvers, unfolding, squares, matrix, power)
 
@@ -112,31 +112,32 @@ def _corrected(unfolding: Unfolding, squares: Tensor, matrix: Square, power: Squ
 def _found_in_power(matrix: Square, power: Square, times: int, before: int = 0) -> tuple[Square, Row, Scalars]:
     r"""Square a power so often, and return it, the leading eigenvector in it and a lower bound of the relative gap.
 
-    The power has the precision of the product that it was made of, and in the end a leading eigenvalue of one.
+    The power comes with the precision of the product that it was made of, of a Frobenius norm of one, or as it was
+    returned: with a leading eigenvalue of about one. So powers of it up to the 16th, with fewer than 128 rows, stay
+    within float32's range, and squares of their products with a vector too.
 
-    The column with the largest diagonal entry has the largest part of the vector; steps with the power leave less of
-    the others, and steps with the matrix itself, in float64, take away the rounding errors of the squarings.
+    Steps with it leave less and less of the other vectors, and a step with the matrix itself, in float64, takes away
+    the rounding errors of the squarings.
 
     After k squarings the power P has the eigenvalues $p_i \propto \lambda_i^{2^k}$. For any q and v,
     $p_2 \le \|P - q\,v v^\top\|_F$: taking away a matrix of rank one leaves at least the second singular value (Eckart
     and Young, 1936). With $q = v^\top P v \le p_1$ that bounds $\lambda_2 / \lambda_1 = (p_2 / p_1)^{1/2^k}$, but for
     the rounding errors, which a squaring doubles and adds to.
     """
-    places = [torch.empty_like(power), torch.empty_like(power)]  # in turns: new memory costs as much as a squaring
-    for turn in range(times):
-        power = torch.bmm(power, power, out=places[turn % 2])
-    largest, columns = power.diagonal(dim1=-2, dim2=-1).max(1)
-    power /= _above_zero(largest).view(-1, 1, 1)
-    vectors = power.gather(1, columns.view(-1, 1, 1).expand(-1, 1, len(power[0])))
-    for _ in range(_STEPS_IN_POWER):
-        vectors = vectors.bmm(power)
-    vectors = _unit(vectors.double().bmm(matrix).bmm(matrix))
-    rough = vectors.to(power.dtype)
-    power /= _above_zero(rough.bmm(power).bmm(rough.mT))
-    rest = vector_norm(torch.baddbmm(power, rough.mT, rough, alpha=-1, out=places[times % 2]), dim=(1, 2))
+    places = [power, torch.empty_like(power)]  # in turns: new memory costs as much as a squaring
+    for _ in range(times):
+        power = torch.bmm(places[0], places[0], out=places[1])
+        places.reverse()
+    vectors = _unit(_start(power).bmm(power).bmm(power))
+    images = vectors.bmm(power)
+    power /= _above_zero(images.bmm(vectors.mT))
+    rest = vector_norm(torch.baddbmm(power, vectors.mT, vectors, alpha=-1, out=places[1]), dim=(1, 2))
+    for _ in range(_STEPS_IN_POWER - 3):
+        images = images.bmm(power)
+    vectors = _unit(images.double().bmm(matrix))
     exponent = 2 ** (before + times)
     rounding = exponent * len(power[0]) * torch.finfo(power.dtype).eps
-    ratios = (rest.double() + rounding) ** (1 / exponent)
+    ratios = (rest + rounding) ** (1 / exponent)
     return power, vectors, (1 - ratios).clamp_min(0)
 
 
@@ -179,7 +180,7 @@ def _judged(
     features' length there at most.
     """
     if is_tall(unfolding):
-        maps = values.clamp_min(0).sqrt()[:, None] * vectors.squeeze(1).abs()
+        maps = (values.clamp_min(0).sqrt().view(-1, 1, 1) * vectors).squeeze(1).abs()
     else:
         maps = torch.cat([vectors @ rows.mT for rows in rows_in_float64(unfolding)], dim=2).squeeze(1).abs()
     promise = _PROMISE_OF_FLOAT64 if unfolding.dtype == torch.float64 else _PROMISE
@@ -201,23 +202,28 @@ def _product(unfolding: Unfolding, vectors: Row, *, single: bool) -> Float[Tenso
 def _in_krylov_subspace(unfolding: Unfolding, solvers: Sequence[Solver]) -> Float[Tensor, "batch positions"]:
     # Channels a few at a time: their squares stay in cache.
     squares = torch.stack([rows.square().sum(1) for rows in unfolding.split(32, dim=1)]).sum(0).double()
-    return settled(solvers, unfolding, squares, _start(unfolding))
+    return settled(solvers, unfolding, squares, _start(as_tall(unfolding)).double())
 
 
-def _start(unfolding: Unfolding) -> Float[Tensor, "batch 1 n"]:
-    """Return what a Krylov subspace starts from: ones, near the answer for rectified features, and fixed random noise.
+def _start(like: Float[Tensor, "batch rows n"]) -> Float[Tensor, "batch 1 n"]:
+    """Return what is multiplied first: ones, near the answer for rectified features, and fixed random noise.
 
     Whatever is regular, ones alone for example, can be orthogonal to a regular eigenvector.
     """
+    return _start_of_one(like.shape[2], like.dtype, like.device).expand(len(like), 1, -1)
+
+
+@cache
+def _start_of_one(length: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "1 1 n"]:
     generator = torch.Generator("cpu").manual_seed(0)
-    noise = torch.randn(min(unfolding.shape[1:]), generator=generator, dtype=torch.float64, device="cpu")
-    return _unit((1 + 0.3 * noise).to(unfolding.device).expand(len(unfolding), 1, -1))
+    noise = torch.randn(length, generator=generator, dtype=torch.float64, device="cpu")
+    return _unit((1 + 0.3 * noise).view(1, 1, -1)).to(device, dtype)
 
 
 def _residuals(vectors: Row, images: Row) -> tuple[Scalars, Row]:
     """Return the Rayleigh quotients of vectors with these products, and what they leave."""
-    values = (vectors * images).sum((1, 2))
-    return values, images - values.view(-1, 1, 1) * vectors
+    values = vectors.bmm(images.mT)
+    return values.view(-1), torch.baddbmm(images, values, vectors, alpha=-1)
 
 
 def _unit(vectors: Row) -> Row:

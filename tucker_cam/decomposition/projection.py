@@ -49,7 +49,7 @@ def leading_map(
     whose norm is above 1e12 or below 1e-12 are divided by their largest magnitude first.
 
     Example:
-        >>> leading_map(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]]))
+        >>> leading_map(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]])).round(decimals=6)
         tensor([[0., 0., 4.]], dtype=torch.float64)
     """
     if engine == "tensorly":
