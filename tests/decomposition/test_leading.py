@@ -87,7 +87,7 @@ def test_the_bound_of_the_gap_is_one_and_no_idle_one(n, exponent, dtype):
 @pytest.mark.parametrize("part", [0, 1e-6, 1e-3])
 @pytest.mark.parametrize("second", [0.3, 0.7])
 def test_a_vector_at_right_angles_to_the_first_one_multiplied_is_found(part, second):
-    start = leading._start(torch.ones(1, 1, 49, dtype=torch.float64))[0].T
+    start = leading._start(49, torch.float64, torch.device("cpu"))[0].T
     apart = torch.linalg.qr(torch.cat([start, torch.randn(49, 9, dtype=torch.float64)], dim=1)).Q[:, 1:]
     right = torch.linalg.qr(torch.cat([apart[:, :1] + part * start, start, apart[:, 1:]], dim=1)).Q
     left = torch.linalg.qr(torch.randn(600, 10, dtype=torch.float64)).Q
@@ -101,6 +101,14 @@ def test_of_large_features_nothing_as_large_as_a_gram_matrix_is_formed(shape):
     unfolding = spectrum(relative_gap(0.5), *shape).float()
     sizes = [size for size in sizes_made_by(lambda: leading_maps(unfolding)) if size < unfolding[0].numel()]
     assert max(sizes) < gram_matrix(unfolding).numel() / 2
+
+
+def test_rectified_features_of_a_large_layer_take_few_products(monkeypatch):
+    products = []
+    product = leading._product
+    monkeypatch.setattr(leading, "_product", lambda *a, **k: products.append(a) or product(*a, **k))
+    leading_maps(torch.relu(torch.randn(1, 2048, 196) + 0.2))
+    assert len(products) <= 8  # five, and three more in float64
 
 
 def test_only_the_images_in_doubt_are_done_again(ways):

@@ -128,7 +128,8 @@ def _found_in_power(matrix: Square, power: Square, times: int, before: int = 0) 
     for _ in range(times):
         power = torch.bmm(places[0], places[0], out=places[1])
         places.reverse()
-    vectors = _unit(_start(power).bmm(power).bmm(power))
+    start = _start(len(power[0]), power.dtype, power.device).expand(len(power), -1, -1)
+    vectors = _unit(start.bmm(power).bmm(power))
     images = vectors.bmm(power)
     power /= _above_zero(images.bmm(vectors.mT))
     rest = vector_norm(torch.baddbmm(power, vectors.mT, vectors, alpha=-1, out=places[1]), dim=(1, 2))
@@ -202,19 +203,16 @@ def _product(unfolding: Unfolding, vectors: Row, *, single: bool) -> Float[Tenso
 def _in_krylov_subspace(unfolding: Unfolding, solvers: Sequence[Solver]) -> Float[Tensor, "batch positions"]:
     # Channels a few at a time: their squares stay in cache.
     squares = torch.stack([rows.square().sum(1) for rows in unfolding.split(32, dim=1)]).sum(0).double()
-    return settled(solvers, unfolding, squares, _start(as_tall(unfolding)).double())
+    start = _start(min(unfolding.shape[1:]), torch.float64, unfolding.device).expand(len(unfolding), -1, -1)
+    return settled(solvers, unfolding, squares, start)
 
 
-def _start(like: Float[Tensor, "batch rows n"]) -> Float[Tensor, "batch 1 n"]:
+@cache
+def _start(length: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "1 1 n"]:
     """Return what is multiplied first: ones, near the answer for rectified features, and fixed random noise.
 
     Whatever is regular, ones alone for example, can be orthogonal to a regular eigenvector.
     """
-    return _start_of_one(like.shape[2], like.dtype, like.device).expand(len(like), 1, -1)
-
-
-@cache
-def _start_of_one(length: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "1 1 n"]:
     generator = torch.Generator("cpu").manual_seed(0)
     noise = torch.randn(length, generator=generator, dtype=torch.float64, device="cpu")
     return _unit((1 + 0.3 * noise).view(1, 1, -1)).to(device, dtype)
