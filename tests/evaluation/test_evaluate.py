@@ -291,6 +291,7 @@ def test_bad_arguments_are_an_error(tmp_path):
         ({"data": [(images, torch.ones(1, 24, 24))]}, "masks of bool"),
         ({"annotations": "boxes"}, "give their masks"),
         ({"batch_size": 0}, "batch_size of at least 1"),
+        ({"limit": 0}, "limit of at least 1"),
         ({"layers": ["0", "2"]}, "expected one layer"),
         ({"model": "networks:tiny_video_network"}, "takes clips"),
         ({"metrics": "locals"}, "near it: localisation"),
@@ -311,7 +312,7 @@ def test_batches_go_into_a_new_file_only(tmp_path):
     images, out = torch.rand(2, 3, 24, 24), tmp_path / "r.csv"
     evaluate(images, MODEL, "tsm", out=out)
     before = out.read_bytes()
-    with pytest.raises(BadValueError, match=r"r\.csv: expected results of the batches .* give another file"):
+    with pytest.raises(BadValueError, match=r"r\.csv: expected a new file, as nothing tells"):
         evaluate(images, MODEL, "tsm", out=out)
     assert out.read_bytes() == before
 

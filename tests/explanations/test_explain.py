@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
-from tucker_cam import MTSM, TSM, channel_modes, explain
+from tucker_cam import MTSM, TSM, channel_modes, evaluate, explain
+from tucker_cam.errors import BadFileError
 from tucker_cam.methods import METHODS
 from tucker_cam.models import Network, load_model
 
@@ -77,7 +78,7 @@ def test_pictures_arrays_and_paths_in_a_list_are_explained(folder, caplog):
 def test_batches_of_network_inputs_are_explained_also_from_a_loader():
     loaded, images = load_model(TINY), network_inputs(5)
     loader = DataLoader([(image, 7) for image in images], batch_size=2)
-    for pictures in (images, loader, [images[:3], images[3:]]):
+    for pictures in (images, loader, list(loader), [images[:3], images[3:]], iter([images[:3], images[3:]])):
         found = list(explain(pictures, loaded))
         assert len(found) == 5
         for index, explanation in enumerate(found):
@@ -86,6 +87,33 @@ def test_batches_of_network_inputs_are_explained_also_from_a_loader():
     assert len(explain(images, loaded)) == 5
     with pytest.raises(TypeError, match="not known"):
         len(explain(loader, loaded))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_module_is_tried_on_the_inputs_that_it_is_given(kind):
+    images = torch.rand(3, 1, 20, 20).to(kind)
+    body = [nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AvgPool2d(2)]
+    model = nn.Sequential(*body, nn.Flatten(), nn.Linear(6 * 9 * 9, 4)).to(kind)
+    expected = TSM(model, [model[2]])(images)
+    for pictures in (images, [images], iter([(images, torch.zeros(3))])):
+        explanations = explain(pictures, model)
+        assert explanations.loaded.layer_names == ["2"]
+        np.testing.assert_allclose(np.stack([each.maps["tsm"] for each in explanations]), expected, atol=1e-5)
+    evaluation = evaluate([images], model, "tsm", metrics="drop")
+    assert evaluation.scored == 3
+    assert evaluation.failures == []
+    with pytest.raises(ValueError, match="failed on one of 3x224x224"):
+        explain(noise(), model)
+
+
+def test_a_broken_image_costs_no_other_its_map(tmp_path):
+    noise().save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:700])
+    with Image.open(tmp_path / "half.jpg") as half:
+        explanations = explain([half, tmp_path / "whole.jpg"], TINY)
+    assert len(explanations) == 2
+    assert [each.name for each in explanations] == ["whole"]
+    assert [(each.name, type(each.error)) for each in explanations.failures] == [("picture-0", BadFileError)]
 
 
 def test_a_model_of_ones_own_is_explained_at_the_layer_that_is_named_or_found():
@@ -122,7 +150,7 @@ def test_clips_are_explained():
         (np.zeros((30, 40, 3), np.int64), {}, TypeError, "uint8"),
         (torch.zeros(3, 24, 24), {}, ValueError, r"images\[None\]"),
         (7, {}, TypeError, "got int"),
-        ([7], {}, TypeError, "picture 0, got int"),
+        ([7], {}, TypeError, "picture-0, got int"),
         ([], {}, ValueError, "empty list"),
         ("nowhere.png", {}, ValueError, "nowhere.png: expected pictures"),
         (noise(), {"methods": "TMS"}, ValueError, "near it: tsm"),
@@ -133,6 +161,7 @@ def test_clips_are_explained():
         (noise(), {"workers": -1}, ValueError, "expected workers of at least 0, got -1"),
         (noise(), {"methods": []}, ValueError, "at least one method"),
         (noise(), {"batch_size": 0}, ValueError, "batch_size"),
+        (noise(), {"gallery": True}, ValueError, "expected out with gallery"),
         (noise(), {"model": 7}, TypeError, "a Network, got int"),
     ],
 )
@@ -355,7 +384,7 @@ def test_a_picture_of_16_bits_has_the_map_of_its_file_and_one_of_32_is_refused(t
     assert len(others) == 2
     for other in others:
         np.testing.assert_array_equal(other, first)
-    with pytest.raises(OSError, match="found one of 32"):
+    with pytest.raises(ValueError, match="found one of 32"):
         explain(Image.fromarray(grey.astype(np.float32)), "networks:tiny_loaded_model")
 
 
@@ -372,3 +401,6 @@ def test_a_network_of_one_channel_is_shown_in_grey():
     )
     (explanation,) = explain(images, network)
     assert explanation.overlay().size == (12, 12)
+    (explanation,) = explain(torch.rand(1, 5, 12, 12), nn.Sequential(nn.Conv2d(5, 4, 3), nn.ReLU()))
+    with pytest.raises(ValueError, match="one or three channels to draw, got 5"):
+        explanation.overlay()

@@ -39,7 +39,8 @@ def score_of(loaded: LoadedModel, one_pass: OnePass) -> Score:
     whole, layer = one_pass.images, loaded.last_layer
 
     def run(images: Tensor) -> tuple[Any, list[Tensor]]:
-        return output_and_features(loaded.model, [layer.module], images, layer.reshape_transform)
+        # Maps are float32, and so is what they leave of an image in half precision.
+        return output_and_features(loaded.model, [layer.module], images.to(whole.dtype), layer.reshape_transform)
 
     if layer.module is loaded.target_layers[0] and layer.reshape_transform == loaded.reshape_transform:
         output, (features,) = one_pass.output_and_features()

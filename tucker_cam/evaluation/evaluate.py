@@ -56,7 +56,8 @@ def evaluate(
         data: a folder of pictures, see `find_samples`; or batches of network inputs, batch x channels x height x
             width, or of tuples of these and masks, bool, batch x height x width, from a DataLoader say: their pictures
             are named "000000" and so on.
-        model: a name or a module as for `load_model`, or what that returns.
+        model: as for `explain`. A module by itself is taken not to classify: `Network(module, classifies=True)` says
+            that it does.
         methods: names as on the command line; or classes of the host's kind, by a name of yours. All by default.
         metrics: of "localisation", "drop", "curves" and "road", and measures of yours.
         annotations: score only pictures of the folder with these; see `find_samples`.
@@ -97,7 +98,7 @@ def evaluate(
     for remark in inputs.remarks:
         logger.info(f"note: {remark}")
     with nullcontext() if path is None else only_run(path):
-        loaded = load_for_pictures(model, **loading)
+        loaded = load_for_pictures(model, inputs.example, **loading)
         if loaded.classifies:
             chosen |= {name: method for name, method in LABEL_DEPENDENT.items() if method.is_there}
         if inputs.annotations == "none":
@@ -112,7 +113,10 @@ def evaluate(
         }
         results = Results(path, run, [measure.name for measure in measures])
         count = "batches" if inputs.number is None else counted(inputs.number)
-        # Nothing tells a batch's pictures from those of an earlier run.
+        if inputs.samples is None and results.rows:
+            raise BadValueError(
+                f"{path}: expected a new file, as nothing tells the pictures of batches from those of an earlier run"
+            )
         if others := {name for name, _ in results.rows} - (inputs.samples or {}).keys():
             raise BadValueError(
                 f"{path}: expected results of the {count} of this run, found some of {min(others)}, which is not among "

@@ -15,9 +15,11 @@ from tucker_cam.errors import BadTypeError, BadValueError, Failure
 from tucker_cam.explanations.explainer import read_input
 from tucker_cam.models import LoadedModel, Network, load_model
 from tucker_cam.models.loading import Loading
+from tucker_cam.models.network import that_takes
 from tucker_cam.pictures.ahead import in_batches, of_one_size, read_ahead, together_or_alone
 from tucker_cam.pictures.annotations import Annotations, NetworkView, Sample, find_samples, network_view
 from tucker_cam.pictures.held import Collection, named_inputs
+from tucker_cam.pictures.sources import check_limit
 from tucker_cam.progress import progress
 from tucker_cam.text import counted
 
@@ -30,13 +32,17 @@ Work = Callable[[Sequence[str], Tensor, Tensor], None]
 
 
 class Inputs(NamedTuple):
-    """The pictures of a run: of a folder, then with `samples` by their names, or of batches, in `views`."""
+    """The pictures of a run: of a folder, then with `samples` by their names, or of batches, in `views`.
+
+    `example` is a batch of one input of these.
+    """
 
     where: str
     annotations: Annotations
     remarks: list[str]
     samples: dict[str, Sample] | None
     views: Iterator[Read] = iter(())
+    example: Tensor | None = None
 
     @property
     def number(self) -> int | None:
@@ -55,9 +61,11 @@ class Inputs(NamedTuple):
         yield from read_ahead(in_batches([*self.samples.values()], batch_size), read, workers)
 
 
-def load_for_pictures(model: Model, *, one_layer: bool = True, **options: Unpack[Loading]) -> LoadedModel:
+def load_for_pictures(
+    model: Model, example: Tensor | None, *, one_layer: bool = True, **options: Unpack[Loading]
+) -> LoadedModel:
     """Return the model, loaded as by `load_model`; ValueError if it takes clips, or has several layers to explain."""
-    loaded = load_model(model, **options)
+    loaded = load_model(that_takes(model, example), **options)
     if loaded.frames is not None:
         raise BadValueError(f"expected a network for pictures, and {loaded.name} takes clips")
     if one_layer and len(loaded.layers) > 1:
@@ -74,14 +82,15 @@ def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) 
         raise BadValueError(f"expected a folder for annotations={annotations!r}, got batches: give their masks")
     if not isinstance(data, Iterable):
         raise BadTypeError(f"expected a folder, or batches of network inputs, got {type(data).__name__}")
+    check_limit(limit)
     views = islice(_of_batches([data] if isinstance(data, Tensor) else data), limit)
-    first = next(views, None)
-    if first is None:
-        raise BadValueError("expected batches of network inputs, got none")
-    return Inputs("batches", "masks" if isinstance(first[1], NetworkView) else "none", [], None, chain([first], views))
+    for name, seen in views:
+        kind = "masks" if isinstance(seen, NetworkView) else "none"
+        return Inputs("batches", kind, [], None, chain([(name, seen)], views), _view(seen).network_input[None])
+    raise BadValueError("expected batches of network inputs, got none")
 
 
-def _of_batches(batches: Iterable[Any]) -> Iterator[Read]:
+def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, NetworkView | Tensor]]:
     for names, images, others in named_inputs(batches):
         views: Iterable[NetworkView | Tensor] = images
         # A data set's labels are of no use here.

@@ -89,7 +89,7 @@ def examine_layers(
         TypeError, ValueError, OSError: as for `explain`; ValueError if none of the pictures could be used.
     """
     collection = collect(pictures, limit=limit)
-    loaded = load_for_pictures(model, one_layer=False, **loading)
+    loaded = load_for_pictures(model, collection.example, one_layer=False, **loading)
     found = [_Found(layer, BorderCheck(layer.name), [], []) for layer in candidate_layers(loaded)]
     layers = [*(each.layer for each in found), loaded.last_layer]
     recorder = FeatureRecorder(loaded.model, [layer.module for layer in layers], common_transform(layers))

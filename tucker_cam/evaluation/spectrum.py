@@ -52,7 +52,7 @@ def spectrum(
     """
     check_reading(batch_size, workers)
     inputs = find_inputs(data, "none" if isinstance(data, (str, Path)) else None, limit)
-    loaded = load_for_pictures(model, **loading)
+    loaded = load_for_pictures(model, inputs.example, **loading)
     pictures: list[str] = []
     parts: list[dict[str, Tensor]] = []
 

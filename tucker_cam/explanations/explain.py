@@ -22,6 +22,7 @@ from tucker_cam.explanations.folder import FolderWriter, check_writing
 from tucker_cam.methods import methods_named
 from tucker_cam.models import Network, load_model
 from tucker_cam.models.loading import Loading
+from tucker_cam.models.network import that_takes
 from tucker_cam.pictures.ahead import check_reading, in_batches
 from tucker_cam.pictures.files import is_url
 from tucker_cam.pictures.held import Collection, Pictures, collect
@@ -66,7 +67,8 @@ def explain(
         pictures: a file, a folder, a glob, a URL or a Parquet file; a PIL image; an array height x width x 3 (uint8, or
             floating point in [0, 1]); a list of these; a batch of network inputs, batch x channels x height x width; or
             an iterable of such batches, a DataLoader say, of which the first part of a tuple is taken.
-        model: a name or a module as for `load_model`, or what that returns.
+        model: a name or a module as for `load_model`, or what that returns. The layer of a module is found with the
+            first of the network inputs, if these are given, in place of a grey picture.
         methods: names as on the command line; or classes of the host's kind, by a name of yours.
         out: a folder to write to, in this call; what an earlier one has written there stays, and what another model
             or layer has is not mixed with it: it gets a folder below. Pictures that this program holds are called by
@@ -112,6 +114,8 @@ def explain(
         ((224, 224), (60, 40))
     """
     chosen = methods_named(methods)
+    if gallery and out is None:
+        raise BadValueError("expected out with gallery, which is a page in that folder")
     if not chosen:
         raise BadValueError("expected at least one method, got none")
     check_choice("engine", engine, Literal["torch", "ray"])
@@ -129,7 +133,7 @@ def explain(
         "mean": mean,
         "std": std,
     }
-    load = partial(load_model, model, **loading)
+    load = partial(load_model, that_takes(model, collection.example), **loading)
     if engine == "ray":
         if out is None or tuple(formats) != ("overlay",) or gallery:
             raise BadValueError("expected out, no formats and no gallery with Ray, which writes Parquet")
@@ -169,7 +173,7 @@ class Explanations:
         """Return how many pictures there are, those that fail included; TypeError where that is not known."""
         if self._pictures.number is None:
             raise BadTypeError("the number of pictures is not known before they were gone through")
-        return self._pictures.number
+        return self._pictures.number + len(self._pictures.failures)
 
     def __iter__(self) -> Iterator[Explanation]:
         self.failures = []

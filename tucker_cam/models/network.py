@@ -6,7 +6,7 @@ PyTorch is imported where there is something to compute, so that the names of mo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from tucker_cam.errors import BadValueError
@@ -79,6 +79,8 @@ class Network:
         std: of each channel, what `preprocess` divides by then.
         classifies: whether the model returns logits, batch x classes.
         frames: how many pictures a video network takes; None for others.
+        takes: a batch of one input, of a network that takes none of a picture by `preprocess`: of one channel, say, or
+            in half precision; None for others.
     """
 
     model: nn.Module
@@ -87,6 +89,7 @@ class Network:
     std: Sequence[float] = IMAGENET_STD
     classifies: bool = False
     frames: int | None = None
+    takes: Tensor | None = field(default=None, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -96,22 +99,39 @@ class Network:
         return next(self.model.parameters(), torch.empty(0)).device
 
     def picture(self, network_input: Tensor) -> NDArray[np.float32]:
-        """Return what the network saw, in [0, 1]: (time x) height x width x 3; where it sees one channel, in grey."""
+        """Return what the network saw, in [0, 1]: (time x) height x width x 3; where it sees one channel, in grey.
+
+        ValueError if it sees another number of channels than one or three.
+        """
         import torch
 
         seen = network_input.detach().cpu().movedim(0, -1)
         if seen.shape[-1] == 1:
             seen = seen.expand(*seen.shape[:-1], 3)
+        if seen.shape[-1] != 3:
+            raise BadValueError(f"expected a network input of one or three channels to draw, got {seen.shape[-1]}")
         picture: NDArray[np.float32] = (seen * torch.tensor(self.std) + torch.tensor(self.mean)).clamp(0, 1).numpy()
         return picture
 
     def example(self) -> Tensor:
-        """Return the input of a grey picture, as a batch of one where the model is; ValueError if it fails."""
+        """Return what it takes, or the input of a grey picture, as a batch of one where the model is.
+
+        ValueError if the preprocessing fails.
+        """
         from PIL import Image
 
+        if self.takes is not None:
+            return self.takes.to(self.device)
         picture = Image.new("RGB", (256, 256), (127, 127, 127))
         pictures = picture if self.frames is None else [picture] * self.frames
         return preprocessed(self.preprocess, pictures, "a grey picture")[None].to(self.device)
+
+
+def that_takes(model: str | nn.Module | Network, example: Tensor | None) -> str | nn.Module | Network:
+    """Return a module of yours as a network that takes such inputs, a batch of one; all else as it is."""
+    from torch import nn
+
+    return model if example is None or not isinstance(model, nn.Module) else Network(model, takes=example)
 
 
 def preprocessed(preprocess: Callable[[Any], Tensor], picture: object, name: str) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,14 +55,25 @@ def decode_frames(file: BinaryIO, name: str, count: int) -> list[Image.Image]:
 
     Of fewer frames some are shown more than once: a still picture is a clip in which nothing moves.
     """
+    with _decoding(name), open_image(file) as picture:
+        frames = []
+        last = getattr(picture, "n_frames", 1) - 1 if count > 1 else 0
+        for index in np.linspace(0, last, count).round().astype(int):
+            picture.seek(int(index))
+            frames.append(_upright_rgb(picture, name))
+        return frames
+
+
+def decoded(picture: Image.Image, name: str) -> Image.Image:
+    """Return a picture that may still have to be read, as `decode_frames` does."""
+    with _decoding(name):
+        return _upright_rgb(picture, name)
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
     try:
-        with open_image(file) as picture:
-            frames = []
-            last = getattr(picture, "n_frames", 1) - 1 if count > 1 else 0
-            for index in np.linspace(0, last, count).round().astype(int):
-                picture.seek(int(index))
-                frames.append(upright_rgb(picture, name))
-            return frames
+        yield
     except BadFileError:
         raise
     except UnidentifiedImageError as error:
@@ -72,7 +85,7 @@ def decode_frames(file: BinaryIO, name: str, count: int) -> list[Image.Image]:
         raise BadFileError(f"{name}: expected a whole picture, found a broken one ({error})") from error
 
 
-def upright_rgb(picture: Image.Image, name: str) -> Image.Image:
+def _upright_rgb(picture: Image.Image, name: str) -> Image.Image:
     """Return a picture as RGB, turned as its EXIF data says; OSError for one of 32 bits a channel."""
     if picture.mode == "F" or (picture.mode == "I" and picture.format in ("TIFF", None)):
         # Nothing in the picture says which of its numbers are black and white.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from tucker_cam.errors import BadTypeError, BadValueError, Failure
-from tucker_cam.pictures.files import upright_rgb
+from tucker_cam.errors import BadFileError, BadTypeError, BadValueError, Failure
+from tucker_cam.pictures.files import decoded
 from tucker_cam.pictures.sources import Source, Stamp, find_sources, random_sample
 
 Pictures = str | Path | Image.Image | NDArray[Any] | Tensor | Iterable[Any]
@@ -49,11 +49,15 @@ Picture = Source | Held
 
 
 class Collection(NamedTuple):
-    """Pictures to explain: `parts` yields them in lists, again when called again; their number, if that is known."""
+    """Pictures to explain: `parts` yields them in lists, again when called again; their number, if that is known.
+
+    `example` is a batch of one network input, where the pictures are such.
+    """
 
     parts: Callable[[], Iterator[Sequence[Picture]]]
     number: int | None
     failures: list[Failure]
+    example: Tensor | None = None
 
 
 def collect(pictures: Pictures, *, out: Path | None = None, limit: int | None = None) -> Collection:
@@ -66,17 +70,24 @@ def collect(pictures: Pictures, *, out: Path | None = None, limit: int | None = 
             f"{type(pictures).__name__}"
         )
     failures: list[Failure] = []
+    example = None
     if isinstance(pictures, Tensor):
-        found = next(_of_batches([pictures]))
-    elif isinstance(pictures, (list, tuple)) and not any(isinstance(each, Tensor) for each in pictures):
+        found, example = next(_of_batches([pictures])), pictures[:1]
+    elif isinstance(pictures, (list, tuple)) and not any(isinstance(each, (Tensor, list, tuple)) for each in pictures):
         found, failures = _of_list(pictures, out)
     elif limit is not None:
         raise BadValueError("expected no limit where the number of pictures is not known: take as many batches")
     else:
-        times = iter([pictures]) if isinstance(pictures, Iterator) else repeat(pictures)
-        return Collection(lambda: _of_batches(_next_time(times)), None, [])
+        times: Iterator[Iterable[Any]] = iter([pictures]) if isinstance(pictures, Iterator) else repeat(pictures)
+        # The first batch is looked at, and stays the first one of those that are gone through.
+        batches = iter(_next_time(times))
+        first = [*islice(batches, 1)]
+        for _, images, _ in named_inputs(first):
+            example = images[:1]
+        times = chain([chain(first, batches)], times)
+        return Collection(lambda: _of_batches(_next_time(times)), None, [], example)
     chosen = random_sample(found, limit)
-    return Collection(lambda: iter([chosen]), len(chosen), failures)
+    return Collection(lambda: iter([chosen]), len(chosen), failures, example)
 
 
 def _next_time(times: Iterator[Iterable[Any]]) -> Iterable[Any]:
@@ -95,7 +106,7 @@ def named_inputs(batches: Iterable[Any]) -> Iterator[tuple[list[str], Tensor, li
         if images.dim() not in (4, 5):
             raise BadValueError(
                 f"expected a batch of network inputs, batch x channels x height x width, got {tuple(images.shape)}: "
-                "a single one needs images[None]"
+                "a single one needs images[None], and what belongs to a batch stands beside it, [(images, masks)]"
             )
         yield [f"{done + index:06d}" for index in range(len(images))], images, others
         done += len(images)
@@ -114,19 +125,22 @@ def _of_list(pictures: Sequence[Any], out: Path | None) -> tuple[list[Picture], 
             sources, problems = find_sources([str(each)], out=out)
             found |= {source.key: source for source in sources}
             failures += problems
-        else:
-            held = Held(f"picture-{index}", _as_picture(each, index))
-            found[held.key] = held
+            continue
+        name = f"picture-{index}"
+        try:
+            found[name] = Held(name, _as_picture(each, name))
+        except BadFileError as error:
+            failures.append(Failure(name, error))
     if not found:
         raise BadValueError("; ".join(str(each.error) for each in failures) or "expected pictures, got an empty list")
     return [*found.values()], failures
 
 
-def _as_picture(given: Any, index: int) -> Image.Image:
+def _as_picture(given: Any, name: str) -> Image.Image:
     if isinstance(given, Image.Image):
-        return upright_rgb(given, f"picture {index}")
+        return decoded(given, name)
     if not isinstance(given, np.ndarray):
-        raise BadTypeError(f"expected a path, an image or an array as picture {index}, got {type(given).__name__}")
+        raise BadTypeError(f"expected a path, an image or an array as {name}, got {type(given).__name__}")
     if given.ndim != 3 or given.shape[2] != 3 or 0 in given.shape:
         raise BadValueError(f"expected a picture as height x width x 3, or a PIL image, got an array of {given.shape}")
     if np.issubdtype(given.dtype, np.floating):

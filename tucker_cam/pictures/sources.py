@@ -134,12 +134,17 @@ def without_results(files: Sequence[Path], root: Path) -> list[Path]:
     return [file for file in files if results.isdisjoint(file.parents) or not _is_result(file)]
 
 
+def check_limit(limit: int | None) -> None:
+    """Raise ValueError for a limit of no pictures."""
+    if limit is not None and limit < 1:
+        raise BadValueError(f"expected a limit of at least 1 picture, got {limit}")
+
+
 def random_sample(items: Sequence[Item], limit: int | None) -> list[Item]:
     """Return a random sample in the order of the items: the same in every run, and part of any larger one."""
+    check_limit(limit)
     if limit is None:
         return list(items)
-    if limit < 1:
-        raise BadValueError(f"expected a limit of at least 1 picture, got {limit}")
     places = random.Random(0).sample(range(len(items)), len(items))[:limit]  # noqa: S311
     return [items[place] for place in sorted(places)]
 
