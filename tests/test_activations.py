@@ -75,6 +75,12 @@ def test_images_that_are_the_features_are_copied():
     assert_close(maps, before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("layers", "error"), [(["0"], TypeError), ([], ValueError), (nn.ReLU(), TypeError)])
+def test_what_is_no_list_of_layers_is_told(layers, error):
+    with pytest.raises(error, match="expected layers "):
+        features(nn.Sequential(nn.Conv2d(3, 4, 3)), layers, images())
+
+
 def test_images_in_a_container_are_explained_with_copies():
     network, batch = networks.in_place_cnn(), images()
     model = networks.Wired(lambda self, pair: self.network(pair["x"]), network=network).eval()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tucker_cam.arguments import all_finite, check_features
+from tucker_cam.arguments import all_finite, check_features, list_of_layers
 from tucker_cam.errors import BadValueError
 
 ReshapeTransform = Callable[[Any], Tensor]
@@ -212,7 +212,7 @@ def features(
         >>> maps.shape
         torch.Size([2, 8, 4, 5])
     """
-    return output_and_features(model, layers, images, reshape_transform)[1]
+    return output_and_features(model, list_of_layers(layers, "layers"), images, reshape_transform)[1]
 
 
 def output_and_features(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tucker_cam.errors import BadTypeError, BadValueError
 
@@ -46,6 +47,20 @@ def all_finite(numbers: Tensor) -> bool:
     """Tell whether there is neither NaN nor Inf among the numbers."""
     # One sum tells almost always that all is well; it can also overflow, so the numbers themselves decide.
     return bool(numbers.sum().isfinite()) or bool(numbers.isfinite().all())
+
+
+def list_of_layers(layers: object, name: str) -> list[nn.Module]:
+    """Return the layers in a list; raise TypeError or ValueError if they are none."""
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise BadTypeError(
+            f"expected {name} as a list of layers, got {type(layers).__name__}: put a layer in brackets, [layer]"
+        )
+    listed = list(layers)
+    if not listed or not all(isinstance(layer, nn.Module) for layer in listed):
+        raise (BadTypeError if listed else BadValueError)(
+            f"expected {name} to hold at least one torch.nn.Module, and nothing else, got {listed!r}"
+        )
+    return listed
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

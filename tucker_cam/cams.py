@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ttach import Compose
 
 from tucker_cam.activations import FeatureRecorder, ReshapeTransform, Source, check_maps_of, feature_maps
-from tucker_cam.arguments import check_choice, check_kind
+from tucker_cam.arguments import check_choice, check_kind, list_of_layers
 from tucker_cam.decomposition.gram import rescale_extremes
 from tucker_cam.decomposition.modes import ChannelModes, Engine, channel_modes
 from tucker_cam.decomposition.projection import Combine, combined_map, leading_map
@@ -339,16 +339,7 @@ def _above_minimum(maps: Tensor) -> Tensor:
 
 def _listed(target_layers: Iterable[nn.Module]) -> list[nn.Module]:
     """Return the layers in a list, as the host iterates over whatever it is given."""
-    if isinstance(target_layers, str) or not isinstance(target_layers, Iterable):
-        raise BadTypeError(
-            f"expected target_layers as a list of layers, got {type(target_layers).__name__}: put a layer in "
-            "brackets, [layer]"
-        )
-    layers = list(target_layers)
-    if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
-        raise (BadTypeError if layers else BadValueError)(
-            f"expected target_layers to hold at least one torch.nn.Module, and nothing else, got {layers!r}"
-        )
+    layers = list_of_layers(target_layers, "target_layers")
     if len(layers) > 1 and not isinstance(target_layers, (list, tuple)):
         warnings.warn(
             f"target_layers is a {type(target_layers).__name__} of {len(layers)} layers, whose maps are averaged: "

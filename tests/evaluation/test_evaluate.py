@@ -107,6 +107,13 @@ def test_a_measure_of_ones_own_is_in_rows_summary_file_and_report(data, tmp_path
     assert "largest value\nneither is better" in [axes.get_title() for axes in drawn[0].axes]
 
 
+def test_a_measure_may_count_with_numpy_but_has_a_number_for_each_picture(data):
+    own = Measure("own", lambda judged: judged.maps.numpy().max((1, 2)))
+    assert evaluate(data, MODEL, "tsm", metrics=own).summary()["tsm"]["own"].value.mean == 1
+    with pytest.raises(BadValueError, match=r"from the measure own a number for each picture, 1 of them, .* \(\)"):
+        evaluate(data, MODEL, "tsm", metrics=Measure("own", lambda judged: judged.maps.max()))
+
+
 @pytest.mark.parametrize("model", ["networks:tiny_backbone", "networks:tiny_tuple_model"])
 def test_a_network_without_classes_is_scored_by_its_embedding(data, model):
     rows = evaluate(data, model).rows

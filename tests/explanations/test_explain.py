@@ -272,7 +272,7 @@ def test_a_folder_is_written_in_the_call_or_by_save_and_gone_on_with(folder, out
 
 def test_pictures_that_a_program_holds_are_written_and_others_of_their_place_are_not_taken_for_them(out):
     for seed in (0, 1, 1):
-        explain(noise(seed=seed), TINY, out=out, formats=["npy"], progress=False)
+        explain(noise(seed=seed), TINY, out=out, formats="npy", progress=False)
         assert_is_map_of(np.load(out / "picture-0_tsm.npy"), seed)
     explanations = explain(DataLoader(network_inputs(5), batch_size=2), TINY, out=out, progress=False)
     assert not explanations.failures

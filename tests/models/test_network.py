@@ -70,7 +70,7 @@ def test_mean_and_std_are_used_and_what_was_seen_can_be_shown():
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (TINY, {"size": 0}, "its preprocessing failed .*must be > 0"),
+        (TINY, {"size": 0}, "a size of at least one pixel, a whole number, got 0"),
         (TINY, {"mean": (0.5, 0.5)}, r"mean and std of three numbers in \[0, 1\], std above 0, got \(0.5, 0.5\) and"),
         (TINY, {"mean": (123.7, 116.3, 103.5)}, r"got \(123.7"),
         (TINY, {"std": (0, 1, 1)}, r"std above 0, got .* and \(0, 1, 1\)"),

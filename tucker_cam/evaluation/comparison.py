@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tucker_cam.activations import output_and_features
-from tucker_cam.errors import BadTypeError
+from tucker_cam.errors import BadTypeError, BadValueError
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
 from tucker_cam.evaluation.metrics import Judged, Measure, Score
 from tucker_cam.evaluation.results import Row
@@ -104,8 +104,8 @@ def compare(
             maps = maps.masked_fill(broken[:, None, None], 0)
             judged = Judged(maps, masks, images, names, score, score_names(loaded), whole)
             # Insertion of both scores, say, comes from the same passes.
-            functions = dict.fromkeys(measure.function for measure in measures)
-            found = {function: function(judged).float().cpu() for function in functions}
+            functions = {measure.function: measure for measure in measures}
+            found = {function: _numbers(measure, judged) for function, measure in functions.items()}
             values: dict[str, Tensor] = {}
             for measure in measures:
                 of_scores = found[measure.function]
@@ -118,3 +118,14 @@ def compare(
             ]
         border.warn_of(one_pass.output_and_features()[1][0])
     return rows
+
+
+def _numbers(measure: Measure, judged: Judged) -> Tensor:
+    """Return what a measure finds, a number for each picture, and where it has a score for each of these."""
+    found = torch.as_tensor(measure.function(judged)).float().cpu()
+    if found.shape[:1] != (len(judged.names),):
+        raise BadValueError(
+            f"expected from the measure {measure.name} a number for each picture, {len(judged.names)} of them, got a "
+            f"tensor of {tuple(found.shape)}"
+        )
+    return found

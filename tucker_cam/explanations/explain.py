@@ -40,7 +40,7 @@ def explain(
     methods: str | Sequence[str] | Mapping[str, Callable[..., BaseCAM]] = "tsm",
     *,
     out: str | Path | None = None,
-    formats: Sequence[str] = ("overlay",),
+    formats: str | Sequence[str] = "overlay",
     gallery: bool = False,
     view: Literal["picture", "network"] = "picture",
     colormap: str = "jet",
@@ -121,6 +121,7 @@ def explain(
     check_choice("engine", engine, Literal["torch", "ray"])
     check_reading(CPU_BATCH if batch_size is None else batch_size, workers)
     look, local = Look(view, colormap, alpha), None if out is None or is_url(str(out)) else Path(out)
+    formats = [formats] if isinstance(formats, str) else formats
     check_writing(local, formats, look, chosen)
     collection = collect(pictures, out=local, limit=limit)
     loading: Loading = {
@@ -194,7 +195,7 @@ class Explanations:
     def save(
         self,
         folder: str | Path,
-        formats: Sequence[str] = ("overlay",),
+        formats: str | Sequence[str] = "overlay",
         *,
         gallery: bool = False,
         look: Look = DEFAULT_LOOK,
@@ -212,6 +213,7 @@ class Explanations:
         Raises:
             ValueError, OSError: see `explain`.
         """
+        formats = [formats] if isinstance(formats, str) else formats
         check_writing(Path(folder), formats, look, self._explainer.methods)
         writer = FolderWriter(self._explainer, Path(folder), formats, gallery, look, self._batch_size, self._workers)
         writer.write(self._pictures, shown=progress)

@@ -36,7 +36,7 @@ class Preprocessing:
         interpolation: of the resizing; with antialias.
 
     Raises:
-        ValueError: mean or std is none of a picture in [0, 1].
+        ValueError: the size is no whole number above 0; mean or std is none of a picture in [0, 1].
     """
 
     size: int = 224
@@ -46,6 +46,8 @@ class Preprocessing:
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.size, int) and self.size > 0):
+            raise BadValueError(f"expected a size of at least one pixel, a whole number, got {self.size!r}")
         in_range = all(0 <= value <= 1 for value in (*self.mean, *self.std)) and 0 not in self.std
         if not (len(self.mean) == len(self.std) == 3 and in_range):
             raise BadValueError(
