@@ -67,8 +67,8 @@ def explain(
         pictures: a file, a folder, a glob, a URL or a Parquet file; a PIL image; an array height x width x 3 (uint8, or
             floating point in [0, 1]); a list of these; a batch of network inputs, batch x channels x height x width; or
             an iterable of such batches, a DataLoader say, of which the first part of a tuple is taken.
-        model: a name or a module as for `load_model`, or what that returns. The layer of a module is found with the
-            first of the network inputs, if these are given, in place of a grey picture.
+        model: a name or a module as for `load_model`, or what that returns. The layers of a module that takes no
+            picture of 224 x 224 are found with the first of the network inputs.
         methods: names as on the command line; or classes of the host's kind, by a name of yours.
         out: a folder to write to, in this call; what an earlier one has written there stays, and what another model
             or layer has is not mixed with it: it gets a folder below. Pictures that this program holds are called by

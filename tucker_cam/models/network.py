@@ -81,8 +81,8 @@ class Network:
         std: of each channel, what `preprocess` divides by then.
         classifies: whether the model returns logits, batch x classes.
         frames: how many pictures a video network takes; None for others.
-        takes: a batch of one input, of a network that takes none of a picture by `preprocess`: of one channel, say, or
-            in half precision; None for others.
+        takes: a batch of one input, with which the layers are found where the network takes none that `preprocess`
+            makes: of one channel, say, or in half precision; None for others.
     """
 
     model: nn.Module
@@ -130,7 +130,7 @@ class Network:
 
 
 def that_takes(model: str | nn.Module | Network, example: Tensor | None) -> str | nn.Module | Network:
-    """Return a module of yours as a network that takes such inputs, a batch of one; all else as it is."""
+    """Return a module of yours as a network that takes such an input, a batch of one; all else as it is."""
     from torch import nn
 
     return model if example is None or not isinstance(model, nn.Module) else Network(model, takes=example)
