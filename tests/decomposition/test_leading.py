@@ -4,6 +4,7 @@ import pytest
 import torch
 from made_tensors import sizes_made_by
 from test_gram import assert_is_the_leading_map, spectrum
+from torch.testing import assert_close
 
 from tucker_cam.decomposition import leading
 from tucker_cam.decomposition.gram import gram_matrix
@@ -101,6 +102,32 @@ def test_of_large_features_nothing_as_large_as_a_gram_matrix_is_formed(shape):
     unfolding = spectrum(relative_gap(0.5), *shape).float()
     sizes = [size for size in sizes_made_by(lambda: leading_maps(unfolding)) if size < unfolding[0].numel()]
     assert max(sizes) < gram_matrix(unfolding).numel() / 2
+
+
+@pytest.mark.parametrize("shape", [*SMALL, (200, 127)])
+@pytest.mark.parametrize("exponent", range(-14, 15))
+def test_a_map_has_the_scale_of_its_features_and_no_power_of_them_vanishes(shape, exponent):
+    features = spectrum(relative_gap(0.5), *shape, 2)
+    exact = torch.linalg.svd(features, full_matrices=False).Vh[:, 0].abs()
+    maps = leading_maps((10.0**exponent * features).float())
+    assert (maps / maps.amax(1, keepdim=True) - exact / exact.amax(1, keepdim=True)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("n", [16, 49, 127])
+def test_one_vector_at_right_angles_to_the_first_one_multiplied_is_found(n):
+    start = leading._start(n, torch.float32, torch.device("cpu")).flatten()
+    places = torch.arange(n - 1)
+    rows = torch.zeros(n - 1, n)
+    rows[places, places], rows[places, places + 1] = start[1:], -start[:-1]
+    unfolding = torch.cat([rows[:, None].expand(-1, 4, -1), torch.zeros(n - 1, n, n)], dim=1)
+    assert_close(leading_maps(unfolding), 2 * rows.abs().double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [49, 127])
+def test_values_that_are_nearly_alike_are_corrected(n, ways):
+    unfolding = spectrum(torch.cat([torch.ones(1), torch.full((n - 1,), 0.95)]), 300, n, 10).float()
+    assert_is_the_leading_map(leading_maps(unfolding), unfolding)
+    assert [name for name, _ in ways] == ["_squared", "_corrected"]
 
 
 def test_rectified_features_of_a_large_layer_take_few_products(monkeypatch):

@@ -75,11 +75,12 @@ def leading_maps(unfolding: Unfolding, *, rescaled: bool = False) -> Float[Tenso
     matrix = product.double()
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     squares = diagonal if is_tall(unfolding) else unfolding.square().sum(1).double()
-    norms = vector_norm(product, dim=(1, 2), keepdim=True)
+    norms = vector_norm(matrix, dim=(1, 2), keepdim=True)
     bounded = norms.clamp(SMALLEST_NORM**2, LARGEST_NORM**2)
     if not rescaled and not torch.equal(norms, bounded):
         return leading_maps(rescale_extremes(unfolding)[0], rescaled=True)
-    power = product / bounded
+    # Of fewer than 128 rows and a Frobenius norm of one, so that no power of it leaves float32's range.
+    power = product / bounded.to(product.dtype)
     solvers = [partial(_squared, noise=noise), partial(_corrected, noise=noise), partial(_decomposed, exact=not single)]
     return settled(solvers, unfolding, squares, matrix, power)
 
@@ -112,14 +113,12 @@ def _corrected(unfolding: Unfolding, squares: Tensor, matrix: Square, power: Squ
 def _found_in_power(matrix: Square, power: Square, times: int, before: int = 0) -> tuple[Square, Row, Scalars]:
     r"""Square a power so often, and return it, the leading eigenvector in it and a lower bound of the relative gap.
 
-    The power comes with the precision of the product that it was made of, of a Frobenius norm of one, or as it was
-    returned: with a leading eigenvalue of about one. So powers of it up to the 16th, with fewer than 128 rows, stay
-    within float32's range, and squares of their products with a vector too.
+    The power has the precision of the product that it was made of, and in the end a leading eigenvalue of about one.
 
     Steps with it leave less and less of the other vectors, and a step with the matrix itself, in float64, takes away
     the rounding errors of the squarings.
 
-    After k squarings the power P has the eigenvalues $p_i \propto \lambda_i^{2^k}$. For any q and v,
+    After k squarings the power P has the eigenvalues $p_i \propto \lambda_i^{2^k}$. For any q and unit vector v,
     $p_2 \le \|P - q\,v v^\top\|_F$: taking away a matrix of rank one leaves at least the second singular value (Eckart
     and Young, 1936). With $q = v^\top P v \le p_1$ that bounds $\lambda_2 / \lambda_1 = (p_2 / p_1)^{1/2^k}$, but for
     the rounding errors, which a squaring doubles and adds to.
@@ -186,7 +185,8 @@ def _judged(
         maps = torch.cat([vectors @ rows.mT for rows in rows_in_float64(unfolding)], dim=2).squeeze(1).abs()
     promise = _PROMISE_OF_FLOAT64 if unfolding.dtype == torch.float64 else _PROMISE
     lowest, highest = torch.aminmax(maps, dim=1)
-    return maps, off * squares.amax(1).sqrt() <= promise * (highest - lowest) * gaps
+    # A vector that vanished is not sure: both sides are zero.
+    return maps, off * squares.amax(1).sqrt() < promise * (highest - lowest) * gaps
 
 
 def _product(unfolding: Unfolding, vectors: Row, *, single: bool) -> Float[Tensor, "batch 1 n"]:
@@ -225,7 +225,9 @@ def _residuals(vectors: Row, images: Row) -> tuple[Scalars, Row]:
 
 
 def _unit(vectors: Row) -> Row:
-    return vectors / _above_zero(vector_norm(vectors, dim=2, keepdim=True))
+    # Squares of what a power of the matrix gives can leave float32's range.
+    lengths = vector_norm(vectors, dim=2, keepdim=True, dtype=torch.float64)
+    return vectors / _above_zero(lengths.to(vectors.dtype))
 
 
 def _above_zero(numbers: Tensor) -> Tensor:

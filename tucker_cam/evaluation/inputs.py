@@ -84,10 +84,11 @@ def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) 
         raise BadTypeError(f"expected a folder, or batches of network inputs, got {type(data).__name__}")
     check_limit(limit)
     views = islice(_of_batches([data] if isinstance(data, Tensor) else data), limit)
-    for name, seen in views:
-        kind = "masks" if isinstance(seen, NetworkView) else "none"
-        return Inputs("batches", kind, [], None, chain([(name, seen)], views), _view(seen).network_input[None])
-    raise BadValueError("expected batches of network inputs, got none")
+    first = next(views, None)
+    if first is None:
+        raise BadValueError("expected batches of network inputs, got none")
+    kind = "masks" if isinstance(first[1], NetworkView) else "none"
+    return Inputs("batches", kind, [], None, chain([first], views), _view(first[1]).network_input[None])
 
 
 def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, NetworkView | Tensor]]:
