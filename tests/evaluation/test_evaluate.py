@@ -110,8 +110,9 @@ def test_a_measure_of_ones_own_is_in_rows_summary_file_and_report(data, tmp_path
 def test_a_measure_may_count_with_numpy_but_has_a_number_for_each_picture(data):
     own = Measure("own", lambda judged: judged.maps.numpy().max((1, 2)))
     assert evaluate(data, MODEL, "tsm", metrics=own).summary()["tsm"]["own"].value.mean == 1
-    with pytest.raises(BadValueError, match=r"from the measure own a number for each picture, 1 of them, .* \(\)"):
-        evaluate(data, MODEL, "tsm", metrics=Measure("own", lambda judged: judged.maps.max()))
+    for wrong, shape in ((torch.zeros(()), r"\(\)"), (torch.zeros(1, 1), r"\(1, 1\)")):
+        with pytest.raises(BadValueError, match=rf"shape \(1,\) from the measure own, got {shape}"):
+            evaluate(data, MODEL, "tsm", metrics=Measure("own", lambda judged, wrong=wrong: wrong))
 
 
 @pytest.mark.parametrize("model", ["networks:tiny_backbone", "networks:tiny_tuple_model"])

@@ -123,9 +123,10 @@ def compare(
 def _numbers(measure: Measure, judged: Judged) -> Tensor:
     """Return what a measure finds, a number for each picture, and where it has a score for each of these."""
     found = torch.as_tensor(measure.function(judged)).float().cpu()
-    if found.shape[:1] != (len(judged.names),):
+    count = len(judged.names)
+    wanted = (count, len(judged.score_names)) if measure.score else (count,)
+    if found.shape != wanted:
         raise BadValueError(
-            f"expected from the measure {measure.name} a number for each picture, {len(judged.names)} of them, got a "
-            f"tensor of {tuple(found.shape)}"
+            f"expected numbers of shape {wanted} from the measure {measure.name}, got {tuple(found.shape)}"
         )
     return found

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from tucker_cam.errors import BadTypeError, BadValueError, Failure
 from tucker_cam.explanations.explainer import read_input
 from tucker_cam.models import LoadedModel, Network, load_model
-from tucker_cam.models.loading import Loading
-from tucker_cam.models.network import that_takes
+from tucker_cam.models.loading import Loading, that_takes
 from tucker_cam.pictures.ahead import in_batches, of_one_size, read_ahead, together_or_alone
 from tucker_cam.pictures.annotations import Annotations, NetworkView, Sample, find_samples, network_view
 from tucker_cam.pictures.held import Collection, named_inputs

@@ -226,7 +226,7 @@ def road(images: Tensor, maps: Tensor, score: Score, *, percentiles: Sequence[in
     targets: list[Callable[[Tensor], Tensor]] = [lambda scores: scores] * len(images)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        difference = ROADCombined(list(percentiles))(images, ordered.cpu().numpy(), targets, score)
+        difference = ROADCombined(list(percentiles))(images.float(), ordered.cpu().numpy(), targets, score)
     result = torch.as_tensor(np.asarray(difference), device=maps.device)
     result[constant] = torch.nan
     return result

@@ -21,8 +21,7 @@ from tucker_cam.explanations.explanation import DEFAULT_LOOK, Explanation, Look
 from tucker_cam.explanations.folder import FolderWriter, check_writing
 from tucker_cam.methods import methods_named
 from tucker_cam.models import Network, load_model
-from tucker_cam.models.loading import Loading
-from tucker_cam.models.network import that_takes
+from tucker_cam.models.loading import Loading, that_takes
 from tucker_cam.pictures.ahead import check_reading, in_batches
 from tucker_cam.pictures.files import is_url
 from tucker_cam.pictures.held import Collection, Pictures, collect
@@ -220,7 +219,7 @@ class Explanations:
         self.failures = self._pictures.failures + writer.failures
 
     def __repr__(self) -> str:
-        count = "pictures" if self._pictures.number is None else counted(self._pictures.number)
+        count = "pictures" if self._pictures.number is None else counted(len(self))
         return f"<Explanations of {count} by {', '.join(self._explainer.methods)}; {self.loaded.description}>"
 
     def _repr_html_(self) -> str:

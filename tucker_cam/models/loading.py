@@ -176,6 +176,15 @@ def load_model(
     )
 
 
+def that_takes(model: str | nn.Module | Network, example: Tensor | None) -> str | nn.Module | Network:
+    """Return a module or network of yours as one that takes such inputs, if it says nothing of them; else as it is."""
+    if example is None or isinstance(model, LoadedModel) or not isinstance(model, (nn.Module, Network)):
+        return model
+    network = model if isinstance(model, Network) else Network(model)
+    # A copy: the batch that it is of shall not stay in memory.
+    return network if network.takes is not None else replace(network, takes=example.detach().clone())
+
+
 def _network_of(model: object, *, pretrained: bool) -> tuple[str, Network]:
     """Return a model's name for messages, and the network."""
     if isinstance(model, str):
@@ -209,10 +218,12 @@ def _with_preprocessing(
 
 
 def _dry_run(spec: str, network: Network) -> DryRun:
-    if network.takes is not None:
+    if network.takes is not None and network.takes.dim() == 4:
         # On a small input the maps are small, and whether they follow it is hard to tell: a picture first.
         with suppress(Exception):
-            return dry_run(network.model, replace(network, takes=None).example())
+            run = dry_run(network.model, replace(network, takes=None).example())
+            if run.target is not None:
+                return run
     example = network.example()
     try:
         return dry_run(network.model, example)

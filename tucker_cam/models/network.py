@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from tucker_cam.errors import BadValueError
@@ -46,7 +47,7 @@ class Preprocessing:
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.size, int) and self.size > 0):
+        if not (isinstance(self.size, Integral) and self.size > 0):
             raise BadValueError(f"expected a size of at least one pixel, a whole number, got {self.size!r}")
         in_range = all(0 <= value <= 1 for value in (*self.mean, *self.std)) and 0 not in self.std
         if not (len(self.mean) == len(self.std) == 3 and in_range):
@@ -127,13 +128,6 @@ class Network:
         picture = Image.new("RGB", (256, 256), (127, 127, 127))
         pictures = picture if self.frames is None else [picture] * self.frames
         return preprocessed(self.preprocess, pictures, "a grey picture")[None].to(self.device)
-
-
-def that_takes(model: str | nn.Module | Network, example: Tensor | None) -> str | nn.Module | Network:
-    """Return a module of yours as a network that takes such an input, a batch of one; all else as it is."""
-    from torch import nn
-
-    return model if example is None or not isinstance(model, nn.Module) else Network(model, takes=example)
 
 
 def preprocessed(preprocess: Callable[[Any], Tensor], picture: object, name: str) -> Tensor:

@@ -106,7 +106,7 @@ def named_inputs(batches: Iterable[Any]) -> Iterator[tuple[list[str], Tensor, li
         if images.dim() not in (4, 5):
             raise BadValueError(
                 f"expected a batch of network inputs, batch x channels x height x width, got {tuple(images.shape)}: "
-                "a single one needs images[None], and what belongs to a batch stands beside it, [(images, masks)]"
+                "a single one needs images[None], one with labels or masks brackets, [(images, labels)]"
             )
         yield [f"{done + index:06d}" for index in range(len(images))], images, others
         done += len(images)
