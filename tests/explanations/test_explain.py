@@ -107,11 +107,17 @@ def test_a_module_is_tried_on_the_inputs_that_it_is_given(kind):
         explain(noise(), model)
 
 
-def test_a_module_for_clips_is_tried_on_clips():
-    model = nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), nn.Conv3d(4, 4, 3), nn.ReLU())
-    clips = torch.rand(2, 3, 8, 16, 16)
-    (first, _) = explain(clips, model)
-    np.testing.assert_allclose(first.maps["tsm"], TSM(model, [model[3]])(clips)[0], atol=1e-5)
+@pytest.mark.parametrize(
+    ("convolution", "shape"),
+    [(nn.Conv3d(3, 4, 3, padding=1), (2, 3, 8, 16, 16)), (nn.Conv2d(3, 4, 224, stride=56), (2, 3, 448, 448))],
+    ids=["clips", "larger pictures"],
+)
+def test_a_module_in_which_a_picture_finds_no_layer_is_tried_on_its_inputs(convolution, shape):
+    model, images = nn.Sequential(convolution, nn.ReLU()), torch.rand(shape)
+    explanations = explain(images, model)
+    assert explanations.loaded.layer_names == ["1"]
+    expected = TSM(model, [model[1]])(images)
+    np.testing.assert_allclose(np.stack([each.maps["tsm"] for each in explanations]), expected, atol=1e-5)
 
 
 def test_a_broken_image_costs_no_other_its_map(tmp_path):
