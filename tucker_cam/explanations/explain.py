@@ -120,8 +120,7 @@ def explain(
     check_choice("engine", engine, Literal["torch", "ray"])
     check_reading(CPU_BATCH if batch_size is None else batch_size, workers)
     look, local = Look(view, colormap, alpha), None if out is None or is_url(str(out)) else Path(out)
-    formats = [formats] if isinstance(formats, str) else formats
-    check_writing(local, formats, look, chosen)
+    formats = check_writing(local, formats, look, chosen)
     collection = collect(pictures, out=local, limit=limit)
     loading: Loading = {
         "weights": weights,
@@ -212,8 +211,7 @@ class Explanations:
         Raises:
             ValueError, OSError: see `explain`.
         """
-        formats = [formats] if isinstance(formats, str) else formats
-        check_writing(Path(folder), formats, look, self._explainer.methods)
+        formats = check_writing(Path(folder), formats, look, self._explainer.methods)
         writer = FolderWriter(self._explainer, Path(folder), formats, gallery, look, self._batch_size, self._workers)
         writer.write(self._pictures, shown=progress)
         self.failures = self._pictures.failures + writer.failures

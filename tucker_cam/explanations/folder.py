@@ -30,8 +30,9 @@ _PART = 256
 logger = logging.getLogger("tucker_cam")
 
 
-def check_writing(out: Path | None, formats: Sequence[str], look: Look, methods: Iterable[str]) -> None:
-    """Raise ValueError for a format, a look or a method's name that cannot be, or an `out` that is a file."""
+def check_writing(out: Path | None, formats: str | Sequence[str], look: Look, methods: Iterable[str]) -> Sequence[str]:
+    """Return the formats; ValueError for one, a look or a method's name that cannot be, or an `out` that is a file."""
+    formats = [formats] if isinstance(formats, str) else formats
     for name in formats:
         check_name("format", name, FORMATS)
     look.check()
@@ -43,6 +44,7 @@ def check_writing(out: Path | None, formats: Sequence[str], look: Look, methods:
             raise BadValueError(f"{out}: expected a folder for what is written, found a file")
         # What takes long comes later.
         out.mkdir(parents=True, exist_ok=True)
+    return formats
 
 
 @dataclass
