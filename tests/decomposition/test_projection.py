@@ -210,3 +210,13 @@ def test_at_full_rank_the_maps_come_without_a_factor(monkeypatch):
         leading_map(features(shape))
         for combine in ("signed", "energy"):
             combined_map(features(shape), combine=combine)
+
+
+@pytest.mark.parametrize("rank", [None, (4, 2, 2)])
+@pytest.mark.parametrize("project", [leading_map, combined_map])
+def test_a_map_is_an_ordinary_tensor_without_a_graph(project, rank):
+    saliency = project(features((20, 3, 4)).requires_grad_(), rank=rank)
+    assert not saliency.requires_grad
+    weight = torch.ones((), requires_grad=True)
+    (weight * saliency.mul_(2)).sum().backward()
+    assert_close(weight.grad, saliency.sum().float())

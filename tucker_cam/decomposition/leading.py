@@ -55,7 +55,6 @@ _STEPS_AT_A_TIME, _STEPS, _PRECISE_STEPS, _RESIDUAL = 2, 20, 12, 1e-11
 _UNSETTLED = 10
 
 
-@torch.no_grad()
 def leading_maps(unfolding: Unfolding, *, rescaled: bool = False) -> Float[Tensor, "batch positions"]:
     """Return each image's map along its leading singular vector, not negative, in float64.
 

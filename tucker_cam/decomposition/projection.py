@@ -45,22 +45,23 @@ def leading_map(
     r"""Project each image on its first channel direction: the Tucker Saliency Map.
 
     $|a_1^\top F_{(1)}|$, with $a_1$ the first column of the mode-1 factor (arXiv 2410.23072). The features are finite
-    and not centred, the options those of `channel_modes`. The map is neither negative nor normalised; features
-    whose norm is above 1e12 or below 1e-12 are divided by their largest magnitude first.
+    and not centred, the options those of `channel_modes`. The map is neither negative nor normalised, and no
+    gradient flows through it; features whose norm is above 1e12 or below 1e-12 are divided by their largest magnitude
+    first.
 
     Example:
         >>> leading_map(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]])).round(decimals=6)
         tensor([[0., 0., 4.]], dtype=torch.float64)
     """
-    if engine == "tensorly":
-        return _modes(features, rank=rank, engine=engine).maps[:, 0].abs()
     spatial = features.shape[2:]
-    ranks = feasible_rank(rank, tuple(features.shape[1:]))
-    if ranks is None:
-        maps = leading_maps(unfold(features))
-    else:
-        maps = truncated_components(rescale_extremes(unfold(features))[0], spatial, ranks).maps[:, 0].abs()
-    return maps.reshape(len(features), *spatial)
+    with torch.inference_mode():  # small operations take an eighth less time than under no_grad
+        if engine == "tensorly":
+            maps = _modes(features, rank=rank, engine=engine).maps[:, 0].abs()
+        elif (ranks := feasible_rank(rank, tuple(features.shape[1:]))) is None:
+            maps = leading_maps(unfold(features))
+        else:
+            maps = truncated_components(rescale_extremes(unfold(features))[0], spatial, ranks).maps[:, 0].abs()
+    return maps.reshape(len(features), *spatial).clone()  # outside, so that it is an ordinary tensor
 
 
 def combined_map(
@@ -82,15 +83,16 @@ def combined_map(
         >>> combined_map(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]]))
         tensor([[ 9.,  0., 16.]], dtype=torch.float64)
     """
-    if engine == "tensorly" or feasible_rank(rank, tuple(features.shape[1:])) is not None:
-        modes = _modes(features, rank=rank, center=center, engine=engine)
-        weighted = modes.maps.flatten(2) * modes.values[..., None]
-        combined = weighted.sum(1).abs() if combine == "signed" else weighted.norm(dim=1)
-    else:
-        unfolding = rescale_extremes(unfold(features))[0]
-        means = unfolding.mean(2, keepdim=True, dtype=torch.float64) if center else None
-        combined = (_signed_sum if combine == "signed" else _energy)(unfolding, means)
-    return combined.reshape(len(features), *features.shape[2:])
+    with torch.inference_mode():
+        if engine == "tensorly" or feasible_rank(rank, tuple(features.shape[1:])) is not None:
+            modes = _modes(features, rank=rank, center=center, engine=engine)
+            weighted = modes.maps.flatten(2) * modes.values[..., None]
+            combined = weighted.sum(1).abs() if combine == "signed" else weighted.norm(dim=1)
+        else:
+            unfolding = rescale_extremes(unfold(features))[0]
+            means = unfolding.mean(2, keepdim=True, dtype=torch.float64) if center else None
+            combined = (_signed_sum if combine == "signed" else _energy)(unfolding, means)
+    return combined.reshape(len(features), *features.shape[2:]).clone()
 
 
 def _modes(features: Float[Tensor, "batch channels *spatial"], **options: Any) -> ChannelModes:
