@@ -85,7 +85,8 @@ def truncated_components(unfolding: Unfolding, spatial: tuple[int, ...], rank: t
             )
     images, values, maps, directions = (torch.cat(parts) for parts in zip(*found, strict=True))
     if len(found) > 1:
-        values, maps, directions = (part[images.argsort()] for part in (values, maps, directions))
+        order = images.argsort()
+        values, maps, directions = values[order], maps[order], directions[order]
     values, order = values.sort(dim=1, descending=True)
     return Components(
         values,
