@@ -38,7 +38,7 @@ _NUMBERS_AT_A_TIME, _LEAST_ROWS_AT_A_TIME = 2**16, 128
 # The float32 products of fewer rows are not relied on: BLAS sums them one number after the other, and is off by 5e-6.
 _FEW_ROWS = 16
 # BLAS computes the columns of a float64 product in groups of so many, and a group of one takes as long as a whole one:
-# of 7 x 7 positions, 48 take 0.6 times as long as 49. So the columns left over are multiplied by themselves.
+# of 7 x 7 positions, 48 take 0.6 times as long as 49. So the columns left over have a product of their own.
 _TILE = 24
 
 
