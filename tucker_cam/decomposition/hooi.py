@@ -85,8 +85,8 @@ def truncated_components(unfolding: Unfolding, spatial: tuple[int, ...], rank: t
             )
     images, values, maps, directions = (torch.cat(parts) for parts in zip(*found, strict=True))
     if len(found) > 1:
-        order = images.argsort()
-        values, maps, directions = values[order], maps[order], directions[order]
+        places = images.argsort()
+        values, maps, directions = values[places], maps[places], directions[places]
     values, order = values.sort(dim=1, descending=True)
     return Components(
         values,
