@@ -22,7 +22,7 @@ from tucker_cam import MTSM, TSM
 from tucker_cam.cli import app
 from tucker_cam.errors import Failure
 from tucker_cam.explanations import outputs
-from tucker_cam.explanations.explainer import Explainer
+from tucker_cam.explanations.explainer import Explainer, ReadBatch
 from tucker_cam.explanations.folder import remove_files
 from tucker_cam.explanations.manifest import Manifest
 from tucker_cam.explanations.outputs import MethodFiles
@@ -117,6 +117,14 @@ def test_a_run_does_not_explain_what_an_earlier_one_wrote(pictures, monkeypatch)
         assert len(list((pictures / out).rglob("*.png"))) == 11
     assert "expected another folder for the results" in run(".", *MODEL, "--out", pictures).stderr
     assert "found none but results of earlier runs" in run("out", *MODEL, "--out", "third").stderr
+
+
+def test_where_the_network_looked_is_found_without_reading_a_picture_again(pictures, out, monkeypatch):
+    read, opened = [], Source.read
+    monkeypatch.setattr(Source, "read", lambda source, frames: read.append(source.name) or opened(source, frames))
+    assert run(pictures, *MODEL, "--format", "npy", "--workers", "0", "--out", out).exit_code == 0
+    assert len(read) == len(set(read)) == 11
+    assert all(entry["view"] for entry in manifest_of(out)["pictures"].values())
 
 
 def test_pictures_in_whose_folder_results_were_written_are_still_found_and_the_results_left_out(pictures, tmp_path):
@@ -366,7 +374,9 @@ def test_one_picture_on_which_the_network_fails_costs_no_other_its_map(pictures)
             raise RuntimeError("not this one\nand a long story")
 
     loaded.model.register_forward_pre_hook(refuse)
-    explained = Explainer(loaded, {"tsm": TSM}).explain([Held(path.name, None) for path in paths], inputs)
+    explained = Explainer(loaded, {"tsm": TSM}).explain(
+        [Held(path.name, None) for path in paths], ReadBatch(inputs, [None] * 6)
+    )
     assert isinstance(explained[4], RuntimeError)
     assert str(Failure("p004.png", explained[4])) == "p004.png: not this one"
     for index in (0, 1, 2, 3, 5):
@@ -441,7 +451,9 @@ def test_a_gpu_takes_larger_batches_and_gives_the_same_maps(pictures, tmp_path):
     assert 1 <= on_gpu.batch_size <= 256
     inputs = [on_gpu.loaded.preprocess(open_picture(pictures / "p000.png"))]
     np.testing.assert_allclose(
-        on_gpu.explain([Held("p000", inputs[0])], inputs)[0].maps["tsm"], expected_map(pictures / "p000.png"), atol=1e-4
+        on_gpu.explain([Held("p000", inputs[0])], ReadBatch(inputs, [None]))[0].maps["tsm"],
+        expected_map(pictures / "p000.png"),
+        atol=1e-4,
     )
 
 

@@ -9,7 +9,7 @@ from pytorch_grad_cam import AblationCAM, EigenCAM, GradCAM, ScoreCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 from tucker_cam import TSM, channel_modes
-from tucker_cam.explanations.explainer import Explainer
+from tucker_cam.explanations.explainer import Explainer, ReadBatch
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.methods import METHODS
 from tucker_cam.models import load_model
@@ -83,7 +83,7 @@ def test_explanations_with_every_method_and_components_take_one_pass_and_the_com
     loaded, inputs = loaded_with(), images(3)
     seen = passes_through(loaded.model)
     explainer = Explainer(loaded, METHODS, components=True)
-    found = explainer.explain([Held(str(i), each) for i, each in enumerate(inputs)], inputs)
+    found = explainer.explain([Held(str(i), each) for i, each in enumerate(inputs)], ReadBatch(inputs, [None] * 3))
     assert seen == [3]
     modes = channel_modes(loaded.model[:3](inputs).detach())
     for index, explanation in enumerate(found):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tucker_cam.errors import BadTypeError, BadValueError, Failure
-from tucker_cam.explanations.explainer import read_input
+from tucker_cam.explanations.explainer import read_batch
 from tucker_cam.models import LoadedModel, Network, load_model
 from tucker_cam.models.loading import Loading, that_takes
 from tucker_cam.pictures.ahead import in_batches, of_one_size, read_ahead, together_or_alone
@@ -105,7 +105,7 @@ def read_pictures(collection: Collection, network: Network, batch_size: int) -> 
     """Yield pictures that `collect` found, in batches."""
     for part in collection.parts():
         for batch in in_batches(part, batch_size):
-            yield [(str(picture), read_input(picture, network)) for picture in batch]
+            yield [*zip(map(str, batch), read_batch(batch, network).inputs, strict=True)]
 
 
 def _read(samples: Sequence[Sample], annotations: Annotations, network: Network) -> list[Read]:

@@ -23,7 +23,7 @@ from pytorch_grad_cam.base_cam import BaseCAM
 from ray.data.datasource import FilenameProvider
 
 from tucker_cam.errors import BadFileError, BadValueError, Failure
-from tucker_cam.explanations.explainer import CPU_BATCH, Explainer, read_input
+from tucker_cam.explanations.explainer import CPU_BATCH, Explainer, read_batch
 from tucker_cam.explanations.manifest import identity, not_of_a_run, place_of_run, versions
 from tucker_cam.models import LoadedModel
 from tucker_cam.pictures.ahead import in_batches
@@ -142,8 +142,7 @@ class _Actor:
 
     def _rows(self, item: Mapping[str, list[Any]]) -> Iterator[dict[str, object]]:
         sources = [Source(each["name"], each["path"], each["row"] and tuple(each["row"])) for each in item["pictures"]]
-        inputs = [read_input(source, self.explainer.loaded) for source in sources]
-        explained = self.explainer.explain(sources, inputs)
+        explained = self.explainer.explain(sources, read_batch(sources, self.explainer.loaded))
         for source, found, missing in zip(sources, explained, item["missing"], strict=True):
             about: dict[str, object] = {"picture": source.key, "name": source.name}
             if not isinstance(found, Exception):

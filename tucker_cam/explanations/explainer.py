@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +20,23 @@ from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import LoadedModel, Network
 from tucker_cam.models.network import preprocessed
 from tucker_cam.pictures.ahead import of_one_size, read_ahead, together_or_alone
-from tucker_cam.pictures.held import Held, Picture
+from tucker_cam.pictures.held import Held, Picture, first_frame
 
 CPU_BATCH = 8
 _LARGEST_BATCH = 256
 _COMPONENTS = 6
+
+
+class ReadBatch(NamedTuple):
+    """What was read of a batch of pictures.
+
+    Attributes:
+        inputs: the network's, or the errors for which there are none; one tensor, where all are of one size.
+        sizes: the pictures' own, width and height; None for what came as a network's input, or not at all.
+    """
+
+    inputs: Sequence[Tensor | Exception] | Tensor
+    sizes: Sequence[tuple[int, int] | None]
 
 
 @dataclass(frozen=True)
@@ -54,28 +66,23 @@ class Explainer:
         """Yield each batch's explanations, or the errors for which there are none; for the rest see `read_ahead`."""
         # The model itself stays in this process.
         network = Network(torch.nn.Identity(), self.loaded.preprocess, frames=self.loaded.frames)
-        read = read_ahead(batches, partial(_read_batch, network=network), workers)
-        for batch, inputs in zip(batches, read, strict=True):
-            yield list(zip(batch, self.explain(batch, inputs), strict=True))
+        read = read_ahead(batches, partial(read_batch, network=network), workers)
+        for batch, of_batch in zip(batches, read, strict=True):
+            yield list(zip(batch, self.explain(batch, of_batch), strict=True))
 
-    def explain(
-        self, pictures: Sequence[Picture], inputs: Sequence[Tensor | Exception] | Tensor
-    ) -> list[Explanation | Exception]:
-        """Explain a batch of inputs, which may be errors; those of one size go through the network together."""
-        results: list[Any] = [*inputs]
-        for these in of_one_size({index: each for index, each in enumerate(inputs) if isinstance(each, Tensor)}):
-            found = together_or_alone(partial(self._explain_those, pictures=pictures, images=these), [*these])
+    def explain(self, pictures: Sequence[Picture], read: ReadBatch) -> list[Explanation | Exception]:
+        """Explain a batch of pictures; those whose inputs are of one size go through the network together."""
+        results: list[Any] = [*read.inputs]
+        for these in of_one_size({index: each for index, each in enumerate(results) if isinstance(each, Tensor)}):
+            found = together_or_alone(partial(self._explain, pictures=pictures, read=read), [*these])
             for index, result in zip(these, found, strict=True):
                 results[index] = result
         return results
 
-    def _explain_those(
-        self, indices: Sequence[int], pictures: Sequence[Picture], images: Mapping[int, Tensor]
-    ) -> list[Explanation]:
-        return self._explain([pictures[index] for index in indices], torch.stack([images[index] for index in indices]))
-
-    def _explain(self, pictures: Sequence[Picture], images: Tensor) -> list[Explanation]:
-        loaded = self.loaded
+    def _explain(self, indices: Sequence[int], pictures: Sequence[Picture], read: ReadBatch) -> list[Explanation]:
+        loaded, images = self.loaded, read.inputs
+        if not isinstance(images, Tensor) or len(indices) < len(pictures):
+            images = torch.stack([read.inputs[index] for index in indices])  # type: ignore[misc]
         components = values = np.zeros((len(images), 0), np.float32)
         with OnePass(loaded, images.to(loaded.device), aug_smooth=self.aug_smooth) as one_pass:
             maps = {name: one_pass.maps(build) for name, build in self.methods.items()}
@@ -85,9 +92,10 @@ class Explainer:
                 modes = channel_modes(one_pass.output_and_features()[1][-1])
                 components, values = modes.maps[:, :_COMPONENTS].cpu().numpy(), modes.values.cpu().numpy()
         explanations = []
-        for index, picture in enumerate(pictures):
-            own = {name: each[index] for name, each in maps.items()}
-            explanations.append(Explanation(picture, images[index], loaded, own, components[index], values[index]))
+        for place, index in enumerate(indices):
+            own = {name: each[place] for name, each in maps.items()}
+            explained = images[place], loaded, own, components[place], values[place]
+            explanations.append(Explanation(pictures[index], read.sizes[index], *explained))
         return explanations
 
     @cached_property
@@ -97,30 +105,33 @@ class Explainer:
             return CPU_BATCH
         example = self.loaded.example()
         # A copy: what it sees of grey tells nothing of the layer.
-        trial, grey = replace(self), Held("grey", example[0])
-        trial._explain([grey], example)
+        trial, grey, read = replace(self), Held("grey", example[0]), ReadBatch(example, [None])
+        trial._explain([0], [grey], read)
         torch.cuda.reset_peak_memory_stats(example.device)
         before = torch.cuda.memory_allocated(example.device)
-        trial._explain([grey], example)
+        trial._explain([0], [grey], read)
         each = max(torch.cuda.max_memory_allocated(example.device) - before, 1)
         free, _ = torch.cuda.mem_get_info(example.device)
         return int(min(max(free // 2 // each, 1), _LARGEST_BATCH))
 
 
-def read_input(picture: Picture, network: Network) -> Tensor | Exception:
-    """Return the network's input for a picture, or the error for which there is none."""
+def read_batch(pictures: Sequence[Picture], network: Network) -> ReadBatch:
+    """Read pictures and preprocess them for a network; a process hands over one tensor, and not one by one."""
+    read = [_read_input(picture, network) for picture in pictures]
+    inputs, sizes = [each for each, _ in read], [size for _, size in read]
     try:
-        content = picture.read(network.frames)
-        return content if isinstance(content, Tensor) else preprocessed(network.preprocess, content, str(picture))
-    except (OSError, TuckerCamError) as error:
-        return error
-
-
-def _read_batch(pictures: Sequence[Picture], network: Network) -> list[Tensor | Exception] | Tensor:
-    """Read a batch; inputs of one size in one tensor, which a process hands over at once and not one by one."""
-    inputs = [read_input(picture, network) for picture in pictures]
-    try:
-        return torch.stack(inputs)  # type: ignore[arg-type]
+        return ReadBatch(torch.stack(inputs), sizes)  # type: ignore[arg-type]
     except (TypeError, RuntimeError):
         # An error of a picture that cannot be read; another size.
-        return inputs
+        return ReadBatch(inputs, sizes)
+
+
+def _read_input(picture: Picture, network: Network) -> tuple[Tensor | Exception, tuple[int, int] | None]:
+    try:
+        content = picture.read(network.frames)
+        if isinstance(content, Tensor):
+            return content, None
+        frame = first_frame(content)
+        return preprocessed(network.preprocess, content, str(picture)), frame.size if frame else None
+    except (OSError, TuckerCamError) as error:
+        return error, None

@@ -20,7 +20,7 @@ from torch import Tensor
 from tucker_cam.errors import BadValueError
 from tucker_cam.methods import check_name
 from tucker_cam.models import Network
-from tucker_cam.pictures.held import Picture
+from tucker_cam.pictures.held import Picture, first_frame
 from tucker_cam.pictures.view import View, view_of
 from tucker_cam.text import printable
 
@@ -67,6 +67,7 @@ class Explanation:
 
     Attributes:
         source: where it is from.
+        size: the picture's own, width and height; None where the network's input was given.
         network_input: what it became, (channels x) time x height x width.
         network: that took it.
         maps: by method, float32 in [0, 1], height x width as the network saw it (time x height x width for clips).
@@ -76,6 +77,7 @@ class Explanation:
     """
 
     source: Picture
+    size: tuple[int, int] | None
     network_input: Tensor
     network: Network
     maps: Mapping[str, NDArray[np.float32]]
@@ -87,22 +89,18 @@ class Explanation:
         return self.source.name
 
     @cached_property
-    def _given(self) -> tuple[Image.Image | None, View | None]:
-        return picture_and_view(self.source, self.network)
-
-    @property
     def picture(self) -> Image.Image:
         """As the user has it, upright and whole, read again; of a clip its first frame.
 
         Where only the network's input was given it is that, with its normalisation undone.
         """
-        picture, _ = self._given
+        picture = first_frame(self.source.read(self.network.frames))
         return Image.fromarray(np.uint8(255 * self.seen)) if picture is None else picture
 
-    @property
+    @cached_property
     def view(self) -> View | None:
         """Where in the picture the network looked; None where that is no box of it."""
-        return self._given[1]
+        return self.size and view_of(self.network.preprocess, self.size, self.network.frames)
 
     @cached_property
     def seen(self) -> NDArray[np.float32]:
@@ -167,15 +165,6 @@ class Explanation:
                 f'<figure style="margin:0"><img src="{uri}" alt="{text}"><figcaption>{text}</figcaption></figure>'
             )
         return f'<div style="display:flex;flex-wrap:wrap;gap:8px">{figures}</div>'
-
-
-def picture_and_view(source: Picture, network: Network) -> tuple[Image.Image | None, View | None]:
-    """Return a picture, of a clip its first frame, and where a network looks in it; nothing for a network's input."""
-    content = source.read(network.frames)
-    if isinstance(content, Tensor):
-        return None, None
-    picture = content if isinstance(content, Image.Image) else content[0]
-    return picture, view_of(network.preprocess, picture.size, network.frames)
 
 
 def data_uri(image: Image.Image, form: str, **options: int) -> str:

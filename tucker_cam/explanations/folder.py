@@ -12,14 +12,15 @@ from pathlib import Path
 
 from tucker_cam.errors import BadFileError, BadValueError, Failure, TuckerCamError
 from tucker_cam.explanations.explainer import Explainer
-from tucker_cam.explanations.explanation import Explanation, Look, picture_and_view
+from tucker_cam.explanations.explanation import Explanation, Look
 from tucker_cam.explanations.gallery import write_gallery
 from tucker_cam.explanations.manifest import NOT_OURS, Manifest, folder_of_run, identity, manifests_in, not_of_a_run
 from tucker_cam.explanations.outputs import FORMATS, KINDS, PAGE, STORE, GalleryParts, Output, gallery_entries
 from tucker_cam.methods import check_name
 from tucker_cam.pictures.ahead import in_batches
-from tucker_cam.pictures.held import Collection, Picture
+from tucker_cam.pictures.held import Collection, Picture, first_frame
 from tucker_cam.pictures.sources import MANIFEST, safe_name
+from tucker_cam.pictures.view import view_of
 from tucker_cam.progress import progress
 from tucker_cam.text import counted
 from tucker_cam.writing import only_run
@@ -130,11 +131,14 @@ class FolderWriter:
         if batches:
             self._explain(batches, missing, manifest, advance)
         there = [picture for picture in pictures if missing.get(picture.key) == []]
+        network = self.explainer.loaded
         for picture in there:
             # A run that was killed has written a picture's files, and not where in it the network looked.
             if picture.key not in manifest.views:
                 with suppress(OSError):
-                    manifest.see(picture.key, picture_and_view(picture, self.explainer.loaded)[1])
+                    frame = first_frame(picture.read(network.frames))
+                    view = view_of(network.preprocess, frame.size, network.frames) if frame else None
+                    manifest.see(picture.key, view)
         manifest.write()
         return len(there)
 

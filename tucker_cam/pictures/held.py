@@ -48,6 +48,13 @@ class Held:
 Picture = Source | Held
 
 
+def first_frame(content: Image.Image | Sequence[Image.Image] | Tensor) -> Image.Image | None:
+    """Return what was read of a picture, of a clip its first frame; None for a network's input."""
+    if isinstance(content, Tensor):
+        return None
+    return content if isinstance(content, Image.Image) else content[0]
+
+
 class Collection(NamedTuple):
     """Pictures to explain: `parts` yields them in lists, again when called again; their number, if that is known.
 

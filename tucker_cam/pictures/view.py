@@ -88,11 +88,9 @@ def _sent(preprocess: Callable[[Any], Tensor], picture: NDArray[np.uint8], frame
 
 def _line(coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the straight line along the second axis that fits best; NaN where nothing shows one."""
-    # A hundred rows say what all say.
-    rows = coordinates[:: max(1, len(coordinates) // 100)]
-    places = np.arange(rows.shape[1])
-    inside = (rows > _EDGE) & (rows < 1 - _EDGE)
-    shown = np.broadcast_to(places, rows.shape)[inside]
-    if len(shown) == 0 or np.ptp(shown) == 0:
+    inside = (coordinates > _EDGE) & (coordinates < 1 - _EDGE)
+    places, shown = np.arange(coordinates.shape[1]), np.flatnonzero(inside.any(0))
+    if len(shown) < 2:
         return np.full(len(places), np.nan)
-    return np.asarray(np.polyval(np.polyfit(shown, rows[inside], 1), places))
+    means = coordinates[:, shown].mean(0, where=inside[:, shown])
+    return np.asarray(np.polyval(np.polyfit(shown, means, 1), places))
