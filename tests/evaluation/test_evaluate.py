@@ -28,6 +28,7 @@ from tucker_cam.pictures.annotations import find_samples, network_view
 
 MODEL = "networks:tiny_loaded_model"
 NAMES = [measure.name for measure in MEASURES]
+STATISTICS = {measure.name for measure in MEASURES if measure.group == "statistics"}
 
 
 def run(*arguments, model=MODEL):
@@ -78,7 +79,7 @@ def test_the_rows_of_a_folder_and_of_batches_hold_what_the_metrics_say(data):
         maps, score = torch.as_tensor(cam(images)), score_of(loaded, one_pass)
     localisation = [measure.name for measure in MEASURES if measure.group == "localisation"]
     expected = {name: getattr(metrics, name)(maps, masks) for name in localisation}
-    expected |= {name: getattr(metrics, name)(maps) for name in ("mean_saliency", "energy_in_top")}
+    expected |= {name: getattr(metrics, name)(maps) for name in STATISTICS}
     of_scores = {name: getattr(metrics, f"{name}_auc")(images, maps, score) for name in ("insertion", "deletion")}
     for suffix, shown in ("", maps), ("_area_matched", metrics.area_matched(maps)):
         change = metrics.confidence_change(images, shown, score)
@@ -339,7 +340,7 @@ def test_a_data_sets_labels_are_no_masks_and_without_measures_the_maps_statistic
     loader = DataLoader(TensorDataset(torch.rand(5, 3, 24, 24), torch.arange(5)), batch_size=2)
     found = evaluate(loader, MODEL, "tsm", metrics="localisation", limit=3)
     assert {row.picture for row in found.rows} == {"000000", "000001", "000002"}
-    assert found.rows[0].values.keys() == {"mean_saliency", "energy_in_top"}
+    assert found.rows[0].values.keys() == STATISTICS
     assert repr(found).startswith("<Evaluation of 3 pictures by eigencam, tsm, ")
 
 
