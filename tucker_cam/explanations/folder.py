@@ -17,7 +17,7 @@ from tucker_cam.explanations.gallery import write_gallery
 from tucker_cam.explanations.manifest import NOT_OURS, Manifest, folder_of_run, identity, manifests_in, not_of_a_run
 from tucker_cam.explanations.outputs import FORMATS, KINDS, PAGE, STORE, GalleryParts, Output, gallery_entries
 from tucker_cam.methods import check_name
-from tucker_cam.pictures.ahead import in_batches
+from tucker_cam.pictures.ahead import cores, in_batches
 from tucker_cam.pictures.held import Collection, Picture, first_frame
 from tucker_cam.pictures.sources import MANIFEST, safe_name
 from tucker_cam.pictures.view import view_of
@@ -25,7 +25,8 @@ from tucker_cam.progress import progress
 from tucker_cam.text import counted
 from tucker_cam.writing import only_run
 
-_WRITERS = 4
+# Threads, but no more than there are cores: they wait for each other then, and the network for them.
+_MOST_WRITERS = 4
 # Of a stream, whose names are not known before, so many pictures are listed in the manifest at a time.
 _PART = 256
 logger = logging.getLogger("tucker_cam")
@@ -158,7 +159,7 @@ class FolderWriter:
                 self._fail(picture, BadFileError(f"could not be written ({error})"))
 
         writing: list[Future[None]] = []
-        with ThreadPoolExecutor(_WRITERS) as writers:
+        with ThreadPoolExecutor(min(cores(), _MOST_WRITERS)) as writers:
             for batch in self.explainer.explain_all(batches, self.workers):
                 before, writing = writing, []
                 for picture, found in batch:

@@ -27,6 +27,11 @@ def check_reading(batch_size: int, workers: int | None) -> None:
         raise BadValueError(f"expected workers of at least 0, got {workers}")
 
 
+def cores() -> int:
+    """Return how many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
     """Cut the items into batches: alike in every run, so that no figure depends on where one was stopped."""
     return [items[start : start + size] for start in range(0, len(items), size)]
@@ -65,8 +70,7 @@ def read_ahead(
     `workers` of None are one fewer than there are cores, and none for a single batch.
     """
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = 0 if len(batches) < 2 else min(max(cores - 1, 1), _MOST_WORKERS)
+        workers = 0 if len(batches) < 2 else min(max(cores() - 1, 1), _MOST_WORKERS)
     try:
         # Any sequence is a data set, and what makes batches of its items may as well read them.
         dataset: Any = batches
