@@ -20,7 +20,7 @@ from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import LoadedModel, Network
 from tucker_cam.models.network import preprocessed
 from tucker_cam.pictures.ahead import of_one_size, read_ahead, together_or_alone
-from tucker_cam.pictures.held import Held, Picture, first_frame
+from tucker_cam.pictures.held import Held, Picture, size_of
 
 CPU_BATCH = 8
 _LARGEST_BATCH = 256
@@ -94,8 +94,10 @@ class Explainer:
         explanations = []
         for place, index in enumerate(indices):
             own = {name: each[place] for name, each in maps.items()}
-            explained = images[place], loaded, own, components[place], values[place]
-            explanations.append(Explanation(pictures[index], read.sizes[index], *explained))
+            picture, size = pictures[index], read.sizes[index]
+            explanations.append(
+                Explanation(picture, size, images[place], loaded, own, components[place], values[place])
+            )
         return explanations
 
     @cached_property
@@ -129,9 +131,8 @@ def read_batch(pictures: Sequence[Picture], network: Network) -> ReadBatch:
 def _read_input(picture: Picture, network: Network) -> tuple[Tensor | Exception, tuple[int, int] | None]:
     try:
         content = picture.read(network.frames)
-        if isinstance(content, Tensor):
-            return content, None
-        frame = first_frame(content)
-        return preprocessed(network.preprocess, content, str(picture)), frame.size if frame else None
+        if not isinstance(content, Tensor):
+            return preprocessed(network.preprocess, content, str(picture)), size_of(content)
+        return content, None
     except (OSError, TuckerCamError) as error:
         return error, None

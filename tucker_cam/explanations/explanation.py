@@ -100,7 +100,7 @@ class Explanation:
     @cached_property
     def view(self) -> View | None:
         """Where in the picture the network looked; None where that is no box of it."""
-        return self.size and view_of(self.network.preprocess, self.size, self.network.frames)
+        return view_of(self.network.preprocess, self.size, self.network.frames)
 
     @cached_property
     def seen(self) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from tucker_cam.explanations.manifest import NOT_OURS, Manifest, folder_of_run, 
 from tucker_cam.explanations.outputs import FORMATS, KINDS, PAGE, STORE, GalleryParts, Output, gallery_entries
 from tucker_cam.methods import check_name
 from tucker_cam.pictures.ahead import cores, in_batches
-from tucker_cam.pictures.held import Collection, Picture, first_frame
+from tucker_cam.pictures.held import Collection, Picture, size_of
 from tucker_cam.pictures.sources import MANIFEST, safe_name
 from tucker_cam.pictures.view import view_of
 from tucker_cam.progress import progress
@@ -137,9 +137,8 @@ class FolderWriter:
             # A run that was killed has written a picture's files, and not where in it the network looked.
             if picture.key not in manifest.views:
                 with suppress(OSError):
-                    frame = first_frame(picture.read(network.frames))
-                    view = view_of(network.preprocess, frame.size, network.frames) if frame else None
-                    manifest.see(picture.key, view)
+                    size = size_of(picture.read(network.frames))
+                    manifest.see(picture.key, view_of(network.preprocess, size, network.frames))
         manifest.write()
         return len(there)
 

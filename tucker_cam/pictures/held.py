@@ -55,6 +55,12 @@ def first_frame(content: Image.Image | Sequence[Image.Image] | Tensor) -> Image.
     return content if isinstance(content, Image.Image) else content[0]
 
 
+def size_of(content: Image.Image | Sequence[Image.Image] | Tensor) -> tuple[int, int] | None:
+    """Return the width and height of what was read of a picture; None for a network's input."""
+    frame = first_frame(content)
+    return None if frame is None else frame.size
+
+
 class Collection(NamedTuple):
     """Pictures to explain: `parts` yields them in lists, again when called again; their number, if that is known.
 

@@ -33,12 +33,16 @@ class View(NamedTuple):
     height: float
 
 
-def view_of(preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: int | None = None) -> View | None:
+def view_of(
+    preprocess: Callable[[Any], Tensor], size: tuple[int, int] | None, frames: int | None = None
+) -> View | None:
     """Return what a network sees of pictures of a width and a height; it is remembered.
 
     None where the preprocessing does more than resizing, cropping and padding, or mixes colours, so that no such box is
-    found; or where it takes only the pictures that it is made for.
+    found; where it takes only the pictures that it is made for; or where there is no picture, and so no size.
     """
+    if size is None:
+        return None
     # Bound methods are told apart by whose they are: a preprocessing need not be hashable.
     return _view(preprocess.__call__, size, frames)  # type: ignore[operator]
 
