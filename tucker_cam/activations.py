@@ -86,7 +86,7 @@ class _Uncompiled:
                 self._stance.close()
 
 
-_UNCOMPILED = _Uncompiled()
+UNCOMPILED = _Uncompiled()
 # The layers whose output was seen to be rewritten.
 _REWRITTEN: WeakSet[nn.Module] = WeakSet()
 
@@ -147,7 +147,7 @@ class FeatureRecorder:
         self._running.images = _Recorded(images, images._version) if traced else None
         self._running.recorded = recorded
         try:
-            with _UNCOMPILED:
+            with UNCOMPILED:
                 return self.model(images), recorded
         finally:
             self._running.images = self._running.recorded = None

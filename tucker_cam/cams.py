@@ -278,7 +278,7 @@ class MTSM(LabelFreeCAM, BaseCAM):
 class MultivecEigenCAM(LabelFreeCAM, BaseCAM):
     r"""Multivec-EigenCAM (arXiv 2410.23072): $|\sum_i s_i\, u_i^\top F_c|$ from the SVD of the centred unfolding $F_c$.
 
-    The arguments are those of `MTSM`.
+    `combine` is that of `MTSM`, and so are the errors.
     """
 
     center = True

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,13 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path, make):
     make(tmp_path / "w.pth")
     with pytest.raises(OSError, match="expected a file of weights, found none"):
         load_checkpoint(seeded(resnet, 3), tmp_path / "w.pth", frozenset())
+
+
+def test_without_the_package_safetensors_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
+    (tmp_path / "w.safetensors").touch()
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ModuleNotFoundError, match=r"package safetensors: pip install '\.\[models\]'"):
+        load_checkpoint(seeded(resnet, 3), tmp_path / "w.safetensors", frozenset())
 
 
 def test_a_model_that_lost_its_head_classifies_no_longer_and_says_what_was_loaded(tmp_path):

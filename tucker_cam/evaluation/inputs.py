@@ -141,6 +141,8 @@ def go_through(
                 ]
             done += len(batch)
             advance(len(batch))
+    if not done:
+        raise BadValueError("expected pictures, found none")
     if len(failures) == done:
         error = failures[0].error
         raise BadValueError(f"found {counted(done)}, and none could be used: {error}") from error

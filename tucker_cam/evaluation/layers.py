@@ -162,7 +162,8 @@ def _seen(images: Tensor, recorder: FeatureRecorder) -> list[tuple[Tensor, list[
         for maps in map(leading_map, features):
             shown = scaled(maps.double()).float()
             whole_size = interpolate(shown[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-            recorder(images * area_matched(whole_size)[:, None])
+            # Maps are float32, and so is what they leave of an image in half precision.
+            recorder((images * area_matched(whole_size)[:, None]).to(images.dtype))
             kept = cosine_similarity(pooled(recorder.activations[-1]), pooled(last))
             seen.append((maps, energy_in_top(shown).tolist(), kept.tolist()))
     return seen

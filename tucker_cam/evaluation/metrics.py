@@ -224,8 +224,8 @@ def road(images: Tensor, maps: Tensor, score: Score, *, percentiles: Sequence[in
         constant[:, None, None], torch.linspace(0, 1, maps[0].numel()).view_as(maps[0]).to(maps), maps
     )
     targets: list[Callable[[Tensor], Tensor]] = [lambda scores: scores] * len(images)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(0)
         difference = ROADCombined(list(percentiles))(images.float(), ordered.cpu().numpy(), targets, score)
     result = torch.as_tensor(np.asarray(difference), device=maps.device)
     result[constant] = torch.nan

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.serialization import safe_globals
 
-from tucker_cam.errors import BadFileError, BadValueError
+from tucker_cam.errors import BadFileError, BadValueError, MissingPackageError
+from tucker_cam.extras import install
 
 _SHOWN = 5
 # What checkpoints hold beside tensors and is inert: the command line's arguments, NumPy's numbers.
@@ -124,10 +125,13 @@ def _read(file: Path) -> object:
     # Reading a pipe could wait for ever.
     if not file.is_file():
         raise BadFileError(f"{file}: expected a file of weights, found none")
+    if file.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise MissingPackageError(f"{file}: it needs the package safetensors: {install('models')}") from error
     try:
         if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(file)
         with safe_globals(_INERT):
             return torch.load(file, weights_only=True, map_location="cpu")

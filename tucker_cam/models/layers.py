@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tucker_cam.activations import ReshapeTransform
+from tucker_cam.activations import UNCOMPILED, ReshapeTransform
 from tucker_cam.errors import BadValueError
 from tucker_cam.models.reshape import positions_in, shows, spatial_output
 from tucker_cam.models.responses import differing_pictures, follows
@@ -195,7 +195,8 @@ def _observe(model: nn.Module, pictures: Tensor) -> tuple[dict[str, _Call], obje
         for name, module in model.named_modules():
             hooks.enter_context(module.register_forward_pre_hook(partial(begin, name)))
             hooks.enter_context(module.register_forward_hook(partial(end, name)))
-        output = model(pictures)
+        with UNCOMPILED:
+            output = model(pictures)
     return calls, output
 
 

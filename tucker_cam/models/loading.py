@@ -189,8 +189,8 @@ def _network_of(model: object, *, pretrained: bool) -> tuple[str, Network]:
     """Return a model's name for messages, and the network."""
     if isinstance(model, str):
         # Random weights are the same when a run is gone on with, and in every process.
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
+        with torch.random.fork_rng(devices=()):
+            torch.default_generator.manual_seed(0)
             return model, build_network(model, pretrained=pretrained)
     if not isinstance(model, (nn.Module, Network)):
         raise BadTypeError(f"expected a model's name, a torch.nn.Module or a Network, got {type(model).__name__}")
