@@ -159,6 +159,7 @@ def test_layers_in_a_container_without_brackets_are_averaged(method, container):
     if method is not EigenCAM:
         (warning,) = caught
         assert "2 layers, whose maps are averaged: put the layers that you mean in brackets" in str(warning.message)
+        assert warning.filename == __file__
 
 
 @every_class_and_the_hosts

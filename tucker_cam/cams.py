@@ -59,7 +59,8 @@ class LabelFreeCAM(BaseCAM, ABC):
         *,
         tta_transforms: Any = None,
     ) -> None:
-        layers = _listed(target_layers)
+        own_constructor = type(self).__init__ is not LabelFreeCAM.__init__
+        layers = _listed(target_layers, stacklevel=4 if own_constructor else 3)
         _check_construction(model, reshape_transform, tta_transforms)
         # No layers for the host's own recorder, in whose place ours stands.
         super().__init__(
@@ -337,14 +338,14 @@ def _above_minimum(maps: Tensor) -> Tensor:
     return torch.where(peaks - lows > _MAP_TOLERANCE * torch.maximum(peaks, -lows), maps - lows, 0)
 
 
-def _listed(target_layers: Iterable[nn.Module]) -> list[nn.Module]:
+def _listed(target_layers: Iterable[nn.Module], stacklevel: int) -> list[nn.Module]:
     """Return the layers in a list, as the host iterates over whatever it is given."""
     layers = list_of_layers(target_layers, "target_layers")
     if len(layers) > 1 and not isinstance(target_layers, (list, tuple)):
         warnings.warn(
             f"target_layers is a {type(target_layers).__name__} of {len(layers)} layers, whose maps are averaged: "
             "put the layers that you mean in brackets, [layer]",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     return layers
 

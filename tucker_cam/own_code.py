@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from tucker_cam.errors import BadValueError
+from tucker_cam.errors import BadValueError, MissingPackageError
 
 
 def from_own_module(spec: str) -> Callable[..., object]:
@@ -25,7 +25,7 @@ def from_own_module(spec: str) -> Callable[..., object]:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
+            raise MissingPackageError(f"{module_name} could not be imported ({error})", name=error.name) from error
         raise BadValueError(f"there is no module {error.name!r} here, of which {spec!r} speaks") from error
     except (Exception, SystemExit) as error:
         # A script that does its work, or reads its arguments, when it is imported ends the program so.

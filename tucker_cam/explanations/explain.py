@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import partial
 from html import escape
 from itertools import islice
@@ -96,8 +97,8 @@ def explain(
 
     Returns:
         An iterable that does the work while it is gone through, and again when it is gone through again. A picture that
-        fails is told of by the logger ``tucker_cam`` and stands in its `failures`. With `out` these are those of the
-        writing.
+        fails is told of by the logger ``tucker_cam`` then, and stands in its `failures`. With `out` these are at first
+        those of the writing.
 
     Raises:
         TypeError, ValueError: what was given holds no pictures; an unknown method, format or look, or a bad size of the
@@ -218,12 +219,15 @@ class Explanations:
 
     def __repr__(self) -> str:
         count = "pictures" if self._pictures.number is None else counted(len(self))
-        return f"<Explanations of {count} by {', '.join(self._explainer.methods)}; {self.loaded.description}>"
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        return f"<Explanations of {count} by {', '.join(self._explainer.methods)}{failed}; {self.loaded.description}>"
 
     def _repr_html_(self) -> str:
         """Show the first explanations in a notebook."""
-        shown = "".join(explanation._repr_html_() for explanation in islice(self, _MOST_SHOWN))
-        failed = "".join(f"<p>{escape(printable(str(failure)))}</p>" for failure in self.failures)
+        # Of a copy: that they are looked at changes nothing of the failures.
+        shown = copy(self)
+        pictures = "".join(explanation._repr_html_() for explanation in islice(shown, _MOST_SHOWN))
+        failed = "".join(f"<p>{escape(printable(str(failure)))}</p>" for failure in shown.failures)
         count = self._pictures.number
         more = f"<p>the first {_MOST_SHOWN} of {count}</p>" if count is not None and count > _MOST_SHOWN else ""
-        return shown + failed + more
+        return pictures + failed + more

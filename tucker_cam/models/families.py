@@ -76,11 +76,9 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
     except TuckerCamError:
         raise
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in family.packages:
-            raise
-        raise MissingPackageError(
-            f"the model {spec} needs the package {error.name}: {install(family.extra)}", name=error.name
-        ) from error
+        ours = error.name is not None and error.name.partition(".")[0] in family.packages
+        what = f"needs the package {error.name}: {install(family.extra)}" if ours else f"could not be built ({error})"
+        raise MissingPackageError(f"the model {spec} {what}", name=error.name) from error
     except (Exception, SystemExit) as error:
         # Libraries, repositories and one's own function fail in many ways; a script that reads its arguments ends so.
         if isinstance(error, (OSError, UnpicklingError)) and pretrained and family.random:
