@@ -1,7 +1,5 @@
 """What a caller hands over in, the same or an error of ours out: the checks that several public names share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, get_args
 

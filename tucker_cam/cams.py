@@ -4,8 +4,6 @@ Each is one projection of the feature maps; the host scales the map to [0, 1] an
 target layers and smooths by test-time augmentation. No other module subclasses it.
 """
 
-from __future__ import annotations
-
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Text in, what a terminal shows of it out: names come from strangers, so nothing in a text is a command to it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from rich.console import Console

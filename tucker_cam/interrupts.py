@@ -1,7 +1,5 @@
 """An interrupt while Python imports in, one word and an exit code out: what is half imported fails in odd ways."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """MODULE:NAME in, what stands under that name in a module of the user's own out: code that the user asked to run."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from importlib import import_module

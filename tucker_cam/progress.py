@@ -1,7 +1,5 @@
 """How many pictures are done, how fast it goes and how long it will take: a bar, or where nobody watches a line."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

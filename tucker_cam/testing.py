@@ -1,7 +1,5 @@
 """A saliency method of one's own in; an AssertionError out, if there is something that it does not keep."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any

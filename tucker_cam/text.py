@@ -1,7 +1,5 @@
 """Text from strangers in, text that a terminal, a page or one line of an answer can show out."""
 
-from __future__ import annotations
-
 import re
 import sys
 

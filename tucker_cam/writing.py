@@ -1,7 +1,5 @@
 """A path to write to in, a file that is whole or absent out; and one run at a time in a folder."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

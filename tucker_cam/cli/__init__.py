@@ -1,7 +1,5 @@
 """The command line: what a user typed in, pictures on the disk and a line or a table on the screen out."""
 
-from __future__ import annotations
-
 import logging
 import os
 import traceback

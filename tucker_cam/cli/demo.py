@@ -1,7 +1,5 @@
 """One command, no arguments: a real network, two real photographs, one panel that compares the methods."""
 
-from __future__ import annotations
-
 import timeit
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """`tucker-cam evaluate`: what an evaluation found, as a table."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

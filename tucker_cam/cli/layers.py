@@ -1,7 +1,5 @@
 """A model in, a table of the layers that can be explained out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Sequence
 from typing import Unpack

@@ -1,7 +1,5 @@
 """`tucker-cam spectrum`: how much the first singular values hold, as box plots and a CSV."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A Tucker rank as TensorLy's users write it in, one feasible rank for each mode out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import inf, prod
 from numbers import Integral, Real

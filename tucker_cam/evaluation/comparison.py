@@ -1,7 +1,5 @@
 """A batch of pictures, a network, methods and measures in, one row of values for each picture and method out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 

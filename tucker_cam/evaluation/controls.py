@@ -1,7 +1,5 @@
 """Maps that know nothing of the picture, which stand in every table: what is not better than these explains nothing."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Sequence
 

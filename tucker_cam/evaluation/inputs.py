@@ -1,7 +1,5 @@
 """A folder of pictures, or batches of network inputs, in, what the network sees of each out: read ahead, by batches."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice

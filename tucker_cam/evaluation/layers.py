@@ -1,7 +1,5 @@
 """A model and pictures, without labels, in, what each of its layers is worth a map of out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -10,8 +10,6 @@ mask); `area_matched` takes it away. At the end stands a `Measure` for each colu
 function and a record.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Summaries and overlays in, one figure page out: bars with intervals, and each method at its best and worst."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The rows of an evaluation, and the CSV that holds them: read, checked, gone on with, never half a row."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

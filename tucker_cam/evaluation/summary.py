@@ -1,7 +1,5 @@
 """Rows of results in, for each method and measure the mean, its interval and its difference from a baseline out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

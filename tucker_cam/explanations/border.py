@@ -4,8 +4,6 @@ A convolution sees padding at the border. Where that makes the strongest feature
 border of every picture, and its map marks the background: what no sign rule can tell.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -4,8 +4,6 @@ Ray Data runs it and writes the tables, here or on any file system fsspec knows;
 what is done. What one run has written, another never changes: of two at once, neither can destroy the other's.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

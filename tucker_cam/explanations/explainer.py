@@ -1,7 +1,5 @@
 """Pictures in, their explanations out: read ahead, through the network in batches, by all methods together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial

@@ -1,7 +1,5 @@
 """What was found out about one picture: its maps, what they are drawn on, and how they are shown."""
 
-from __future__ import annotations
-
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Explanations in, files in a folder out: what is there is gone on with, and what others wrote is left alone."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

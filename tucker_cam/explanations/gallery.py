@@ -1,7 +1,5 @@
 """Pictures with their maps in, one HTML page out that needs neither server nor network to be looked at."""
 
-from __future__ import annotations
-
 import json
 import re
 from base64 import b64encode

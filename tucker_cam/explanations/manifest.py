@@ -4,8 +4,6 @@ One folder holds the results of one run, which may have been stopped and gone on
 engine makes goes into a folder beside them, which the same command finds again.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import re

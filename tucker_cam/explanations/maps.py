@@ -1,7 +1,5 @@
 """Images and several methods in, the maps of each out, of one forward pass for all methods that need no gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Self
 

@@ -5,8 +5,6 @@ DistributedDataParallel, Lightning and the method's own class, with projection h
 looked for: it is where the names and shapes of the model's own state dict are found whole.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

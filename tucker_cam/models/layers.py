@@ -4,8 +4,6 @@ Three pictures that differ in their corners go through the model in one batch. O
 which is the one that is explained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import is_dataclass

@@ -1,7 +1,5 @@
 """A model's name in, a model ready to be explained out: its weights, its preprocessing, its target layers."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from contextlib import suppress

@@ -3,8 +3,6 @@
 Each is a callable that compares equal to one made from the same shapes, and can be pickled.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt

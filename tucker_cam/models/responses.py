@@ -1,7 +1,5 @@
 """Pictures that differ in a corner in, whether a layer's output answers in that corner out: positions, not queries."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

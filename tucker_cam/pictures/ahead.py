@@ -1,7 +1,5 @@
 """Batches of what can be read in, what was read of each out: by processes that read ahead of the network."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """A folder in, its pictures out, with the object's mask as the network sees it where boxes or masks are given."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files and URLs in, upright RGB pictures out; what cannot be read is an OSError with one line for a user."""
 
-from __future__ import annotations
-
 import io
 import os
 import warnings

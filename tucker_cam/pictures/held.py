@@ -1,7 +1,5 @@
 """What a program holds in, pictures that are read as files are out: images, arrays, network inputs, loaders."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass

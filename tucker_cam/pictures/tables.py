@@ -1,7 +1,5 @@
 """A Parquet file in, the names of its rows (column ``name``) and the encoded pictures in them (``image``) out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache

@@ -3,8 +3,6 @@
 It is read off a picture whose red and green are coordinates, sent through the preprocessing itself, whoever wrote it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
