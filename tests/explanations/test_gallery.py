@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from itertools import product
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -89,25 +88,13 @@ def test_components_are_white_at_zero_red_above_and_blue_below():
     assert half.sum() > low.sum()
 
 
-PEAKS = np.full((4, 5), 0.25, np.float32)
-PEAKS[1, 2], PEAKS[3, 3], PEAKS[0, 0] = 1, 0.75, 0.5
-
-
-@pytest.mark.parametrize(
-    ("saliency", "mean", "top"),
-    [
-        (PEAKS, 6.5 / 20, 1.75 / 6.5),
-        # A tenth of twelve pixels: the first, and a fifth of the next.
-        (PEAKS[:, :3], 4 / 12, (1 + 0.2 * 0.5) / 4),
-        (np.zeros((20, 20), np.float32), 0, 0),
-        (np.ones((20, 20), np.float32), 1, 0.1),
-    ],
-)
-def test_statistics_are_the_mean_and_the_energy_of_the_highest_tenth_as_in_the_evaluation(saliency, mean, top):
-    made, batch = entry(maps={"tsm": saliency})["methods"]["tsm"], torch.from_numpy(saliency)[None]
-    assert made["mean_saliency"] == pytest.approx(mean) == mean_saliency(batch).item()
-    assert made["energy_in_top"] == pytest.approx(top)
-    assert mean == 0 or energy_in_top(batch).item() == pytest.approx(top)
+def test_statistics_are_those_of_the_evaluation():
+    random = np.random.default_rng(0)
+    # Of 4 x 3 pixels a tenth is no whole number.
+    for saliency in random.random((4, 5)), random.random((4, 3)), np.zeros((4, 5)), np.ones((4, 5)):
+        made, batch = entry(maps={"tsm": saliency})["methods"]["tsm"], torch.from_numpy(saliency)[None]
+        assert made["mean_saliency"] == pytest.approx(mean_saliency(batch).item())
+        assert made["energy_in_top"] == pytest.approx(energy_in_top(batch).item())
 
 
 def test_values_that_are_not_finite_count_as_zero_and_zeros_have_no_shares():
@@ -152,18 +139,9 @@ def browser():
 
 
 @pytest.fixture
-def told(tmp_path):
-    """What the page asked for, and what its console said: nothing but itself, and nothing, when the test ends."""
+def show(browser, tmp_path):
+    """Write a gallery and open it: the page asks for nothing but itself, and its console stays silent."""
     requests, complaints = [], []
-    yield requests, complaints
-    assert not complaints
-    assert [url for url in requests if not url.startswith("data:")] == [(tmp_path / "gallery.html").as_uri()]
-
-
-@pytest.fixture
-def show(browser, tmp_path, told):
-    """Write a gallery and open it."""
-    requests, complaints = told
     with browser.new_context(viewport={"width": 1000, "height": 700}) as context:
         page = context.new_page()
         page.set_default_timeout(8000)
@@ -177,6 +155,8 @@ def show(browser, tmp_path, told):
             return page
 
         yield show
+    assert not complaints
+    assert [url for url in requests if not url.startswith("data:")] == [(tmp_path / "gallery.html").as_uri()]
 
 
 def names(page):
@@ -225,20 +205,6 @@ def test_thumbnails_show_picture_and_overlay_of_the_method_and_opacity_that_are_
     assert set(page.evaluate(opacities)) == {0.91}
     assert page.locator(".opacity").first.input_value() == "91"
     assert page.locator("#detail-name").text_content() == "a.png"
-
-
-def test_nothing_can_be_fetched(show, told):
-    page = show(THREE)
-    blocked = page.evaluate(
-        """() => new Promise((done) => {
-            document.addEventListener("securitypolicyviolation", (event) => done(event.effectiveDirective));
-            new Image().src = "https://example.invalid/x.png";
-        })"""
-    )
-    assert blocked == "img-src"
-    requests, complaints = told
-    assert requests.pop() == "https://example.invalid/x.png"
-    assert "violates the following Content Security Policy" in complaints.pop()
 
 
 def test_the_detail_view_shows_all_of_a_picture_and_is_moved_and_switched_by_keys_and_buttons(show):
@@ -417,10 +383,12 @@ def test_an_empty_gallery_says_so(show):
 
 def test_a_dark_screen_and_that_of_a_phone_are_followed(show):
     page = show([*THREE, entry(f"{'long' * 30}.png")])
+    said = page.get_by_text("Red: the features are strong together there; blue: they are weak. No label was asked for.")
     within = "(selector) => { const box = document.querySelector(selector); return box.scrollWidth <= box.clientWidth }"
     for width in (320, 390):
         page.set_viewport_size({"width": width, "height": 700})
         assert page.evaluate(within, "html")
+        assert said.is_visible()
         assert page.locator(".thumbnail").nth(1).bounding_box()["x"] > 100
         page.locator(".thumbnail").last.click()
         assert page.evaluate(within, "dialog")
@@ -465,32 +433,11 @@ def test_a_thousand_pictures_hold_images_only_near_the_screen(show):
     assert page.evaluate(attached) < 300
 
 
-def test_the_gallery_of_the_documentation_opens(browser):
-    path = Path(__file__).parents[2] / "docs" / "gallery" / "gallery.html"
-    with browser.new_context() as context:
-        page, told = context.new_page(), []
-        page.on("console", lambda message: told.append(message.text))
-        page.on("pageerror", lambda error: told.append(str(error)))
-        page.goto(path.as_uri())
-        assert len(names(page)) == 24
-        page.locator(".thumbnail", has_text="coffee").click()
-        page.get_by_label("Beside it").select_option("tsm")
-        assert page.locator("#views b").all_text_contents() == ["eigencam", "tsm"]
-        assert page.locator("#components img").count() == 6
-        assert not told
-
-
 def test_the_policy_allows_nothing_but_the_page_itself(tmp_path):
     write_gallery(tmp_path / "gallery.html", "x", [])
-    (policy,) = re.findall('Content-Security-Policy" content="([^"]*)"', (tmp_path / "gallery.html").read_text())
+    page = (tmp_path / "gallery.html").read_text()
+    (policy,) = re.findall('<meta http-equiv="Content-Security-Policy" content="([^"]*)"', page)
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
     for own in ("script-src", "style-src"):
         assert rules.pop(own).startswith("'sha256-")
     assert rules == {"default-src": "'none'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'"}
-
-
-def test_the_header_says_what_the_colours_mean(show):
-    page = show(THREE)
-    page.set_viewport_size({"width": 390, "height": 700})
-    said = page.get_by_text("Red: the features are strong together there; blue: they are weak. No label was asked for.")
-    assert said.is_visible()
