@@ -1,6 +1,5 @@
 """Tiny seeded networks, one for each habit of a model that a label-free method has to put up with."""
 
-from collections import OrderedDict
 from dataclasses import replace
 
 import torch
@@ -200,12 +199,6 @@ def with_positions():
         patches=nn.Conv2d(3, 8, 8, 8),
         queries=nn.Sequential(nn.Flatten(2), nn.Linear(784, 11)),
     )
-
-
-def marked_up_model():
-    """Return a network with layers whose names a terminal could take for orders."""
-    parts = {"[/x]": nn.Conv2d(3, 8, 3), "\x1b[2J": nn.ReLU()}
-    return Wired(lambda self, x: self.parts(x).mean((2, 3)), parts=nn.Sequential(OrderedDict(parts)))
 
 
 def queries_model():

@@ -32,6 +32,7 @@ def test_the_mathematics_does_not_import_the_host():
     ("arguments", "code", "said"),
     [
         (["--help"], 0, "explain"),
+        (["--version"], 0, f"tucker-cam {tucker_cam.__version__}\n"),
         (["explain", "--help"], 0, "multivec-eigencam"),
         (["evaluate", "--help"], 0, "localisation"),
         (["explian"], 2, "explian"),

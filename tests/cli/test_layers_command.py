@@ -2,12 +2,10 @@
 
 import re
 
-import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
 from tucker_cam.cli import app
-from tucker_cam.models import NoLayerError, load_model
 
 
 def layers(*arguments, code=0, **environment):
@@ -30,16 +28,6 @@ def test_the_layers_command_lists_the_candidates_also_where_none_is_chosen():
     (output,) = layers("networks:queries_model")
     assert "8 x 28 x 28" in output
     assert "none was chosen" in output
-    with pytest.raises(NoLayerError, match="1 can be named, up to `0` 8x28x28"):
-        load_model("networks:queries_model")
-
-
-@pytest.mark.parametrize("terminal", ["", "1"])
-def test_the_layers_command_prints_any_name_as_it_is(terminal):
-    output, _ = layers("networks:marked_up_model", FORCE_COLOR=terminal)
-    assert "parts.[/x]" in output
-    assert "parts.\\x1b[2J" in output
-    assert "\x1b[2J" not in output
 
 
 def test_the_table_of_layers_loses_nothing_on_a_narrow_terminal():
