@@ -2,11 +2,9 @@
 
 import logging
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from tucker_cam import evaluate, explain
@@ -107,8 +105,6 @@ def test_each_stage_is_looked_at_and_the_one_whose_padding_dominates_is_not_reco
     assert by_name["border"].is_border_artefact
     assert not by_name["border"].recommended
     assert sum(report.recommended for report in found.reports) == 1
-    best = max((each for each in found.reports if not each.is_border_artefact), key=lambda each: each.embedding_kept)
-    assert best.recommended
 
 
 def test_a_layer_that_shows_the_border_is_not_recommended_though_it_keeps_most(monkeypatch):
@@ -124,17 +120,6 @@ def test_a_layer_that_shows_the_border_is_not_recommended_though_it_keeps_most(m
     assert order(*names) == (names, [])
 
 
-def test_a_picture_on_which_the_network_fails_costs_no_other_and_leaves_nothing_behind(tmp_path):
-    for index in range(5):
-        Image.effect_noise((24, 24), 80).convert("RGB").save(tmp_path / f"{index}.png")
-    Image.new("RGB", (3, 3)).save(tmp_path / "2-small.png")
-    (tmp_path / "3-broken.png").write_bytes(b"none")
-    found = examine_layers(tmp_path, "networks:demanding_model", progress=False)
-    assert [Path(name).name for name, _ in found.failures] == ["3-broken.png", "2-small.png"]
-    assert found.pictures == 5
-    assert not any(module._forward_hooks for module in found.loaded.model.modules())
-
-
 def test_what_a_map_keeps_of_the_embedding_and_how_sharp_it_is():
     bright = torch.zeros(8, 3, 24, 24)
     bright[:, :, 8:16, 8:16] = 1
@@ -144,3 +129,4 @@ def test_what_a_map_keeps_of_the_embedding_and_how_sharp_it_is():
     assert report.maximum_on_border == report.border_brighter == 0
     assert report.chance == pytest.approx(92 / 576)
     assert report.energy_in_top > 0.7  # the square is a ninth of the picture
+    assert not any(module._forward_hooks for module in SEEING.modules())
