@@ -1,7 +1,6 @@
 """Pictures through `evaluate` and its command line: rows, tables, interruptions, and pictures that cannot be used."""
 
 import csv
-import re
 import shutil
 from collections import Counter
 
@@ -62,7 +61,6 @@ def test_every_picture_and_method_is_a_row_with_every_metric_and_every_method_in
         assert (row["model"], row["layer"], row["annotations"]) == (MODEL, "3", "boxes")
     lines = result.output.splitlines()
     assert all(any(line.split()[:1] == [method] for line in lines) for method in methods)
-    assert max(len(line) for line in lines if line.split()[:1] and line.split()[0] in methods) <= 80
     summed = read(out.with_name("results-summary.csv"))
     assert {row["method"] for row in summed} == methods
     assert {row["measure"] for row in summed if row["method"] == "tsm"} == set(NAMES)
@@ -98,7 +96,7 @@ def test_the_rows_of_a_folder_and_of_batches_hold_what_the_metrics_say(data):
 
 
 def test_a_measure_of_ones_own_is_in_rows_summary_file_and_report(data, tmp_path, drawn):
-    largest = Measure("largest", lambda judged: judged.maps.amax((1, 2)), "largest value")
+    largest = Measure("largest", lambda judged: judged.maps.numpy().max((1, 2)), "largest value")
     found = evaluate(data, MODEL, {"mine": METHODS["tsm"]}, metrics=("localisation", largest))
     found.to_csv(tmp_path / "r.csv")
     found.report(tmp_path / "r.png")
@@ -108,9 +106,7 @@ def test_a_measure_of_ones_own_is_in_rows_summary_file_and_report(data, tmp_path
     assert "largest value\nneither is better" in [axes.get_title() for axes in drawn[0].axes]
 
 
-def test_a_measure_may_count_with_numpy_but_has_a_number_for_each_picture(data):
-    own = Measure("own", lambda judged: judged.maps.numpy().max((1, 2)))
-    assert evaluate(data, MODEL, "tsm", metrics=own).summary()["tsm"]["own"].value.mean == 1
+def test_a_measure_has_a_number_for_each_picture(data):
     for wrong, shape in ((torch.zeros(()), r"\(\)"), (torch.zeros(1, 1), r"\(1, 1\)")):
         with pytest.raises(BadValueError, match=rf"shape \(1,\) from the measure own, got {shape}"):
             evaluate(data, MODEL, "tsm", metrics=Measure("own", lambda judged, wrong=wrong: wrong))
@@ -128,7 +124,7 @@ def test_an_interrupted_run_says_so_and_goes_on_and_a_finished_one_is_not_comput
     arguments, out = (*quick, "--batch-size", "2"), quick[-1]
     expected = run(*arguments).stdout
     whole = out.read_bytes()
-    out.unlink()
+    out.write_text("")
     real, calls = comparison.saliency_maps, []
 
     def interrupted(*arguments):
@@ -148,13 +144,6 @@ def test_an_interrupted_run_says_so_and_goes_on_and_a_finished_one_is_not_comput
     assert run(*arguments).stdout == expected
 
 
-def test_two_runs_do_not_write_to_one_file(quick, tmp_path):
-    with FileLock(tmp_path / ".r.csv.lock"):
-        result = run(*quick)
-    assert result.exit_code == 2
-    assert "another run is writing to it" in result.stderr
-
-
 def test_names_are_neither_markup_nor_escape_sequences_and_methods_of_another_run_stay(quick, tmp_path):
     out = tmp_path / "\x1b[31m.csv"
     arguments = (*quick[:-1], out, "--report", tmp_path / "r.png")
@@ -166,11 +155,11 @@ def test_names_are_neither_markup_nor_escape_sequences_and_methods_of_another_ru
     assert result.exit_code == 0, result.output
     assert "[/x] :cat: \\x1b[31m" in result.output
     assert "\x1b" not in result.output
-    # Five pictures are too few to call a difference clear.
-    assert not re.search(r"\] [+-]", result.output)
 
 
-def test_a_file_that_holds_no_results_or_no_number_is_left_alone(quick):
+def test_a_file_that_another_run_writes_or_that_holds_no_results_or_no_number_is_left_alone(quick, tmp_path):
+    with FileLock(tmp_path / ".r.csv.lock"):
+        assert "another run is writing to it" in run(*quick).stderr
     run(*quick)
     text = quick[-1].read_text()
     for content, said in ("the only copy", "give another file"), (text[:-3] + "abc\n", "abc'): give another file"):
@@ -245,11 +234,13 @@ def test_outputs_that_would_overwrite_others_or_cannot_be_written_are_refused_be
     data, tmp_path, command
 ):
     (tmp_path / "rows.csv").write_text("the only copy")
+    (tmp_path / "r-summary.csv").write_text("mine")
     (tmp_path / "folder.png").mkdir()
     refused = [data / "images" / "0.png", "/dev/full", tmp_path / "folder.png", tmp_path / "rows.csv" / "r.png"]
     if command == "evaluate":
         reports = [*refused, tmp_path / "a.png", tmp_path / "report.docx"]
         options = [("--out", tmp_path / "a.png", "--report", report) for report in reports]
+        options.append(("--out", tmp_path / "r.csv"))
     else:
         options = [("--out", tmp_path / name) for name in ("s.csv", "s.pdf", "rows.png")]
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -307,23 +298,10 @@ def test_bad_arguments_are_an_error(tmp_path):
         ({"methods": ["tsn"]}, "near it: tsm"),
         ({"methods": {"tsm": METHODS["mtsm"]}}, "names of your own for methods of your own, got tsm"),
         ({"methods": {"random": METHODS["tsm"]}}, "names of your own for methods of your own, got random"),
-        (
-            {"metrics": Measure("mean_saliency", lambda judged: judged.maps)},
-            "measures of different names, got the columns picture",
-        ),
-        ({"metrics": Measure("layer", lambda judged: judged.maps)}, "measures of different names"),
+        ({"metrics": Measure("layer", lambda judged: judged.maps)}, "different names, got the columns picture"),
     ):
         with pytest.raises(TuckerCamError, match=message):
             evaluate(**({"data": images, "model": MODEL} | options))
-
-
-def test_batches_go_into_a_new_file_only(tmp_path):
-    images, out = torch.rand(2, 3, 24, 24), tmp_path / "r.csv"
-    evaluate(images, MODEL, "tsm", out=out)
-    before = out.read_bytes()
-    with pytest.raises(BadValueError, match=r"r\.csv: expected a new file, as nothing tells"):
-        evaluate(images, MODEL, "tsm", out=out)
-    assert out.read_bytes() == before
 
 
 def test_differences_are_from_the_method_that_is_named(data):
@@ -336,24 +314,14 @@ def test_differences_are_from_the_method_that_is_named(data):
         found.summary(baseline="tsn")
 
 
-def test_a_data_sets_labels_are_no_masks_and_without_measures_the_maps_statistics_are_there():
+def test_a_data_sets_labels_are_no_masks_and_its_rows_hold_the_maps_statistics_in_a_new_file_only(tmp_path):
     loader = DataLoader(TensorDataset(torch.rand(5, 3, 24, 24), torch.arange(5)), batch_size=2)
-    found = evaluate(loader, MODEL, "tsm", metrics="localisation", limit=3)
+    options = {"methods": "tsm", "metrics": "localisation", "out": tmp_path / "r.csv"}
+    found = evaluate(loader, MODEL, limit=3, **options)
     assert {row.picture for row in found.rows} == {"000000", "000001", "000002"}
     assert found.rows[0].values.keys() == STATISTICS
     assert repr(found).startswith("<Evaluation of 3 pictures by eigencam, tsm, ")
-
-
-def test_a_table_of_somebody_elses_is_not_written_over_and_an_empty_file_is_none(quick, tmp_path):
-    summary = tmp_path / "r-summary.csv"
-    summary.write_text("mine")
-    (tmp_path / "r.csv").touch()
-    refused = run(*quick)
-    assert refused.exit_code == 2
-    assert "expected a table to write again, found something else" in refused.stderr.replace("\n", " ")
-    assert summary.read_text() == "mine"
-    summary.unlink()
-    for _ in range(2):
-        assert run(*quick).exit_code == 0
-    assert summary.read_text().startswith("method,measure,pictures")
-    assert read(tmp_path / "r.csv")
+    before = (tmp_path / "r.csv").read_bytes()
+    with pytest.raises(BadValueError, match=r"r\.csv: expected a new file, as nothing tells"):
+        evaluate(loader, MODEL, **options)
+    assert (tmp_path / "r.csv").read_bytes() == before
