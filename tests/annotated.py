@@ -7,9 +7,9 @@ VOC = "<annotation><size><width>{size[0]}</width><height>{size[1]}</height></siz
 BOX = "<object><bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax><ymax>{3}</ymax></bndbox></object>"
 
 
-def write_picture(path, size=(8, 6), mode="RGB", **options):
+def write_picture(path, size=(8, 6), mode="RGB", seed=0, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    values = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)
     Image.fromarray(values).convert(mode).save(path, **options)
     return path
 

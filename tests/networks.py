@@ -113,15 +113,9 @@ def tiny_video_network():
 
 
 def picky_preprocessing():
-    """Return the network with a preprocessing that fails on very small pictures, in a way that nobody expects."""
-    network = tiny_loaded_model()
-
-    def preprocess(picture):
-        if picture.width < 4:
-            raise ZeroDivisionError("too small")
-        return network.preprocess(picture)
-
-    return replace(network, preprocess=preprocess)
+    """Return the network with a preprocessing that fails on very small pictures."""
+    steps = [transforms.RandomCrop(20), transforms.ToTensor()]
+    return replace(tiny_loaded_model(), preprocess=transforms.Compose(steps))
 
 
 def demanding_model():
