@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
-from documents import PAGES, commands
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 from test_folder import MODEL, make_pictures, run
@@ -97,7 +95,10 @@ def test_a_manifest_that_cannot_be_written_whole_is_not_written(out, monkeypatch
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("_cluster")
-def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is_gone_on_with(tmp_path, out):
+def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is_gone_on_with(
+    tmp_path, out, monkeypatch, caplog
+):
+    monkeypatch.setattr(logging.getLogger("ray.data._internal.util"), "handlers", [caplog.handler])
     pictures = make_pictures(tmp_path / "pictures", 14)
     (pictures / "p005.png").write_bytes(b"no picture")
     encoded = [{"image": path.read_bytes(), "name": f"row-{path.stem}"} for path in sorted(pictures.glob("p00*.png"))]
@@ -110,6 +111,7 @@ def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is
     assert "24 pictures: 22 explained, 0 there already, 2 failed" in clustered.output, clustered.output
     assert clustered.exit_code == 1
     assert clustered.stderr.count("expected a picture") == 2
+    assert "deprecated" not in caplog.text
 
     names = json.loads((tmp_path / "single" / "manifest.json").read_text())["pictures"]
     maps, errors = maps_in(out)
@@ -151,18 +153,3 @@ def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is
         assert f"1 picture: {1 - already} explained, {already} there already, 0 failed; in {beside}" in other.output
     assert {path: path.read_bytes() for path in before} == before
     assert len(maps_in(beside)[0]) == 1
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("_cluster")
-def test_the_command_of_the_documentation_runs(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("ray.data._internal.util"), "handlers", [caplog.handler])
-    (command,) = [each for page in PAGES for each in commands(page.read_text()) if "--engine ray" in each]
-    monkeypatch.chdir(tmp_path)
-    encoded = [{"image": path.read_bytes()} for path in make_pictures(tmp_path / "pictures", 2).iterdir()]
-    pq.write_table(pa.Table.from_pylist(encoded), "pictures.parquet")
-    result = run(*shlex.split(command)[2:])
-    assert "2 pictures: 2 explained, 0 there already, 0 failed; in maps-on-ray" in result.output, result.output
-    assert "deprecated" not in caplog.text
-    maps, _ = maps_in(tmp_path / "maps-on-ray")
-    assert {saliency.shape for saliency in maps.values()} == {(224, 224)}
