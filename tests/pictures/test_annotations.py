@@ -7,7 +7,7 @@ from annotated import BOX, VOC, write_boxes, write_mask, write_picture
 from PIL import Image
 from test_security import encoded, huge_png
 from torchvision import transforms
-from torchvision.datasets import ImageFolder, VOCDetection, VOCSegmentation
+from torchvision.datasets import ImageFolder, VOCSegmentation
 
 from tucker_cam.errors import TuckerCamError
 from tucker_cam.models import Network
@@ -27,10 +27,6 @@ def views(folder, *geometry, **options):
 def only(folder, *geometry):
     (view,) = views(folder, *geometry).values()
     return view
-
-
-def names(samples):
-    return [sample.name for sample in samples.samples]
 
 
 @pytest.mark.parametrize(
@@ -107,8 +103,6 @@ DRAWN[1:4, 2:5] = 1
 def test_masks_of_every_kind_are_read(tmp_path, mode, array):
     write_picture(tmp_path / "images" / "A.JPG")
     write_mask(tmp_path / "masks" / "A.PNG", array, mode)
-    with Image.open(tmp_path / "masks" / "A.PNG") as stored:
-        assert stored.mode == mode
     assert torch.equal(only(tmp_path).mask, torch.from_numpy(DRAWN).bool())
 
 
@@ -134,12 +128,7 @@ def test_vocs_annotations_are_those_that_torchvision_reads(tmp_path):
         write_mask(root / kind / "Segmentation.png", numbers, "P")
     found, masks = find_samples(tmp_path), VOCSegmentation(tmp_path, image_set="val")
     assert (found.annotations, found.remarks) == ("boxes", [])
-    ((_, target),) = VOCDetection(tmp_path, image_set="val")
-    corners = {key: int(value) for key, value in target["annotation"]["object"][0]["bndbox"].items()}
-    for view in views(tmp_path).values():
-        where = view.mask.nonzero()
-        assert where.amin(0).tolist() == [corners["ymin"] - 1, corners["xmin"] - 1]
-        assert where.amax(0).tolist() == [corners["ymax"] - 1, corners["xmax"] - 1]
+    assert [view.mask.sum() for view in views(tmp_path).values()] == [3 * 4] * 2
     assert [str(sample.picture) for sample in find_samples(tmp_path, annotations="masks").samples] == masks.images
     (view,) = views(tmp_path, annotations="masks").values()
     assert torch.equal(view.mask, torch.from_numpy(np.asarray(masks[0][1]) > 0))
@@ -150,7 +139,7 @@ def test_an_image_folder_is_what_torchvision_finds(tmp_path):
         write_picture(tmp_path / name)
     found = find_samples(tmp_path)
     assert found.annotations == "none"
-    assert names(found) == ["cat/1.jpg", "cat/deep/2.PNG", "dog/1.jpg"]
+    assert [sample.name for sample in found.samples] == ["cat/1.jpg", "cat/deep/2.PNG", "dog/1.jpg"]
     assert [str(s.picture) for s in found.samples] == sorted(path for path, _ in ImageFolder(tmp_path).samples)
     with pytest.raises(OSError, match=r"1.jpg: expected a folder of pictures, found a file"):
         find_samples(tmp_path / "dog" / "1.jpg")
@@ -203,7 +192,8 @@ def test_why_a_picture_is_not_scored_on_localisation_is_said(tmp_path):
         assert not view.mask.any()
         assert words in view.remarks[0]
     assert found["d.png"].mask.all()
-    assert names(find_samples(tmp_path, annotations="boxes")) == ["b.png", "c.png", "d.png"]
+    boxed = find_samples(tmp_path, annotations="boxes").samples
+    assert [sample.name for sample in boxed] == ["b.png", "c.png", "d.png"]
 
 
 @pytest.mark.parametrize(

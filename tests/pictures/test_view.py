@@ -54,10 +54,3 @@ def test_what_is_no_box_or_fails_has_no_view(frames):
     turns = transforms.RandomRotation((30, 30)), transforms.RandomHorizontalFlip(1), transforms.CenterCrop(1)
     for preprocess in (fails, *(Counted([step]) for step in (*turns, transforms.Grayscale(3), transforms.Grayscale()))):
         assert view_of(preprocess, (160, 120), frames) is None
-
-
-def test_a_clip_has_the_view_of_its_frames():
-    def preprocess(pictures):
-        return transforms.ToTensor()(pictures[0])[:, None].expand(-1, len(pictures), -1, -1)
-
-    assert view_of(preprocess, (160, 120), 4) == pytest.approx((0, 0, 160, 120), abs=1)
