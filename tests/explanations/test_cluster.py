@@ -13,8 +13,6 @@ from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 from test_folder import MODEL, make_pictures, run
 
-from tucker_cam.cli import app  # noqa: F401 - imported before the cluster starts, so that it is not timed by it
-
 # Ray leaves files and sockets to be closed by the garbage collector, and asks for pandas' future behaviour.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::ResourceWarning",
