@@ -130,3 +130,11 @@ def test_what_a_map_keeps_of_the_embedding_and_how_sharp_it_is():
     assert report.chance == pytest.approx(92 / 576)
     assert report.energy_in_top > 0.7  # the square is a ninth of the picture
     assert not any(module._forward_hooks for module in SEEING.modules())
+
+
+def test_layers_of_half_precision_are_compared_and_no_pictures_are_one_clear_error():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).bfloat16()
+    found = examine_layers(torch.rand(2, 3, 24, 24).bfloat16(), model, progress=False)
+    assert all(0 < report.embedding_kept <= 1 for report in found.reports)
+    with pytest.raises(ValueError, match="expected pictures, found none"):
+        examine_layers(torch.rand(0, 3, 24, 24), model, progress=False)

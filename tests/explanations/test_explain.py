@@ -252,14 +252,19 @@ def test_what_was_cropped_away_is_dimmed_and_the_network_view_is_the_crop():
     assert explanation.overlay(view="network").size == (24, 24)
 
 
-def test_a_notebook_shows_the_picture_beside_its_overlays_without_fetching_anything():
-    explanations = explain([noise(), noise(seed=1)], TINY, ["tsm", "mtsm"])
+def test_a_notebook_shows_the_picture_beside_its_overlays_without_fetching_anything(tmp_path):
+    (tmp_path / "broken.png").touch()
+    explanations = explain([noise(), noise(seed=1), tmp_path / "broken.png"], TINY, ["tsm", "mtsm"])
     page = explanations._repr_html_()
     assert page.count("<img") == 6
+    assert page.count("<p>") == page.count("broken.png") == 1
+    assert explanations.failures == []
     assert all(source.startswith("data:image/") for source in re.findall(r'src="([^"]*)"', page))
     assert "http" not in page
     assert page.count("<figcaption>tsm<") == 2
-    assert repr(explanations).startswith("<Explanations of 2 pictures by tsm, mtsm; model: networks:tiny")
+    assert repr(explanations).startswith("<Explanations of 3 pictures by tsm, mtsm; model: networks:tiny")
+    list(explanations)
+    assert "mtsm, 1 failed; model" in repr(explanations)
 
 
 def files_in(folder):
