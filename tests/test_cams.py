@@ -9,7 +9,6 @@ import references
 import torch
 from networks import images
 from numpy.testing import assert_allclose
-from pytorch_grad_cam.utils.image import scale_cam_image
 from registry import every_class, every_method, every_method_and_its_oracle
 from torch import nn
 
@@ -187,50 +186,6 @@ def test_a_mean_below_zero_that_differs_by_rounding_errors_only_is_flat():
     maps, model = -1 - 1e-9 * torch.rand(1, 4, 5, 5, dtype=torch.float64), networks.small_cnn()
     with LaFAM(model, [model[2]]) as cam:
         assert not cam.saliency(maps).any()
-
-
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-@every_method
-def test_gradients_are_neither_needed_nor_recorded(method, context):
-    model, batch = networks.small_cnn(), images()
-    expected = method(model, [model[2]])(batch)
-    for parameter in model[:3].parameters():
-        parameter.requires_grad_(False)
-    model[6].weight.grad = torch.ones_like(model[6].weight)
-    flags = [p.requires_grad for p in model.parameters()]
-    with context(), method(model, [model[2]]) as cam:
-        assert_allclose(cam(batch), expected)
-        assert not cam.outputs.requires_grad
-        assert cam.activations_and_grads.activations[0].grad_fn is None
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert (model[6].weight.grad == 1).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@every_method
-def test_half_precision_models_are_explained(method, dtype):
-    model, batch = networks.small_cnn().to(dtype), images().to(dtype)
-    saliency = method(model, [model[2]])(batch)
-    features = model[:3](batch).detach().float()
-    cam = method(model, [model[2]])
-    maps = cam.get_cam_image(None, None, None, features, None)
-    assert saliency.dtype == np.float32
-    assert_allclose(saliency, scale_cam_image(scale_cam_image(maps, (32, 32))), atol=1e-5)
-
-
-def test_the_peers_agree_with_cases_computed_by_hand():
-    first = [[[0.0, 1.0], [0.0, 3.0]], [[2.0, 4.0], [2.0, 0.0]]]
-    second = [[[-1.0, 0.0], [0.0, 0.0]], [[0.0, -3.0], [0.0, 0.0]]]
-    maps, model = torch.tensor([first, second]), networks.small_cnn()
-    with LaFAM(model, [model[2]]) as cam:
-        # Of the means 1, 2.5, 1, 1.5 and -0.5, -1.5, 0, 0.
-        above = torch.tensor([[[0.0, 1.5], [0.0, 0.5]], [[1.0, 0.0], [1.5, 1.5]]])
-        torch.testing.assert_close(cam.saliency(maps), above.double())
-    # 1 F_1 + 2 F_2, and -1/4 F_1 - 3/4 F_2, of any scale.
-    sums = torch.tensor([[[4.0, 9.0], [4.0, 3.0]], [[0.25, 2.25], [0.0, 0.0]]]).double()
-    with GAPWeighted(model, [model[2]]) as cam:
-        found = cam.saliency(maps)
-    torch.testing.assert_close(found / found.amax((1, 2), keepdim=True), sums / sums.amax((1, 2), keepdim=True))
 
 
 def test_the_gap_weighted_sum_is_one_step_of_power_iteration_from_the_uniform_vector():
