@@ -35,37 +35,34 @@ def relative_gap(second):
 
 
 @pytest.mark.parametrize(
-    ("second", "shapes", "expected"),
+    ("second", "shapes", "dtype", "expected"),
     [
-        (0.5, SMALL, ["_squared"]),
-        (0.995, SMALL, ["_squared", "_corrected"]),
-        (1 - 1e-6, SMALL, ["_squared", "_corrected", "_decomposed", "gram_matrix"]),
-        (0.5, LARGE, ["_lanczos"]),
-        (1 - 1e-4, LARGE, ["_lanczos", "_lanczos"]),
-        (None, LARGE, ["_lanczos", "_lanczos", "_decomposed", "gram_matrix"]),
+        (0.5, SMALL, torch.float32, ["_squared"]),
+        (0.995, SMALL, torch.float32, ["_squared", "_corrected"]),
+        (1 - 1e-6, SMALL, torch.float32, ["_squared", "_corrected", "_decomposed", "gram_matrix"]),
+        (0.5, LARGE, torch.float32, ["_lanczos"]),
+        (1 - 1e-4, LARGE, torch.float32, ["_lanczos", "_lanczos"]),
+        (None, LARGE, torch.float32, ["_lanczos", "_lanczos", "_decomposed", "gram_matrix"]),
+        # Of float64 features the matrix is formed once.
+        (0.5, SMALL, torch.float64, ["gram_matrix", "_squared"]),
+        (0.995, SMALL, torch.float64, ["gram_matrix", "_squared", "_corrected"]),
+        (1 - 1e-6, SMALL, torch.float64, ["gram_matrix", "_squared", "_corrected", "_decomposed"]),
+        (0.5, LARGE, torch.float64, ["_lanczos"]),
+        (None, LARGE, torch.float64, ["_lanczos", "_decomposed", "gram_matrix"]),
     ],
 )
 @pytest.mark.parametrize("index", [0, 1], ids=["tall", "wide"])
-def test_an_image_is_done_as_carefully_as_its_gap_asks_for(second, shapes, expected, index, ways):
+def test_an_image_is_done_as_carefully_as_its_gap_asks_for(second, shapes, dtype, expected, index, ways):
     shape = shapes[index]
-    unfolding = torch.randn(8, *shape) if second is None else spectrum(relative_gap(second), *shape).float()
+    unfolding = (torch.randn(8, *shape) if second is None else spectrum(relative_gap(second), *shape)).to(dtype)
     assert_is_the_leading_map(leading_maps(unfolding), unfolding)
     assert [name for name, _ in ways] == expected
 
 
-@pytest.mark.parametrize("shape", SMALL)
-def test_of_float64_features_the_matrix_is_formed_once(shape, ways):
-    unfolding = spectrum(relative_gap(1 - 1e-6), *shape)
-    assert_is_the_leading_map(leading_maps(unfolding), unfolding)
-    assert [name for name, _ in ways] == ["gram_matrix", "_squared", "_corrected", "_decomposed"]
-
-
-@pytest.mark.parametrize("shape", [(1280, 49), (49, 1280)])
+@pytest.mark.parametrize("shape", [(1280, 49), (49, 1280), (300, 127)])
 def test_noise_without_any_structure_is_corrected_to_much_better_than_single_precision(shape, ways):
     unfolding = torch.randn(6, *shape)
-    exact = torch.linalg.svd(unfolding.double(), full_matrices=False)
-    expected = exact.S[:, :1] * exact.Vh[:, 0].abs()
-    assert ((leading_maps(unfolding) - expected).abs().amax(1) / expected.amax(1)).max() < 1e-8
+    assert_is_the_leading_map(leading_maps(unfolding), unfolding, tolerance=1e-8)
     assert [name for name, _ in ways] == ["_squared", "_corrected"]
 
 
@@ -104,15 +101,6 @@ def test_of_large_features_nothing_as_large_as_a_gram_matrix_is_formed(shape):
     assert max(sizes) < gram_matrix(unfolding).numel() / 2
 
 
-@pytest.mark.parametrize("shape", [*SMALL, (200, 127)])
-@pytest.mark.parametrize("exponent", range(-14, 15))
-def test_a_map_has_the_scale_of_its_features_and_no_power_of_them_vanishes(shape, exponent):
-    features = spectrum(relative_gap(0.5), *shape, 2)
-    exact = torch.linalg.svd(features, full_matrices=False).Vh[:, 0].abs()
-    maps = leading_maps((10.0**exponent * features).float())
-    assert (maps / maps.amax(1, keepdim=True) - exact / exact.amax(1, keepdim=True)).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize("n", [16, 49, 127])
 def test_one_vector_at_right_angles_to_the_first_one_multiplied_is_found(n):
     start = leading._start(n, torch.float32, torch.device("cpu")).flatten()
@@ -121,13 +109,6 @@ def test_one_vector_at_right_angles_to_the_first_one_multiplied_is_found(n):
     rows[places, places], rows[places, places + 1] = start[1:], -start[:-1]
     unfolding = torch.cat([rows[:, None].expand(-1, 4, -1), torch.zeros(n - 1, n, n)], dim=1)
     assert_close(leading_maps(unfolding), 2 * rows.abs().double(), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("n", [49, 127])
-def test_values_that_are_nearly_alike_are_corrected(n, ways):
-    unfolding = spectrum(torch.cat([torch.ones(1), torch.full((n - 1,), 0.95)]), 300, n, 10).float()
-    assert_is_the_leading_map(leading_maps(unfolding), unfolding)
-    assert [name for name, _ in ways] == ["_squared", "_corrected"]
 
 
 def test_rectified_features_of_a_large_layer_take_few_products(monkeypatch):
@@ -143,18 +124,6 @@ def test_only_the_images_in_doubt_are_done_again(ways):
     batch = torch.cat([easy[:2], hard, easy[2:]]).float()
     assert_is_the_leading_map(leading_maps(batch), batch)
     assert ways == [("_squared", 4), ("_corrected", 1), ("_decomposed", 1), ("gram_matrix", 1)]
-
-
-@pytest.mark.parametrize("shape", LARGE)
-def test_a_massive_channel_of_a_large_layer_leaves_a_finished_map_right(shape):
-    unfolding = torch.relu(torch.randn(100, *shape) + 0.3)
-    unfolding[:, 3] += torch.logspace(0, 4, 100)[:, None]
-    exact = torch.linalg.svd(unfolding.double(), full_matrices=False).Vh[:, 0].abs()
-    finished, expected = (
-        (maps - maps.amin(1, keepdim=True)) / (maps.amax(1) - maps.amin(1))[:, None]
-        for maps in (leading_maps(unfolding), exact)
-    )
-    assert (finished - expected).abs().max() < 1e-5
 
 
 def test_a_second_ritz_value_that_is_too_small_leaves_no_map_wrong():
