@@ -4,7 +4,6 @@ import tensorly as tl
 import torch
 from made_tensors import sizes_made_by
 from tensorly.decomposition import partial_tucker
-from torch.testing import assert_close
 
 from tucker_cam.decomposition import hooi
 from tucker_cam.decomposition.hooi import truncated_components
@@ -40,26 +39,6 @@ def test_each_image_stops_after_as_many_sweeps_as_in_tensorly(shape, rank, monke
     assert len(set(sweeps)) > 1 or rank == (1, 1, 1)
 
 
-@pytest.mark.parametrize(("shape", "rank"), CASES)
-def test_a_batch_gives_what_its_images_give_one_at_a_time(shape, rank):
-    unfolding = features(shape).flatten(2)
-    together = truncated_components(unfolding, shape[1:], rank)
-    for i in range(len(unfolding)):
-        alone = truncated_components(unfolding[i : i + 1], shape[1:], rank)
-        assert_close(together.values[i], alone.values[0], rtol=1e-9, atol=1e-9)
-        assert_close(together.maps[i].abs(), alone.maps[0].abs(), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize(("shape", "rank"), CASES)
-def test_the_directions_make_the_maps(shape, rank):
-    unfolding = features(shape).flatten(2).double()
-    components = truncated_components(unfolding, shape[1:], rank)
-    tall = shape[0] >= np.prod(shape[1:])
-    factor = unfolding @ components.directions if tall else components.directions
-    assert_close(factor.mT @ factor, torch.eye(rank[0], dtype=factor.dtype).expand(len(factor), -1, -1))
-    assert_close(factor.mT @ unfolding, components.maps)
-
-
 @pytest.mark.parametrize(
     ("shape", "rank"),
     [((8, 24, 24), (4, 24, 24)), ((6, 8, 8, 8), (6, 7, 8, 8)), ((40, 6, 6), (4, 6, 6)), ((4, 1, 64), (2, 1, 60))],
@@ -77,15 +56,11 @@ def test_values_descend_also_where_the_last_sweep_changed_their_order():
     assert (values.diff(dim=1) <= 0).all()
 
 
-def test_nothing_in_nothing_out():
-    components = truncated_components(torch.zeros(2, 40, 30), (5, 6), (4, 2, 3))
-    assert_close(components.maps, torch.zeros_like(components.maps))
-    assert_close(components.values, torch.zeros_like(components.values))
-
-
 def test_directions_that_the_features_do_not_have_are_nothing_and_no_noise():
     unfolding = torch.rand(3, 40, 1) * torch.rand(3, 1, 30, dtype=torch.float64)
+    unfolding[2] = 0
     components = truncated_components(unfolding, (5, 6), (4, 2, 3))
-    assert (components.values[:, 0] > 1).all()
+    assert (components.values[:2, 0] > 1).all()
+    assert not any(part[2].any() for part in components)
     for part in (components.values[:, 1:], components.maps[:, 1:], components.directions[..., 1:]):
         assert not part.any()
