@@ -3,6 +3,7 @@ import pytest
 import tensorly as tl
 import torch
 from made_tensors import sizes_made_by
+from registry import rectified
 from tensorly.decomposition import partial_tucker
 
 from tucker_cam.decomposition import hooi
@@ -17,13 +18,9 @@ CASES = [
 ]
 
 
-def features(shape, batch=6):
-    return torch.relu(torch.randn(batch, *shape) + 0.3)
-
-
 @pytest.mark.parametrize(("shape", "rank"), CASES)
 def test_each_image_stops_after_as_many_sweeps_as_in_tensorly(shape, rank, monkeypatch):
-    batch = features(shape).double()
+    batch = rectified(shape, torch.float64, batch=6)
     sweeps = []
     for image in batch.numpy():
         with tl.backend_context("numpy"):
@@ -44,7 +41,7 @@ def test_each_image_stops_after_as_many_sweeps_as_in_tensorly(shape, rank, monke
     [((8, 24, 24), (4, 24, 24)), ((6, 8, 8, 8), (6, 7, 8, 8)), ((40, 6, 6), (4, 6, 6)), ((4, 1, 64), (2, 1, 60))],
 )
 def test_nothing_is_much_larger_than_the_features_however_high_the_spatial_rank(shape, rank):
-    unfolding = features(shape, 2).flatten(2)
+    unfolding = rectified(shape, batch=2).flatten(2)
     sizes = sizes_made_by(lambda: truncated_components(unfolding, shape[1:], rank))
     assert max(sizes) <= 1.5 * unfolding.numel()
 
