@@ -5,7 +5,6 @@ import sys
 from functools import partial
 
 import networks
-import numpy as np
 import pytest
 import torch
 import ttach
@@ -34,7 +33,6 @@ COMBINED = [MTSM, MultivecEigenCAM]
 # The methods, the model, its layers and the options; the error and the words that tell a user what to do.
 AT_CONSTRUCTION = [
     (ALL, CNN, CNN[2], {}, TypeError, r"list of layers, got Conv2d: put a layer in brackets, \[layer\]"),
-    (ALL, CNN, None, {}, TypeError, "list of layers, got NoneType"),
     (ALL, CNN, "layer4", {}, TypeError, "list of layers, got str"),
     (ALL, CNN, ["layer4"], {}, TypeError, "one torch.nn.Module, and nothing else, got .'layer4'"),
     (ALL, CNN, [], {}, ValueError, "at least one torch.nn.Module"),
@@ -44,7 +42,6 @@ AT_CONSTRUCTION = [
     (ALL, CNN, [CNN[2]], {"reshape_transform": "vit"}, TypeError, "a callable or None, got str"),
     (ALL, CNN, [CNN[2]], {"tta_transforms": ttach.HorizontalFlip()}, TypeError, "ttach.Compose or None, got Horiz"),
     (RANKED, CNN, [CNN[2]], {"rank": 0}, ValueError, "a rank above 0, got 0: None is full rank"),
-    (RANKED, CNN, [CNN[2]], {"rank": "full"}, TypeError, "or 'same', got 'full'"),
     (RANKED, CNN, [CNN[2]], {"engine": "numpy"}, ValueError, "engine as one of 'torch', 'tensorly', got 'numpy'"),
     (COMBINED, CNN, [CNN[2]], {"combine": "sum"}, ValueError, "combine as one of 'signed', 'energy', got 'sum'"),
 ]
@@ -53,7 +50,7 @@ OF_THE_TRANSFORM = "expected feature maps from the reshape_transform after `2`"
 # The model, its layers, the options and the images.
 AT_THE_CALL = [
     (CNN, [nn.Conv2d(3, 3, 1)], {}, IMAGES, ValueError, UNREACHED.format("Conv2d")),
-    (UNUSED, [UNUSED.unused], {}, IMAGES, ValueError, UNREACHED.format("unused")),
+    (UNUSED, [UNUSED.unused], {}, IMAGES, ValueError, UNREACHED.format("unused") + ".*inside its `with` block"),
     (UNUSED, [UNUSED.listed], {}, IMAGES, ValueError, UNREACHED.format("listed") + ".*that the model loops over"),
     (UNUSED, [UNUSED.pool], {}, IMAGES, TypeError, "feature maps from `pool` as one torch.Tensor, got tuple"),
     (CNN, [CNN], {}, IMAGES, ValueError, r"feature maps from `Sequential` as batch x channels x spatial.*\(2, 10\)"),
@@ -75,9 +72,7 @@ AT_THE_CALL = [
             (lambda x: x.repeat(4, 1, 1, 1), ValueError, ", one set for each of 2 images, got 8"),
         ]
     ),
-    (CNN, [CNN[2]], {}, IMAGES.numpy(), TypeError, "as a torch.Tensor, .*got ndarray"),
     (CNN, [CNN[2]], {}, list(IMAGES), TypeError, "got list: put each picture through the model's preprocessing"),
-    (CNN, [CNN[2]], {}, IMAGES.to_sparse(), TypeError, "images as a dense tensor"),
     (CNN, [CNN[2]], {}, IMAGES.to("meta"), TypeError, "images as a dense tensor with numbers in it"),
     (CNN, [CNN[2]], {}, IMAGES[0], ValueError, r"got \(3, 32, 32\): a single picture needs images\[None\]"),
     (CNN, [CNN[2]], {}, IMAGES[:0], ValueError, r"none of them empty, got \(0, 3, 32, 32\)"),
@@ -109,14 +104,6 @@ def test_a_bad_argument_is_answered_with_one_clear_error(
     assert not any(map(hook_count, (CNN, UNUSED, VIT)))
 
 
-@every_class
-def test_a_call_after_the_block_is_named(method):
-    with method(CNN, [CNN[2]]) as cam:
-        pass
-    with pytest.raises(ValueError, match="inside its `with` block"):
-        cam(IMAGES)
-
-
 @pytest.mark.parametrize("error", [KeyError("mine"), RuntimeError("of my size and type")], ids=["key", "runtime"])
 @every_class
 def test_an_error_of_the_model_or_of_the_transform_comes_through_as_it_is(method, error):
@@ -133,12 +120,8 @@ def test_an_error_of_the_model_or_of_the_transform_comes_through_as_it_is(method
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"features": np.zeros((1, 2, 3, 4))}, TypeError, "features as one torch.Tensor, got ndarray"),
         ({"features": torch.zeros(1, 2, 3, 4).long()}, TypeError, "features as floating point numbers"),
-        ({"features": torch.zeros(2, 3)}, ValueError, r"features as batch x channels x spatial.*got \(2, 3\)"),
-        ({"features": torch.zeros(0, 2, 3, 4)}, ValueError, "none of them empty"),
         ({"features": torch.full((1, 2, 3, 4), torch.nan)}, ValueError, "finite features.*use torch.nan_to_num"),
-        ({"features": torch.zeros(1, 2, 3, 4).to_sparse()}, TypeError, "features as a dense tensor"),
         ({"engine": "jax"}, ValueError, "engine as one of 'torch', 'tensorly', got 'jax'"),
         ({"rank": "all"}, TypeError, "or 'same', got 'all'"),
         ({"rank": (2, 2)}, ValueError, r"3 parts for feature maps of shape \(2, 3, 4\), channels first, got \(2, 2\)"),
