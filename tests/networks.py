@@ -132,10 +132,6 @@ def raises():
     raise RuntimeError("no weights today")
 
 
-def no_model():
-    return "a model"
-
-
 def on_levels(part):
     return Wired(lambda self, levels: [self.part(level) for level in levels], part=part)
 

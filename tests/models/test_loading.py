@@ -1,8 +1,10 @@
 """The families of models, each loaded offline and with random weights."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import networks
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ def repositories(tmp_path, monkeypatch):
     make_repositories()
 
 
+TINY = "networks:tiny_loaded_model"
 DETECTOR = "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn"
 LAYERS = {
     "timm:resnet50": "layer4 2048x7x7",
@@ -40,6 +43,7 @@ LAYERS = {
     "hf:openai/clip-vit-base-patch32": "encoder.layers.0 17x16",
     "hub:facebookresearch/vicreg:resnet50": "layer4 512x7x7",
 }
+UNABLE = replace(networks.tiny_loaded_model(), preprocess=lambda _: 1 / 0)
 EXAMPLES = [family.example for family in FAMILIES.values() if family.random]
 
 
@@ -83,8 +87,8 @@ def test_what_the_network_saw_can_be_shown_again(name):
 def test_a_device_that_there_is_not_is_one_clear_error():
     for device in ("abacus", "hpu"):
         with pytest.raises(ValueError, match=f"the model cannot run on '{device}' .*: use cpu"):
-            load_model("networks:tiny_loaded_model", device=device)
-    assert load_model("networks:tiny_loaded_model", device="cpu").device.type == "cpu"
+            load_model(TINY, device=device)
+    assert load_model(TINY, device="cpu").device.type == "cpu"
 
 
 @pytest.mark.usefixtures("repositories")
@@ -108,57 +112,61 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
 
 
 def test_ones_own_module_or_network_is_loaded_by_module_and_function():
-    loaded = load_model("networks:tiny_loaded_model")
+    loaded = load_model(TINY)
     assert isinstance(loaded, LoadedModel)
-    assert (loaded.name, loaded.layer_names, loaded.classifies) == ("networks:tiny_loaded_model", ["3"], True)
+    assert (loaded.name, loaded.layer_names, loaded.classifies) == (TINY, ["3"], True)
     bare = load_model("networks:small_cnn")
     assert (bare.preprocess, bare.mean, bare.classifies) == (imagenet_preprocessing, IMAGENET_MEAN, False)
 
 
 @pytest.mark.usefixtures("repositories")
 @pytest.mark.parametrize(
-    ("name", "error", "message"),
+    ("model", "options", "error", "message"),
     [
-        (
-            "resnet50",
-            ValueError,
-            r"timm:NAME, .*, got 'resnet50': did you mean timm:resnet50 or torchvision:resnet50\?",
-        ),
-        ("facebook/dinov2-small", ValueError, r"did you mean hf:facebook/dinov2-small\?"),
-        ("timm:", ValueError, "got 'timm:'$"),
-        ("demo:x", ValueError, "got 'demo:x'"),
-        ("timm:resnet5", ValueError, "timm has no model 'resnet5'; near it: .*resnet50"),
-        ("torchvision:resnet5", ValueError, "torchvision has no model 'resnet5'; near it: .*resnet50"),
-        ("hub:vicreg:resnet50", ValueError, "or hub:FOLDER:ENTRY .* with a hubconf.py, got 'hub:vicreg:resnet50'"),
-        ("hub:vicreg", ValueError, "expected hub:OWNER/REPOSITORY:ENTRY, or .*, got 'hub:vicreg'"),
-        ("hub:facebookresearch/vicreg:resnet51", ValueError, "could not be built .*resnet51"),
-        ("hub:facebookresearch/vicreg:none", TypeError, "expected a torch.nn.Module or .* from hub:.*, got NoneType"),
-        ("hub:facebookresearch/vicreg:unreachable", OSError, r"not be had \(no route to host\); random weights, pretr"),
-        ("hf:nobody/nothing", OSError, "hf:nobody/nothing could not be had"),
+        ("resnet50", {}, ValueError, r"timm:NAME, .*: did you mean timm:resnet50 or torchvision:resnet50\?"),
+        ("facebook/dinov2-small", {}, ValueError, r"did you mean hf:facebook/dinov2-small\?"),
+        ("timm:", {}, ValueError, "got 'timm:'$"),
+        ("demo:x", {}, ValueError, "got 'demo:x'"),
+        ("timm:resnet5", {}, ValueError, "timm has no model 'resnet5'; near it: .*resnet50"),
+        ("torchvision:resnet5", {}, ValueError, "torchvision has no model 'resnet5'; near it: .*resnet50"),
+        ("hub:vicreg:resnet50", {}, ValueError, "or hub:FOLDER:ENTRY .* with a hubconf.py, got 'hub:vicreg:resnet50'"),
+        ("hub:vicreg", {}, ValueError, "expected hub:OWNER/REPOSITORY:ENTRY, or .*, got 'hub:vicreg'"),
+        ("hub:facebookresearch/vicreg:resnet51", {}, ValueError, "could not be built .*resnet51"),
+        ("hub:facebookresearch/vicreg:none", {}, TypeError, "a torch.nn.Module or .* from hub:.*, got NoneType"),
+        ("hub:facebookresearch/vicreg:unreachable", {}, OSError, r"be had \(no route to host\); random weights, pretr"),
+        ("hf:nobody/nothing", {}, OSError, "hf:nobody/nothing could not be had"),
         # A masked autoencoder shuffles the patches.
-        ("hf:facebook/vit-mae-base", NoLayerError, r"2 can be named, .* `embeddings\.patch_embeddings` 196x16"),
-        ("nowhere:model", ValueError, "no module 'nowhere' here"),
-        ("networks:", ValueError, "MODULE:CALLABLE, got 'networks:'"),
-        ("networks:missing", ValueError, "networks has no function or class 'missing'"),
-        ("networks:no_model", TypeError, "torch.nn.Module or a tucker_cam.models.Network from .*, got str"),
-        ("networks:raises", ValueError, r"networks:raises could not be built \(RuntimeError: .*\)"),
-        ("networks:text_model", ValueError, r"takes one picture, and it failed on one of 3x224x224 \(RuntimeError: "),
-        ("broken:f", ValueError, r"broken could not be imported \(SyntaxError"),
-        ("ending:f", ValueError, r"ending:f could not be built \(SystemExit: no arguments\)"),
+        ("hf:facebook/vit-mae-base", {}, NoLayerError, r"2 can be named, .* `embeddings\.patch_embeddings` 196x16"),
+        ("nowhere:model", {}, ValueError, "no module 'nowhere' here"),
+        ("networks:", {}, ValueError, "MODULE:CALLABLE, got 'networks:'"),
+        ("networks:missing", {}, ValueError, "networks has no function or class 'missing'"),
+        ("builtins:dict", {}, TypeError, "torch.nn.Module or a tucker_cam.models.Network from .*, got dict"),
+        ("networks:raises", {}, ValueError, r"networks:raises could not be built \(RuntimeError: .*\)"),
+        ("networks:text_model", {}, ValueError, r"one picture, and it failed on one of 3x224x224 \(RuntimeError: "),
+        ("broken:f", {}, ValueError, r"broken could not be imported \(SyntaxError"),
+        ("ending:f", {}, ValueError, r"ending:f could not be built \(SystemExit: no arguments\)"),
+        ("demo", {"pretrained": False}, ValueError, "demo: expected a model of a library or hub for random weights"),
+        (TINY, {"pretrained": False}, ValueError, f"{TINY}: expected a model of a library or hub for random weights"),
+        (TINY, {"size": 0}, ValueError, "a size of at least one pixel, a whole number, got 0"),
+        (TINY, {"mean": (0.5, 0.5)}, ValueError, r"of three numbers in \[0, 1\], std above 0, got \(0.5, 0.5\) and"),
+        (TINY, {"mean": (123.7, 116.3, 103.5)}, ValueError, r"got \(123.7"),
+        (TINY, {"std": (0, 1, 1)}, ValueError, r"std above 0, got .* and \(0, 1, 1\)"),
+        (
+            "timm:vit_tiny_patch16_224",
+            {"pretrained": False, "size": 100},
+            ValueError,
+            "failed on one of 3x100x100 .*100",
+        ),
+        ("networks:tiny_video_network", {"size": 100}, ValueError, "no size, crop, mean or std, as it takes 4 frames"),
+        (UNABLE, {}, ValueError, "a grey picture: its preprocessing failed"),
     ],
 )
-def test_what_gives_no_model_is_one_clear_line(name, error, message):
+def test_what_gives_no_model_is_one_clear_line(model, options, error, message):
     Path("broken.py").write_text("def f(:")
     Path("ending.py").write_text("def f():\n    raise SystemExit('no arguments')")
     with pytest.raises(error, match=message) as raised:
-        load_model(name)
+        load_model(model, **options)
     assert len(str(raised.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize("name", ["demo", "networks:tiny_loaded_model"])
-def test_random_weights_are_refused_where_there_are_no_published_ones(name):
-    with pytest.raises(ValueError, match=f"{name}: expected a model of a library or hub for random weights"):
-        load_model(name, pretrained=False)
 
 
 def test_every_family_is_a_row_of_the_readme():
