@@ -1,6 +1,7 @@
 """Tiny models as the hubs keep them, and weights in the layouts in which self-supervised projects publish them."""
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,16 @@ def make_repositories():
     vicreg = Path("facebookresearch/vicreg")
     vicreg.mkdir(parents=True)
     (vicreg / "hubconf.py").write_text(HUBCONF)
+
+
+class RunsCode:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def prefixed(prefix, state):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from annotated import write_picture
 from PIL import Image, UnidentifiedImageError
-from repositories import make_repositories
+from repositories import RunsCode, make_repositories
 from transformers import AutoConfig, AutoModel, BitImageProcessorPil, ViTConfig
 from typer.testing import CliRunner
 
@@ -55,14 +55,6 @@ def test_no_code_is_made_from_text_and_no_pickle_is_read(path):
         assert options.get("shell", "False") == "False"
         if name.startswith("Auto"):
             assert options.get("trust_remote_code") == "False"
-
-
-class RunsCode:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def test_weights_with_code_in_them_are_refused_by_the_command_line_and_run_nothing(pictures, tmp_path):

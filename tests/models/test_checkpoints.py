@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from repositories import LAYOUTS, dino, moco_v2, prefixed, projector, vicregl
+from repositories import LAYOUTS, RunsCode, dino, moco_v2, prefixed, projector, vicregl
 from safetensors.torch import save_file
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, ResNet
@@ -134,13 +134,6 @@ def test_less_than_the_whole_backbone_is_an_error_that_lists_the_keys_and_change
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-class RunsCode:
-    """Makes a folder when it is unpickled."""
-
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
 def saved(content, **options):
     buffer = io.BytesIO()
     torch.save(content, buffer, **options)
@@ -159,8 +152,10 @@ OTHER = r"backbone of ResNet, found another one \(entries: 2, needed: 65\); the 
         pytest.param("w.pth", PAGE, BROKEN, id="web page"),
         pytest.param("w.safetensors", PAGE, BROKEN, id="web page as safetensors"),
         pytest.param("w.pth", saved({"a": torch.rand(99)})[:-500], BROKEN, id="truncated"),
-        pytest.param("w.pth", saved(RunsCode()), FOREIGN, id="code"),
-        pytest.param("w.pth", saved(RunsCode(), _use_new_zipfile_serialization=False), FOREIGN, id="code, old format"),
+        pytest.param("w.pth", saved(RunsCode("ran")), FOREIGN, id="code"),
+        pytest.param(
+            "w.pth", saved(RunsCode("ran"), _use_new_zipfile_serialization=False), FOREIGN, id="code, old format"
+        ),
         pytest.param("w.pth", saved({"epoch": 3, "state_dict": {}}), "found no tensors with names", id="no tensors"),
         pytest.param("w.pth", saved(nn.Linear(3, 4).state_dict()), OTHER, id="another network"),
     ],
