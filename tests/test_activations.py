@@ -92,13 +92,3 @@ def test_a_view_of_the_output_by_a_reshape_transform_is_kept_when_the_output_is_
     model, batch = networks.in_place_cnn().eval(), images()
     (maps,) = features(model, [model[0]], batch, lambda output: output[:, :4])
     assert_close(maps, model[0](batch)[:, :4].detach(), rtol=0, atol=0)
-
-
-def test_numbers_that_are_none_are_not_overwritten_in_the_models_own_tensor():
-    model, batch, outputs = networks.small_cnn().eval(), images(), []
-    model[2].register_forward_hook(lambda layer, inputs, output: outputs.append(output))
-    batch[0, 0, 0, 0] = torch.nan
-    with pytest.warns(RuntimeWarning, match="count as zero"):
-        maps = recorded(model, model[2], batch)
-    assert maps.isfinite().all()
-    assert outputs[0].isnan().any()

@@ -129,15 +129,6 @@ def test_flipped_or_transposed_features_give_the_flipped_or_transposed_map(proje
     assert_same_maps(project(drawn.transpose(2, axis)), project(drawn).transpose(1, axis - 1))
 
 
-@every_map
-@given(drawn=features(dtype=torch.float32))
-@examples
-def test_single_precision_features_give_the_map_of_the_same_numbers_in_double(project, drawn):
-    assume(has_one_map(project, drawn))
-    # Centring subtracts in the features' own precision.
-    assert_same_maps(project(drawn), project(drawn.double()), tolerance=1e-5)
-
-
 @every_truncated_map
 @given(drawn=features(axes=(2, 3)), data=st.data())
 @examples
