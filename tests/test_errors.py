@@ -1,22 +1,18 @@
 """Errors are of one kind and of the built-in one that fits, and a failure is a value that keeps its error."""
 
-import pytest
-
 from tucker_cam.errors import BadFileError, BadTypeError, BadValueError, Failure, MissingPackageError, TuckerCamError
 
 
-@pytest.mark.parametrize(
-    ("error", "built_in"),
-    [
-        (BadValueError, ValueError),
-        (BadTypeError, TypeError),
-        (BadFileError, OSError),
-        (MissingPackageError, ModuleNotFoundError),
-    ],
-)
-def test_each_error_is_ours_and_the_built_in_one(error, built_in):
-    assert issubclass(error, TuckerCamError)
-    assert issubclass(error, built_in)
+def test_each_error_is_ours_and_the_built_in_one():
+    pairs = {
+        BadValueError: ValueError,
+        BadTypeError: TypeError,
+        BadFileError: OSError,
+        MissingPackageError: ModuleNotFoundError,
+    }
+    for error, built_in in pairs.items():
+        assert issubclass(error, TuckerCamError)
+        assert issubclass(error, built_in)
 
 
 def test_a_failure_keeps_its_error_and_says_once_whose_it_is():
