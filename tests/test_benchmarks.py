@@ -1,5 +1,3 @@
-"""The benchmark scripts still run, and the README quotes what they wrote."""
-
 import gzip
 import json
 import re
@@ -98,15 +96,11 @@ def test_the_folder_benchmark_runs_and_loses_nothing_when_it_is_killed(tmp_path)
     assert "pictures a second" in (tmp_path / "folders.md").read_text()
 
 
-def test_the_drop_in_benchmark_writes_what_stands_in_its_results(tmp_path):
-    run("drop_in", "--out", tmp_path)
-    assert first_column(tmp_path / "drop_in.md") == first_column(RESULTS / "drop_in.md")
-
-
-@pytest.mark.nightly
-def test_the_benchmark_of_signs_runs_and_reports_every_rule(annotated):
-    run("signs", annotated, "--out", annotated)
-    assert first_column(annotated / "signs.md") == first_column(RESULTS / "signs.md")
+@pytest.mark.parametrize("name", ["drop_in", pytest.param("signs", marks=pytest.mark.nightly)])
+def test_a_benchmark_writes_the_rows_that_stand_in_its_results(name, annotated):
+    pictures = [annotated] if name == "signs" else []
+    run(name, *pictures, "--out", annotated)
+    assert first_column(annotated / f"{name}.md") == first_column(RESULTS / f"{name}.md")
 
 
 def test_the_page_for_the_host_quotes_its_tables_as_they_were_written():
