@@ -5,31 +5,6 @@ from torch.testing import assert_close
 from tucker_cam import channel_modes
 from tucker_cam.decomposition import gram
 from tucker_cam.decomposition.gram import float32_products_do, gram_matrix, rescale_extremes, unfold
-from tucker_cam.decomposition.projection import leading_map
-
-
-def spectrum(values, rows, columns, batch=2):
-    """Return matrices with these singular values and random singular vectors, in float64."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    left, right = (torch.linalg.qr(torch.randn(batch, n, len(values), dtype=torch.float64)).Q for n in (rows, columns))
-    return left @ (values[:, None] * right.mT)
-
-
-def assert_is_the_leading_map(actual, unfolding, tolerance=1e-5):
-    _, values, right = torch.linalg.svd(unfolding.double(), full_matrices=False)
-    expected = values[:, :1] * right[:, 0].abs()
-    largest = expected.amax(1, keepdim=True)
-    assert_close(actual / largest, expected / largest, rtol=0, atol=tolerance)
-
-
-def test_a_leading_vector_that_a_regular_start_would_miss_is_found():
-    # Alternating signs are orthogonal to ones, and the second vector is ones: power iteration from ones stays there.
-    rows, columns = 200, 160
-    alternating = torch.ones(columns, dtype=torch.float64)
-    alternating[1::2] = -1
-    left = torch.linalg.qr(torch.randn(rows, 2, dtype=torch.float64)).Q
-    unfolding = (2 * left[:, :1] * alternating + left[:, 1:] * torch.ones(columns))[None]
-    assert_is_the_leading_map(leading_map(unfolding.float()), unfolding.float())
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(700, 20), (20, 700), (30, 30)])

@@ -9,16 +9,17 @@ from tensorly.decomposition import partial_tucker
 from tucker_cam.decomposition import hooi
 from tucker_cam.decomposition.hooi import truncated_components
 
-CASES = [
-    ((40, 5, 6), (4, 2, 3)),
-    ((10, 5, 6), (4, 2, 3)),
-    ((60, 2, 4, 5), (5, 2, 3, 2)),
-    ((9, 2, 4, 5), (5, 2, 3, 2)),
-    ((40, 5, 6), (1, 1, 1)),
-]
 
-
-@pytest.mark.parametrize(("shape", "rank"), CASES)
+@pytest.mark.parametrize(
+    ("shape", "rank"),
+    [
+        ((40, 5, 6), (4, 2, 3)),
+        ((10, 5, 6), (4, 2, 3)),
+        ((60, 2, 4, 5), (5, 2, 3, 2)),
+        ((9, 2, 4, 5), (5, 2, 3, 2)),
+        ((40, 5, 6), (1, 1, 1)),
+    ],
+)
 def test_each_image_stops_after_as_many_sweeps_as_in_tensorly(shape, rank, monkeypatch):
     batch = rectified(shape, torch.float64, batch=6)
     sweeps = []

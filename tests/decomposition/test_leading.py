@@ -3,7 +3,6 @@
 import pytest
 import torch
 from made_tensors import sizes_made_by
-from test_gram import assert_is_the_leading_map, spectrum
 from torch.testing import assert_close
 
 from tucker_cam.decomposition import leading
@@ -11,6 +10,20 @@ from tucker_cam.decomposition.gram import gram_matrix
 from tucker_cam.decomposition.leading import leading_maps
 
 SMALL, LARGE = [(300, 40), (40, 300)], [(300, 140), (140, 300)]
+
+
+def spectrum(values, rows, columns, batch=2):
+    """Return matrices with these singular values and random singular vectors, in float64."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(batch, n, len(values), dtype=torch.float64)).Q for n in (rows, columns))
+    return left @ (values[:, None] * right.mT)
+
+
+def assert_is_the_leading_map(actual, unfolding, tolerance=1e-5):
+    _, values, right = torch.linalg.svd(unfolding.double(), full_matrices=False)
+    expected = values[:, :1] * right[:, 0].abs()
+    largest = expected.amax(1, keepdim=True)
+    assert_close(actual / largest, expected / largest, rtol=0, atol=tolerance)
 
 
 @pytest.fixture
@@ -92,6 +105,16 @@ def test_a_vector_at_right_angles_to_the_first_one_multiplied_is_found(part, sec
     unfolding = (left * torch.tensor([1, second, *[0.1] * 8])) @ right.T
     for features in (unfolding, unfolding.float()):
         assert_is_the_leading_map(leading_maps(features[None]), features[None])
+
+
+def test_a_leading_vector_that_a_regular_start_would_miss_is_found():
+    # Alternating signs are orthogonal to ones, and the second vector is ones: power iteration from ones stays there.
+    rows, columns = 200, 160
+    alternating = torch.ones(columns, dtype=torch.float64)
+    alternating[1::2] = -1
+    left = torch.linalg.qr(torch.randn(rows, 2, dtype=torch.float64)).Q
+    unfolding = (2 * left[:, :1] * alternating + left[:, 1:] * torch.ones(columns))[None]
+    assert_is_the_leading_map(leading_maps(unfolding.float()), unfolding.float())
 
 
 @pytest.mark.parametrize("shape", LARGE)
