@@ -83,12 +83,10 @@ def tiny_backbone():
 
 
 def tiny_tuple_model():
-    """Return a network without classes that returns a tuple."""
     return replace(tiny_backbone(), model=returning(lambda features: (features, None)).requires_grad_(False))
 
 
 def uncropped_model():
-    """Return the network with a preprocessing that keeps each picture's size."""
     steps = [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
     return replace(tiny_loaded_model(), preprocess=transforms.Compose(steps))
 
@@ -104,7 +102,6 @@ def dense_model():
 
 
 def tiny_video_network():
-    """Return a network that takes four frames."""
     convert = transforms.Compose([transforms.Resize(16), transforms.ToTensor()])
     with torch.random.fork_rng():
         torch.manual_seed(0)

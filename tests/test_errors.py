@@ -1,5 +1,3 @@
-"""Errors are of one kind and of the built-in one that fits, and a failure is a value that keeps its error."""
-
 from tucker_cam.errors import BadFileError, BadTypeError, BadValueError, Failure, MissingPackageError, TuckerCamError
 
 

@@ -1,5 +1,3 @@
-"""A name in, a method out: of the list, or a class of the user's own."""
-
 import sys
 
 import networks

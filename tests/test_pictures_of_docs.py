@@ -1,5 +1,3 @@
-"""The script that makes the pictures of the documentation still runs, and what it wrote is there."""
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""What says which version this is, says the same."""
-
 import re
 import tomllib
 from pathlib import Path

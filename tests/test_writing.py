@@ -1,5 +1,3 @@
-"""What is written is whole or absent, under the name that was given, by one run at a time."""
-
 import errno
 import os
 

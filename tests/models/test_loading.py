@@ -1,5 +1,3 @@
-"""The families of models, each loaded offline and with random weights."""
-
 import sys
 from dataclasses import replace
 from pathlib import Path
