@@ -140,6 +140,7 @@ def saved(content, **options):
     return buffer.getvalue()
 
 
+CODE = RunsCode("ran")
 PAGE = b"\n<!DOCTYPE html><html>404</html>"
 BROKEN = "found a broken file, a web page or a pointer of Git LFS; nothing in it was run"
 FOREIGN = r"found an object of \w+\.mkdir; nothing in it was run"
@@ -152,10 +153,8 @@ OTHER = r"backbone of ResNet, found another one \(entries: 2, needed: 65\); the 
         pytest.param("w.pth", PAGE, BROKEN, id="web page"),
         pytest.param("w.safetensors", PAGE, BROKEN, id="web page as safetensors"),
         pytest.param("w.pth", saved({"a": torch.rand(99)})[:-500], BROKEN, id="truncated"),
-        pytest.param("w.pth", saved(RunsCode("ran")), FOREIGN, id="code"),
-        pytest.param(
-            "w.pth", saved(RunsCode("ran"), _use_new_zipfile_serialization=False), FOREIGN, id="code, old format"
-        ),
+        pytest.param("w.pth", saved(CODE), FOREIGN, id="code"),
+        pytest.param("w.pth", saved(CODE, _use_new_zipfile_serialization=False), FOREIGN, id="code, old format"),
         pytest.param("w.pth", saved({"epoch": 3, "state_dict": {}}), "found no tensors with names", id="no tensors"),
         pytest.param("w.pth", saved(nn.Linear(3, 4).state_dict()), OTHER, id="another network"),
     ],
