@@ -260,6 +260,13 @@ def check_maps_of(features: Tensor, images: Tensor, source: Source) -> None:
             f"{tuple(features.shape)}: choose a layer before they are pooled, and for tokens, or to fold other axes, "
             "pass a reshape_transform"
         )
+    # Tokens were laid out for pictures of some proportions.
+    aspect, (height, width) = getattr(source.reshape_transform, "aspect", None), images.shape[-2:]
+    if aspect is not None and aspect != height / width:
+        raise BadValueError(
+            f"expected images {aspect:g} times as high as wide, for which {source.name} was made, got {height} x "
+            f"{width}: find the layer with a batch of these, as explain does with a torch.nn.Module"
+        )
     if len(features) != len(images):
         raise BadValueError(
             f"expected {source}, one set for each of {len(images)} images, got {len(features)}: choose a layer outside "

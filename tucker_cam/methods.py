@@ -108,13 +108,27 @@ def method_named(name: str) -> Method:
 
 
 def _check_class(name: str, kind: object) -> None:
-    """Raise TypeError for what makes no CAM object; a function that makes one is as good as a class."""
+    """Raise TypeError for no name, or what makes no CAM object; a function that makes one is as good as a class."""
+    if not isinstance(name, str):
+        raise BadTypeError(f"expected a method's name, got {name!r}")
     if not callable(kind) or (isinstance(kind, type) and not hasattr(kind, "get_cam_image")):
         raise BadTypeError(f"{name}: expected a subclass of the host's BaseCAM or of LabelFreeCAM, got {kind!r}")
 
 
+def check_own_names(methods: Mapping[str, Callable[..., BaseCAM]], reserved: Collection[str] = ()) -> None:
+    """Raise ValueError for one of the user's own under a name of ours, as whose files or rows its would be taken."""
+    known = {**METHODS, **LABEL_DEPENDENT}
+    for name, build in methods.items():
+        ours = known.get(name)
+        same = ours is not None and (build == ours or (not ours.options and build is ours.cam_class))
+        if name in {*known, *reserved} and not same:
+            raise BadValueError(f"expected names of your own for methods of your own, got {name}")
+
+
 def check_name(kind: str, name: str, known: Collection[Name]) -> Name:
     """Return the known name that was meant; where there is none, the ValueError holds the nearest."""
+    if not isinstance(name, str):
+        raise BadTypeError(f"expected a {kind}'s name, got {name!r}")
     for each in known:
         if each == name:
             return each

@@ -90,6 +90,7 @@ def test_batches_of_network_inputs_are_explained_also_from_a_loader():
             assert_is_map_of(explanation.maps["tsm"], index)
             assert explanation.overlay().size == (24, 24)
     assert len(explain(images, loaded)) == 5
+    assert [each.name for each in explain(loader, loaded, limit=3)] == ["000000", "000001", "000002"]
     with pytest.raises(TypeError, match="not known"):
         len(explain(loader, loaded))
 
@@ -172,8 +173,17 @@ def test_clips_are_explained():
         (noise(), {"formats": ["pgn"]}, ValueError, "no format 'pgn'; near it: npy"),
         (noise(), {"colormap": "jett"}, ValueError, "no colormap 'jett'; near it: jet"),
         (noise(), {"alpha": 1.5}, ValueError, r"alpha in \[0, 1\]"),
+        (noise(), {"alpha": "0.5"}, ValueError, r"alpha in \[0, 1\], got '0.5'"),
+        (noise(), {"colormap": 2}, TypeError, "a colormap's name, got 2"),
+        (noise(), {"limit": 2.5}, ValueError, "a limit of at least 1 picture, got 2.5"),
+        (noise(), {"methods": {1: TSM}}, TypeError, "a method's name, got 1"),
+        (noise(), {"methods": {"tsm": MTSM}}, ValueError, "names of your own for methods of your own, got tsm"),
+        (noise(), {"out": "memory://maps"}, ValueError, "a folder of this machine, a URL only with Ray"),
+        (torch.zeros(0, 3, 24, 24), {}, ValueError, "an empty batch"),
+        ({"a.png"}, {}, TypeError, "got str: explain takes pictures and paths in a list"),
         (noise(), {"methods": {"../x": TSM}}, ValueError, "a method's name that a file's can hold"),
         (noise(), {"engine": "ray", "gallery": True}, ValueError, "with Ray, which writes Parquet"),
+        (noise(), {"engine": "ray", "alpha": 0.1}, ValueError, "with Ray, which writes Parquet"),
         (noise(), {"engine": "ray"}, ValueError, "expected paths or URLs with Ray"),
     ],
 )
@@ -331,6 +341,18 @@ def test_overlays_that_are_asked_for_in_another_look_are_drawn_again_and_no_othe
     assert all(each == others[0] for each in others)
 
 
+def test_the_look_that_is_asked_for_is_that_of_overlays_and_of_what_is_saved(out):
+    look = {"view": "network", "colormap": "viridis", "alpha": np.float32(0.75)}
+    explanations = explain(noise(40, 30), TINY, **look)
+    (plain,), (explanation,) = explain(noise(40, 30), TINY), explanations
+    expected = np.asarray(plain.overlay(**look))
+    assert np.array_equal(np.asarray(explanation.overlay()), expected)
+    assert explanation.overlay(view="picture").size == (40, 30)
+    explanations.save(out, progress=False)
+    with Image.open(out / "picture-0_tsm.png") as overlay:
+        assert np.array_equal(np.asarray(overlay), expected)
+
+
 def test_an_iterator_is_gone_through_once_and_says_so(tmp_path):
     explanations = explain(iter([torch.rand(2, 3, 24, 24)]), TINY)
     assert len(list(explanations)) == 2
@@ -345,6 +367,10 @@ def test_a_network_of_one_channel_is_shown_in_grey():
     )
     (explanation,) = explain(images, network)
     assert explanation.overlay().size == (12, 12)
+    # ImageNet's mean and deviation are those of three channels.
+    (explanation,) = explain(images, Network(model))
+    assert np.ptp(np.asarray(explanation.picture), axis=2).max() == 0
     (explanation,) = explain(torch.rand(1, 5, 12, 12), nn.Sequential(nn.Conv2d(5, 4, 3), nn.ReLU()))
     with pytest.raises(ValueError, match="one or three channels to draw, got 5"):
         explanation.overlay()
+    assert "one or three channels to draw, got 5" in explanation._repr_html_()

@@ -378,7 +378,7 @@ def test_a_clip_is_explained_frame_by_frame_and_its_overlay_moves(tmp_path, out)
         assert (overlay.n_frames, overlay.size) == (4, (24, 16))
     refused = run(*arguments, "--gallery")
     assert refused.exit_code == 1
-    assert "the gallery shows pictures, not clips" in refused.stderr
+    assert "the gallery shows pictures, not clips or volumes" in refused.stderr
 
 
 def test_a_gallery_shows_the_methods_and_pictures_of_all_runs(pictures, out):

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModel, DetrConfig, HieraConfig, ResNetConfig, SwinConfig, YolosConfig
 
 from tucker_cam import TSM
-from tucker_cam.models import NoLayerError, find_target_layer
+from tucker_cam.models import Network, NoLayerError, find_target_layer, load_model
 from tucker_cam.models.layers import choose_layers, common_transform, dry_run
 from tucker_cam.models.reshape import TokensToMaps, channels_last_to_maps, only_map, pyramid_to_maps, spatial_output
 
@@ -74,6 +74,16 @@ def test_tokens_of_a_picture_that_is_not_square_are_laid_out_in_its_proportions(
     assert torch.equal(maps[:, :, 1, 2], tokens[:, 1 + size[1] // 8 + 2])
     # Swin's, channels last, are only turned.
     assert torch.equal(channels_last_to_maps(maps.permute(0, 2, 3, 1)), maps)
+
+
+def test_tokens_of_images_of_other_proportions_than_a_models_picture_are_laid_out_in_theirs():
+    model = vit(dynamic_img_size=True)
+    images = torch.rand(1, 3, 72, 128)
+    assert load_model(Network(model, takes=images)).reshape_transform.aspect == 72 / 128
+    # As many as a square of 12 x 12 has.
+    square = load_model(model)
+    with pytest.raises(ValueError, match=r"1 times as high as wide, for which .* made, got 72 x 128"):
+        TSM(square.model, square.target_layers, square.reshape_transform)(images)
 
 
 def test_so_many_tokens_that_they_are_no_picture_are_one_clear_error():
@@ -150,6 +160,21 @@ def narrowing(part):
     return nn.Sequential(nn.Conv2d(3, 64, 7), nn.ReLU(), part)
 
 
+def class_maps():
+    parts = {"features": nn.Conv2d(3, 64, 7), "classes": nn.Conv2d(64, 8, 1)}
+    return Wired(lambda self, x: self.classes(self.features(x)).mean((2, 3)), **parts)
+
+
+def attention():
+    parts = {"features": nn.Conv2d(3, 8, 7), "weights": nn.Conv2d(8, 1, 1), "classes": nn.Linear(8, 4)}
+
+    def run(self, x):
+        maps = self.features(x)
+        return self.classes((maps * self.weights(maps).sigmoid()).mean((2, 3)))
+
+    return Wired(run, **parts)
+
+
 def twice():
     relu = nn.ReLU()
     return nn.Sequential(nn.Conv2d(3, 4, 3), relu, nn.Conv2d(4, 4, 3), relu, nn.AdaptiveAvgPool2d(1))
@@ -177,6 +202,8 @@ def normalised():
         pytest.param(lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3)), "2", id="convolutions"),
         pytest.param(lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()), "1", id="the size of a picture"),
         pytest.param(lambda: narrowing(nn.Conv2d(64, 8, 1)), "1", id="a head that narrows"),
+        pytest.param(class_maps, "features", id="maps of the classes, averaged outside"),
+        pytest.param(attention, "features", id="attention of one channel"),
         pytest.param(
             lambda: narrowing(nn.Sequential(nn.Conv2d(64, 8, 1), nn.BatchNorm2d(8))), "2", id="a block does too"
         ),

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from repositories import make_repositories
 from torch import nn
+from torchvision import transforms
 from transformers import AutoModel
 
 from tucker_cam import TSM
@@ -142,6 +143,9 @@ def test_ones_own_module_or_network_is_loaded_by_module_and_function():
         ("networks:raises", {}, ValueError, r"networks:raises could not be built \(RuntimeError: .*\)"),
         ("networks:text_model", {}, ValueError, r"one picture, and it failed on one of 3x224x224 \(RuntimeError: "),
         ("broken:f", {}, ValueError, r"broken could not be imported \(SyntaxError"),
+        ("lacking:f", {}, ModuleNotFoundError, r"lacking could not be imported \(No module named 'no_such'\)$"),
+        ("builtins:__import__", {}, ValueError, r"could not be built \(TypeError"),
+        (TINY, {"mean": 0.5}, ValueError, r"of three numbers in \[0, 1\], std above 0, got 0.5 and"),
         ("ending:f", {}, ValueError, r"ending:f could not be built \(SystemExit: no arguments\)"),
         ("demo", {"pretrained": False}, ValueError, "demo: expected a model of a library or hub for random weights"),
         (TINY, {"pretrained": False}, ValueError, f"{TINY}: expected a model of a library or hub for random weights"),
@@ -161,6 +165,7 @@ def test_ones_own_module_or_network_is_loaded_by_module_and_function():
 )
 def test_what_gives_no_model_is_one_clear_line(model, options, error, message):
     Path("broken.py").write_text("def f(:")
+    Path("lacking.py").write_text("import no_such")
     Path("ending.py").write_text("def f():\n    raise SystemExit('no arguments')")
     with pytest.raises(error, match=message) as raised:
         load_model(model, **options)
@@ -182,11 +187,15 @@ def test_models_of_one_name_and_of_the_same_weights_are_told_apart_by_their_laye
 
 
 def test_what_is_not_given_of_a_preprocessing_stays():
-    network = Network(
-        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), Preprocessing(96, crop=False, interpolation="bilinear")
-    )
-    found = load_model(network, mean=(0.5,) * 3).preprocess
-    assert found == Preprocessing(96, crop=False, mean=(0.5,) * 3, interpolation="bilinear")
-    assert load_model(load_model(network), size=48).preprocess == Preprocessing(
-        48, crop=False, interpolation="bilinear"
-    )
+    own = Preprocessing(96, crop=False, interpolation="bilinear")
+    network = Network(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), own)
+    assert load_model(network, mean=(0.5,) * 3).preprocess == replace(own, mean=(0.5,) * 3)
+    assert load_model(load_model(network), size=48).preprocess == replace(own, size=48)
+    # Whether one of somebody else's crops is seen by what it does.
+    squeezing = transforms.Compose([transforms.Resize((64, 64)), transforms.ToTensor()])
+    network = Network(network.model, squeezing, (0,) * 3, (1,) * 3)
+    assert load_model(network, size=48).preprocess == Preprocessing(48, crop=False, mean=(0,) * 3, std=(1,) * 3)
+    assert load_model(network, crop=False).preprocess is squeezing
+    cropping = transforms.Compose([transforms.Resize(64), transforms.CenterCrop(64), transforms.ToTensor()])
+    assert load_model(replace(network, preprocess=cropping), std=(0.5,) * 3).preprocess.crop
+    assert not load_model(replace(network, preprocess=cropping), crop=False).preprocess.crop

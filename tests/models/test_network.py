@@ -56,12 +56,13 @@ def test_a_larger_size_gives_a_finer_map(name, tmp_path, monkeypatch):
 
 
 def test_mean_and_std_are_used_and_what_was_seen_can_be_shown():
-    loaded = load_model(networks.small_cnn(), crop=False, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    loaded = load_model(networks.small_cnn(), crop=False, mean=np.array([0.1, 0.2, 0.3]), std=[0.4, 0.5, 0.6])
     seen = loaded.preprocess(Image.new("RGB", (30, 20), (255, 0, 51)))
     assert seen[:, 5, 5].tolist() == pytest.approx([0.9 / 0.4, -0.2 / 0.5, -0.1 / 0.6])
     assert loaded.picture(seen)[5, 5] == pytest.approx([1, 0, 0.2], abs=1e-6)
     found = loaded.preprocessing
-    assert found == {"size": 224, "crop": False, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    numbers = {"size": 224, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    assert found == {"crop": False, "interpolation": "bilinear"} | numbers
     assert json.loads(json.dumps(found)) == found
     assert pickle.loads(pickle.dumps(loaded.preprocess)) == loaded.preprocess  # noqa: S301 - our own bytes
 

@@ -44,6 +44,14 @@ def test_an_error_of_the_reader_comes_through_as_it_is(workers, error):
         list(read_ahead(BATCHES, partial(fails, error=error), workers))
 
 
+def test_what_cannot_be_sent_to_a_process_is_read_in_this_one(monkeypatch, caplog):
+    monkeypatch.setattr("multiprocessing.get_start_method", lambda: "spawn")
+    here = []
+    assert [*read_ahead(BATCHES, lambda batch: here.append(batch) or sum(batch), 2)] == [sum(each) for each in here]
+    assert here == BATCHES
+    assert "cannot be pickled" in caplog.text
+
+
 def test_a_process_that_is_killed_is_an_error_that_says_what_to_do():
     with pytest.raises(BadFileError, match="killed, for want of memory perhaps: workers=0"):
         list(read_ahead(BATCHES, is_killed, 1))

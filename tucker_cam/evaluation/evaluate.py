@@ -22,7 +22,7 @@ from tucker_cam.evaluation.results import Results, Row
 from tucker_cam.evaluation.summary import BASELINE, Summary, summarise
 from tucker_cam.explanations.border import BorderCheck
 from tucker_cam.explanations.maps import OnePass
-from tucker_cam.methods import LABEL_DEPENDENT, METHODS, check_name, methods_named
+from tucker_cam.methods import LABEL_DEPENDENT, METHODS, check_name, check_own_names, methods_named
 from tucker_cam.models import LoadedModel
 from tucker_cam.models.loading import Loading
 from tucker_cam.pictures.ahead import check_reading
@@ -85,9 +85,7 @@ def evaluate(
     given = methods_named(METHODS if methods is None else methods)
     # EigenCAM is what the others are compared with.
     chosen: dict[str, Builder] = {BASELINE: METHODS[BASELINE], **given}
-    taken: dict[str, Builder | None] = {**METHODS, **LABEL_DEPENDENT, **dict.fromkeys(CONTROLS)}
-    if not_own := [name for name in given if name in taken and given[name] != taken[name]]:
-        raise BadValueError(f"expected names of your own for methods of your own, got {', '.join(not_own)}")
+    check_own_names(given, CONTROLS)
     wanted = [metrics] if isinstance(metrics, (str, Measure)) else metrics
     choose_measures(wanted, ())
     check_reading(batch_size, workers)

@@ -91,11 +91,12 @@ def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) 
 def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, NetworkView | Tensor]]:
     for names, images, others in named_inputs(batches):
         views: Iterable[NetworkView | Tensor] = images
-        # A data set's labels are of no use here.
-        if others and isinstance(others[0], Tensor) and others[0].dim() > 1:
-            if len(others[0]) != len(images):
-                raise BadValueError(f"expected a mask for each of {len(images)} images, got {len(others[0])}")
-            views = [NetworkView(image, mask, []) for image, mask in zip(images, others[0], strict=True)]
+        # A data set's labels, one-hot too, are of no use here.
+        if others and isinstance(others[0], Tensor) and others[0].dim() > 2:
+            masks = others[0].squeeze(1) if others[0].dim() == images.dim() else others[0]
+            if len(masks) != len(images):
+                raise BadValueError(f"expected a mask for each of {len(images)} images, got {len(masks)}")
+            views = [NetworkView(image, mask, []) for image, mask in zip(images, masks, strict=True)]
         yield from zip(names, views, strict=True)
 
 

@@ -78,7 +78,7 @@ def examine_layers(
     Args:
         pictures: as for `explain`.
         model: as for `explain`.
-        limit: take a random sample of so many pictures, the same every time; None for all.
+        limit: as for `explain`; None for all.
         batch_size: how many pictures go through the network together.
         progress: show a bar.
         loading: see `load_model`.

@@ -286,7 +286,8 @@ def _checked(maps: Tensor, masks: Tensor | None = None, *, images: Tensor | None
         raise BadValueError(f"expected finite maps in [0, 1], got values from {low:.4g} to {high:.4g}")
     shape = tuple(maps.shape)
     if masks is not None and (masks.dtype != torch.bool or masks.shape != shape):
-        raise BadTypeError(f"expected masks of bool for maps {shape}, got {_described(masks)}: use masks > 0")
+        mend = "use masks > 0" if masks.shape == shape else "one mask for each image, of its height and width"
+        raise BadTypeError(f"expected masks of bool for maps {shape}, got {_described(masks)}: {mend}")
     if images is not None and (len(images), *images.shape[-2:]) != shape:
         raise BadValueError(f"expected images of the size of the maps {shape}, got {tuple(images.shape)}")
     return maps.detach().float()

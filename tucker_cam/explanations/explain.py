@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from html import escape
 from itertools import islice
@@ -72,10 +73,11 @@ def explain(
         methods: names as on the command line; or classes of the host's kind, by a name of yours.
         out: a folder to write to, in this call; what an earlier one has written there stays, and what another model
             or layer has is not mixed with it: it gets a folder below. Pictures that this program holds are called by
-            their places, ``picture-0``, and others of their place are written over. With ``ray`` it may be a URL.
+            their places, ``picture-0``, network inputs ``000000``, and others of their place are written over. With
+            ``ray`` it may be a URL.
         formats: of ``overlay`` (PNG), ``npy`` and ``zarr`` (maps, float32).
         gallery: write ``gallery.html`` too, one page with all pictures.
-        view: of overlays, as `colormap` and `alpha`: see `Explanation.overlay`.
+        view: of overlays where `Explanation.overlay` is asked for nothing else, as `colormap` and `alpha`: see `Look`.
         colormap: see `view`.
         alpha: see `view`.
         weights: see `load_model`, as for all down to `device`.
@@ -88,7 +90,7 @@ def explain(
         device: see `load_model`.
         aug_smooth: average over flips and brightness.
         components: find the single components of MTSM too.
-        limit: take a random sample of so many pictures, the same every time.
+        limit: take a random sample of so many pictures, the same every time, or the first of batches.
         batch_size: how many pictures go through the network together; None for 8, or on a GPU what it holds.
         workers: processes that read pictures ahead, as of a DataLoader; None for one fewer than there are cores. With
             ``ray`` the actors.
@@ -120,9 +122,9 @@ def explain(
         raise BadValueError("expected at least one method, got none")
     check_choice("engine", engine, Literal["torch", "ray"])
     check_reading(CPU_BATCH if batch_size is None else batch_size, workers)
-    look, local = Look(view, colormap, alpha), None if out is None or is_url(str(out)) else Path(out)
+    look, local = Look(view, colormap, alpha), None if out is None or (engine == "ray" and is_url(str(out))) else out
     formats = check_writing(local, formats, look, chosen)
-    collection = collect(pictures, out=local, limit=limit)
+    collection = collect(pictures, out=None if local is None else Path(local), limit=limit)
     loading: Loading = {
         "weights": weights,
         "pretrained": pretrained,
@@ -135,8 +137,8 @@ def explain(
     }
     load = partial(load_model, that_takes(model, collection.example), **loading)
     if engine == "ray":
-        if out is None or tuple(formats) != ("overlay",) or gallery:
-            raise BadValueError("expected out, no formats and no gallery with Ray, which writes Parquet")
+        if out is None or tuple(formats) != ("overlay",) or gallery or look != DEFAULT_LOOK:
+            raise BadValueError("expected out, no formats, no gallery and no look with Ray, which writes Parquet")
         given = [each for part in collection.parts() for each in part]
         sources = [each for each in given if isinstance(each, Source)]
         if len(sources) < len(given):
@@ -147,12 +149,12 @@ def explain(
         loaded, failures = explain_on_ray(sources, work, str(out), batch_size=batch_size, workers=workers)
     else:
         loaded, failures = load(), []
-    explainer = Explainer(loaded, chosen, aug_smooth, components or gallery)
+    explainer = Explainer(loaded, chosen, aug_smooth, components or gallery, look)
     explanations = Explanations(explainer, collection, batch_size or explainer.batch_size, workers)
     explanations.failures += failures
     if out is not None and engine == "torch":
         logger.info(loaded.description)
-        explanations.save(out, formats, gallery=gallery, look=look, progress=progress)
+        explanations.save(out, formats, gallery=gallery, progress=progress)
     return explanations
 
 
@@ -197,7 +199,7 @@ class Explanations:
         formats: str | Sequence[str] = "overlay",
         *,
         gallery: bool = False,
-        look: Look = DEFAULT_LOOK,
+        look: Look | None = None,
         progress: bool = True,
     ) -> None:
         """Write them, and go on where an earlier call or run was stopped; what fails is in `failures`.
@@ -206,14 +208,15 @@ class Explanations:
             folder: see `explain`, whose `out` it is.
             formats: see `explain`.
             gallery: see `explain`; the components are shown if they were asked for.
-            look: of overlays.
+            look: of overlays; None for that of `explain`.
             progress: show a bar.
 
         Raises:
             ValueError, OSError: see `explain`.
         """
-        formats = check_writing(Path(folder), formats, look, self._explainer.methods)
-        writer = FolderWriter(self._explainer, Path(folder), formats, gallery, look, self._batch_size, self._workers)
+        explainer = self._explainer if look is None else replace(self._explainer, look=look)
+        formats = check_writing(folder, formats, explainer.look, explainer.methods)
+        writer = FolderWriter(explainer, Path(folder), formats, gallery, self._batch_size, self._workers)
         writer.write(self._pictures, shown=progress)
         self.failures = self._pictures.failures + writer.failures
 

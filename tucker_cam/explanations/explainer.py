@@ -13,7 +13,7 @@ from torch import Tensor
 from tucker_cam.decomposition.modes import channel_modes
 from tucker_cam.errors import TuckerCamError
 from tucker_cam.explanations.border import BorderCheck
-from tucker_cam.explanations.explanation import Explanation
+from tucker_cam.explanations.explanation import DEFAULT_LOOK, Explanation, Look
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import LoadedModel, Network
 from tucker_cam.models.network import preprocessed
@@ -46,12 +46,14 @@ class Explainer:
         methods: classes of the host's kind, by name.
         aug_smooth: average over flips and brightness, as the host does.
         components: find the single components of MTSM too.
+        look: of the overlays.
     """
 
     loaded: LoadedModel
     methods: Mapping[str, Callable[..., BaseCAM]]
     aug_smooth: bool = False
     components: bool = False
+    look: Look = DEFAULT_LOOK
 
     @cached_property
     def border(self) -> BorderCheck:
@@ -94,7 +96,7 @@ class Explainer:
             own = {name: each[place] for name, each in maps.items()}
             picture, size = pictures[index], read.sizes[index]
             explanations.append(
-                Explanation(picture, size, images[place], loaded, own, components[place], values[place])
+                Explanation(picture, size, images[place], loaded, own, components[place], values[place], self.look)
             )
         return explanations
 

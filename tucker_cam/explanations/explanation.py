@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from html import escape
 from io import BytesIO
+from numbers import Real
 from typing import Literal, NamedTuple
 
 import cv2
@@ -48,8 +49,8 @@ class Look(NamedTuple):
         """Raise ValueError unless there is such a look."""
         check_name("view", self.view, ("picture", "network"))
         check_name("colormap", self.colormap, _COLORMAPS)
-        if not 0 <= self.alpha <= 1:
-            raise BadValueError(f"expected alpha in [0, 1], got {self.alpha}")
+        if not (isinstance(self.alpha, Real) and 0 <= self.alpha <= 1):
+            raise BadValueError(f"expected alpha in [0, 1], got {self.alpha!r}")
 
     def draw(self, picture: NDArray[np.float32], saliency: NDArray[np.float32]) -> Image.Image:
         colormap = _COLORMAPS[self.colormap]
@@ -66,12 +67,13 @@ class Explanation:
     Attributes:
         source: where it is from.
         size: the picture's own, width and height; None where the network's input was given.
-        network_input: what it became, (channels x) time x height x width.
+        network_input: what it became, channels x (time x) height x width.
         network: that took it.
         maps: by method, float32 in [0, 1], height x width as the network saw it (time x height x width for clips).
         components: MTSM's strongest components $a_i^\top F_{(1)}$ at the last of the layers, count x its positions,
             signed; none unless asked for.
         values: all singular values, descending; none unless asked for.
+        look: of its overlays, where nothing else is asked for.
     """
 
     source: Picture
@@ -81,6 +83,7 @@ class Explanation:
     maps: Mapping[str, NDArray[np.float32]]
     components: NDArray[np.float32]
     values: NDArray[np.float32]
+    look: Look = DEFAULT_LOOK
 
     @property
     def name(self) -> str:
@@ -93,7 +96,7 @@ class Explanation:
         Where only the network's input was given it is that, with its normalisation undone.
         """
         picture = first_frame(self.source.read(self.network.frames))
-        return Image.fromarray(np.uint8(255 * self.seen)) if picture is None else picture
+        return Image.fromarray(np.uint8(np.rint(255 * self.seen))) if picture is None else picture
 
     @cached_property
     def view(self) -> View | None:
@@ -110,23 +113,27 @@ class Explanation:
         self,
         method: str | None = None,
         *,
-        view: Literal["picture", "network"] = "picture",
-        colormap: str = "jet",
-        alpha: float = 0.5,
+        view: Literal["picture", "network"] | None = None,
+        colormap: str | None = None,
+        alpha: float | None = None,
     ) -> Image.Image:
         """Draw a map over the picture; of a clip, over its first frame.
 
         Args:
             method: its name; None for the first.
-            view: see `Look`.
-            colormap: see `Look`.
-            alpha: see `Look`.
+            view: see `Look`, as for the next two; None for that of `look`.
+            colormap: see `view`.
+            alpha: see `view`.
 
         Raises:
             KeyError: there is no map of this method.
             ValueError: there is no such look.
         """
-        look = Look(view, colormap, alpha)
+        look = Look(
+            self.look.view if view is None else view,
+            self.look.colormap if colormap is None else colormap,
+            self.look.alpha if alpha is None else alpha,
+        )
         look.check()
         saliency = self.maps[next(iter(self.maps)) if method is None else method]
         return self.drawn(saliency if saliency.ndim == 2 else saliency[0], look)
@@ -154,7 +161,11 @@ class Explanation:
     def _repr_html_(self) -> str:
         """Return the picture beside its overlays, for a notebook: nothing is fetched."""
         figures = ""
-        shown = {printable(self.name): self.picture} | {method: self.overlay(method) for method in self.maps}
+        try:
+            shown = {printable(self.name): self.picture} | {method: self.overlay(method) for method in self.maps}
+        except BadValueError as error:
+            # A network's input of other channels than a picture's.
+            return f"<p>{escape(f'{self!r}: {error}')}</p>"
         for title, image in shown.items():
             small = image.copy()
             small.thumbnail((4 * _SHOWN_HEIGHT, _SHOWN_HEIGHT))

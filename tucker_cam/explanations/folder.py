@@ -1,12 +1,14 @@
 """Explanations in, files in a folder out: what is there is gone on with, and what others wrote is left alone."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from pathlib import Path
+
+from pytorch_grad_cam.base_cam import BaseCAM
 
 from tucker_cam.errors import BadFileError, BadValueError, Failure, TuckerCamError
 from tucker_cam.explanations.explainer import Explainer
@@ -14,8 +16,9 @@ from tucker_cam.explanations.explanation import Explanation, Look
 from tucker_cam.explanations.gallery import write_gallery
 from tucker_cam.explanations.manifest import NOT_OURS, Manifest, folder_of_run, identity, manifests_in, not_of_a_run
 from tucker_cam.explanations.outputs import FORMATS, KINDS, PAGE, STORE, GalleryParts, Output, gallery_entries
-from tucker_cam.methods import check_name
+from tucker_cam.methods import check_name, check_own_names
 from tucker_cam.pictures.ahead import cores, in_batches
+from tucker_cam.pictures.files import is_url
 from tucker_cam.pictures.held import Collection, Picture, size_of
 from tucker_cam.pictures.sources import MANIFEST, safe_name
 from tucker_cam.pictures.view import view_of
@@ -30,8 +33,10 @@ _PART = 256
 logger = logging.getLogger("tucker_cam")
 
 
-def check_writing(out: Path | None, formats: str | Sequence[str], look: Look, methods: Iterable[str]) -> Sequence[str]:
-    """Return the formats; ValueError for one, a look or a method's name that cannot be, or an `out` that is a file."""
+def check_writing(
+    out: str | Path | None, formats: str | Sequence[str], look: Look, methods: Mapping[str, Callable[..., BaseCAM]]
+) -> Sequence[str]:
+    """Return the formats; ValueError for one, a look or a method's name that cannot be, or no folder to write to."""
     formats = [formats] if isinstance(formats, str) else formats
     for name in formats:
         check_name("format", name, FORMATS)
@@ -40,6 +45,10 @@ def check_writing(out: Path | None, formats: str | Sequence[str], look: Look, me
         if safe_name(name) != name or "/" in name:
             raise BadValueError(f"expected a method's name that a file's can hold, got {name!r}")
     if out is not None:
+        check_own_names(methods)
+        if is_url(str(out)):
+            raise BadValueError(f"{out}: expected a folder of this machine, a URL only with Ray, which writes Parquet")
+        out = Path(out)
         if out.exists() and not out.is_dir():
             raise BadValueError(f"{out}: expected a folder for what is written, found a file")
         # What takes long comes later.
@@ -62,7 +71,6 @@ class FolderWriter:
     out: Path
     formats: Sequence[str]
     gallery: bool
-    look: Look
     batch_size: int
     workers: int | None
     failures: list[Failure] = field(default_factory=list)
@@ -107,7 +115,7 @@ class FolderWriter:
         earlier = dict(manifest.stamps)
         manifest.add(pictures)
         kinds = [FORMATS[name] for name in self.formats] + ([GalleryParts] if self.gallery else [])
-        outputs = [kind(manifest, list(self.explainer.methods), self.look) for kind in kinds]
+        outputs = [kind(manifest, list(self.explainer.methods), self.explainer.look) for kind in kinds]
         missing: dict[str, list[Output]] = {}
         for picture in pictures:
             key = picture.key

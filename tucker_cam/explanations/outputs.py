@@ -105,7 +105,7 @@ class Overlays(MethodFiles):
         from tucker_cam.pictures.sources import MARK
 
         about = PngInfo()
-        about.add_text(MARK, json.dumps(self.look._asdict()))
+        about.add_text(MARK, json.dumps(self.look._asdict(), default=float))
         if saliency.ndim == 2:
             # Twice as fast as Pillow's default, and a few per cent larger.
             explanation.drawn(saliency, self.look).save(path, format="PNG", compress_level=1, pnginfo=about)
@@ -213,8 +213,8 @@ class GalleryParts(Output):
     def write(self, explanation: Explanation) -> None:
         from tucker_cam.explanations.gallery import gallery_entry
 
-        if explanation.network.frames is not None:
-            raise BadValueError("the gallery shows pictures, not clips")
+        if explanation.network_input.dim() != 3:
+            raise BadValueError("the gallery shows pictures, not clips or volumes")
         name, (path,) = self.manifest.names[explanation.source.key], self.paths(explanation.source.key)
         entry = gallery_entry(name, explanation.seen, explanation.maps, explanation.components, explanation.values)
         path.parent.mkdir(parents=True, exist_ok=True)

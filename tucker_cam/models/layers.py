@@ -138,6 +138,9 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
         for name, call in path[: named[-1] + 1 if named else None]
         if (call.layer or call.role == "queries") and name not in passing and not f"{name}.".startswith(inside)
     ]
+    # One channel weighs the others, as attention does.
+    while len(body) > 1 and body[-1].layer and not body[-1].layer.reshape_transform and body[-1].layer.shape[1] == 1:
+        body.pop()
     # A part that is never called, whose parent uses its weights itself, as attention does with its projection.
     silent = [name for name, module in model.named_modules() if name not in calls and not any(module.children())]
     target = body[-1].layer if body and body[-1].follows is not False else None
@@ -207,10 +210,11 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def _passing_on(small: set[str], calls: dict[str, _Call], output: object, pictures: Tensor) -> set[str]:
-    """Return all that puts out the model's own output, where a small part predicts it."""
+    """Return all that puts out the model's own output, or what it is the mean of, where a small part predicts it."""
     passing: set[str] = set()
-    for own in positions_in(output, pictures):
-        wanted, makers = own.float().flatten(2).mean(2), []
+    pooled = [output] if isinstance(output, Tensor) and output.dim() == 2 else []
+    for own in positions_in(output, pictures) + pooled:
+        wanted, makers = own.float().flatten(2).mean(2) if own.dim() > 2 else own.float(), []
         for name, call in reversed(calls.items()):
             if any(_same(each, wanted) for each in call.put_out):
                 makers.append(name)
@@ -223,7 +227,9 @@ def _passing_on(small: set[str], calls: dict[str, _Call], output: object, pictur
         for name in small.intersection(makers):
             call = calls[name]
             narrows = len(call.took) == 1 and wanted.shape[1] < call.took[0].shape[1] and isinstance(last, _LINEAR)
-            if _size(call.module) and (enlarged or call.several or narrows):
+            # What puts levels together and is averaged outside may as well end a backbone.
+            predicts = enlarged or (call.several and own.dim() > 2) or narrows
+            if _size(call.module) and predicts:
                 passing.update(makers)
     return passing
 

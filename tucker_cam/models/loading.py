@@ -1,9 +1,9 @@
 """A model's name in, a model ready to be explained out: its weights, its preprocessing, its target layers."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,7 +15,7 @@ from tucker_cam.errors import BadTypeError, BadValueError
 from tucker_cam.models.checkpoints import load_checkpoint
 from tucker_cam.models.families import build_network, family_of
 from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common_transform, dry_run
-from tucker_cam.models.network import Network, Preprocessing, imagenet_preprocessing
+from tucker_cam.models.network import Network, Preprocessing, imagenet_preprocessing, preprocessed
 from tucker_cam.text import one_line
 
 
@@ -57,11 +57,11 @@ class LoadedModel(Network):
 
     @property
     def preprocessing(self) -> dict[str, Any] | None:
-        """The size, crop, mean and std that were asked for, fit for JSON; None where the model's own are used."""
+        """A `Preprocessing`, but for the usual one, fit for JSON; None where it is another one."""
         own = self.preprocess
         if not isinstance(own, Preprocessing) or own == imagenet_preprocessing:
             return None
-        return {"size": own.size, "crop": own.crop, "mean": list(own.mean), "std": list(own.std)}
+        return asdict(own) | {"mean": [*own.mean], "std": [*own.std]}
 
     def digest(self) -> str:
         """Return a short hash of the weights and the layers' shapes, which tells two models of one name apart."""
@@ -114,8 +114,8 @@ def load_model(
             or the modules; by default the one that `find_target_layer` finds.
         device: where the model shall run; None for a CUDA device if there is one, and for a model of yours where it is.
         size: of the network's input, in pixels: a larger one gives a finer map, if the network takes it. This and the
-            next three replace the preprocessing by a `Preprocessing`, with what is not given as the model has it; a
-            video network takes none of them.
+            next three replace the preprocessing by a `Preprocessing`, which resizes in its own way; what is not given
+            of these four is as the model has it. A video network takes none of them.
         crop: False shows the network the whole picture, squeezed into a square, not the middle of it.
         mean: of each channel, in [0, 1].
         std: of each channel.
@@ -199,30 +199,44 @@ def _network_of(model: object, *, pretrained: bool) -> tuple[str, Network]:
 def _with_preprocessing(
     spec: str, network: Network, size: int | None, crop: bool, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> Network:
-    if crop and size is None and mean is None and std is None:
+    only_crop = size is None and mean is None and std is None
+    if only_crop and crop:
         return network
     if network.frames is not None:
         raise BadValueError(f"{spec}: expected no size, crop, mean or std, as it takes {network.frames} frames at once")
     own = network.preprocess
-    base = own if isinstance(own, Preprocessing) else Preprocessing(network.example().shape[-1])
+    crops = own.crop if isinstance(own, Preprocessing) else _crops(own)
+    if only_crop and not crops:
+        return network
+    base = own if isinstance(own, Preprocessing) else Preprocessing(network.example().shape[-1], crops)
     preprocess = replace(
         base,
         size=base.size if size is None else size,
         crop=crop and base.crop,
-        mean=tuple(network.mean if mean is None else mean),
-        std=tuple(network.std if std is None else std),
+        mean=network.mean if mean is None else mean,
+        std=network.std if std is None else std,
     )
     return replace(network, preprocess=preprocess, mean=preprocess.mean, std=preprocess.std)
 
 
+def _crops(preprocess: Callable[[Any], Tensor]) -> bool:
+    """Tell whether a preprocessing does not see the edge of a wide picture."""
+    from PIL import Image
+
+    picture = Image.new("RGB", (512, 256))
+    without = preprocessed(preprocess, picture, "a black picture")
+    picture.paste((255, 255, 255), (0, 0, 32, 256))
+    return torch.equal(preprocessed(preprocess, picture, "a picture with a white edge"), without)
+
+
 def _dry_run(spec: str, network: Network) -> DryRun:
-    if network.takes is not None and network.takes.dim() == 4:
+    example = network.example()
+    if network.takes is not None and example.dim() == 4 and example.shape[-2] == example.shape[-1]:
         # On a small input the maps are small, and whether they follow it is hard to tell: a picture first.
         with suppress(Exception):
             run = dry_run(network.model, replace(network, takes=None).example())
             if run.target is not None:
                 return run
-    example = network.example()
     try:
         return dry_run(network.model, example)
     except Exception as error:

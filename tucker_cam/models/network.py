@@ -6,11 +6,12 @@ PyTorch is imported where there is something to compute, so that the names of mo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
-from tucker_cam.errors import BadValueError
+from tucker_cam.errors import BadTypeError, BadValueError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,18 +43,25 @@ class Preprocessing:
 
     size: int = 224
     crop: bool = True
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
     def __post_init__(self) -> None:
         if not (isinstance(self.size, Integral) and self.size > 0):
             raise BadValueError(f"expected a size of at least one pixel, a whole number, got {self.size!r}")
-        in_range = all(0 <= value <= 1 for value in (*self.mean, *self.std)) and 0 not in self.std
-        if not (len(self.mean) == len(self.std) == 3 and in_range):
+        mean: tuple[float, ...] = ()
+        std: tuple[float, ...] = ()
+        with suppress(TypeError, ValueError):
+            mean, std = (tuple(map(float, each)) for each in (self.mean, self.std))
+        in_range = all(0 <= value <= 1 for value in (*mean, *std)) and 0 not in std
+        if not (len(mean) == len(std) == 3 and in_range):
             raise BadValueError(
                 f"expected mean and std of three numbers in [0, 1], std above 0, got {self.mean} and {self.std}"
             )
+        # Python's own numbers, whatever they came as: they are written as JSON.
+        for name, value in {"size": int(self.size), "mean": mean, "std": std}.items():
+            object.__setattr__(self, name, value)
 
     def __call__(self, picture: Image.Image) -> Tensor:
         """Resize, crop and normalise a picture."""
@@ -108,12 +116,12 @@ class Network:
         """
         import torch
 
-        seen = network_input.detach().cpu().movedim(0, -1)
-        if seen.shape[-1] == 1:
-            seen = seen.expand(*seen.shape[:-1], 3)
-        if seen.shape[-1] != 3:
+        seen, mean, std = network_input.detach().cpu().movedim(0, -1), torch.tensor(self.mean), torch.tensor(self.std)
+        if seen.shape[-1] not in (1, 3):
             raise BadValueError(f"expected a network input of one or three channels to draw, got {seen.shape[-1]}")
-        picture: NDArray[np.float32] = (seen * torch.tensor(self.std) + torch.tensor(self.mean)).clamp(0, 1).numpy()
+        if seen.shape[-1] == 1:
+            mean, std = mean.mean(), std.mean()
+        picture: NDArray[np.float32] = (seen * std + mean).clamp(0, 1).expand(*seen.shape[:-1], 3).numpy()
         return picture
 
     def example(self) -> Tensor:
@@ -135,8 +143,14 @@ def preprocessed(preprocess: Callable[[Any], Tensor], picture: object, name: str
 
     Raises:
         ValueError: whatever a preprocessing of one's own raised on it, so that the other pictures can still be done.
+        TypeError: it returned no tensor.
     """
+    from torch import Tensor
+
     try:
-        return preprocess(picture)
+        found = preprocess(picture)
     except Exception as error:
         raise BadValueError(f"{name}: its preprocessing failed ({type(error).__name__}: {error})") from error
+    if not isinstance(found, Tensor):
+        raise BadTypeError(f"{name}: expected a torch.Tensor from its preprocessing, got {type(found).__name__}")
+    return found

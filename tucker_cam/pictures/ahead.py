@@ -1,7 +1,11 @@
 """Batches of what can be read in, what was read of each out: by processes that read ahead of the network."""
 
+import logging
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -15,13 +19,14 @@ Key = TypeVar("Key")
 Read = TypeVar("Read")
 Result = TypeVar("Result")
 _MOST_WORKERS = 8
+logger = logging.getLogger("tucker_cam")
 
 
 def check_reading(batch_size: int, workers: int | None) -> None:
     """Raise ValueError for batches of no pictures, or fewer than no workers."""
-    if batch_size < 1:
+    if not (isinstance(batch_size, Integral) and batch_size > 0):
         raise BadValueError(f"expected a batch_size of at least 1, got {batch_size}")
-    if workers is not None and workers < 0:
+    if workers is not None and not (isinstance(workers, Integral) and workers >= 0):
         raise BadValueError(f"expected workers of at least 0, got {workers}")
 
 
@@ -60,6 +65,15 @@ def together_or_alone(
     return [result for item in items for result in together_or_alone(work, [item], through=through)]
 
 
+def _can_be_sent(read: object) -> bool:
+    try:
+        ForkingPickler.dumps(read)
+    except Exception:
+        # A lambda raises one error, an object of a closure another, and a class of one's own any.
+        return False
+    return True
+
+
 def read_ahead(
     batches: Sequence[Sequence[Item]], read: Callable[[Sequence[Item]], Read], workers: int | None
 ) -> Iterator[Read]:
@@ -69,6 +83,11 @@ def read_ahead(
     """
     if workers is None:
         workers = 0 if len(batches) < 2 else min(max(cores() - 1, 1), _MOST_WORKERS)
+    if workers and multiprocessing.get_start_method() != "fork" and not _can_be_sent(read):
+        logger.warning(
+            "note: the preprocessing cannot be pickled, so this process reads the pictures itself: workers=0"
+        )
+        workers = 0
     try:
         # Any sequence is a data set, and what makes batches of its items may as well read them.
         dataset: Any = batches

@@ -2,7 +2,6 @@
 
 import io
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +102,8 @@ def open_image(file: BinaryIO | Path) -> Image.Image:
     Image.init()
     # Asked for a format that it has not, it fails on every picture.
     formats = [name for name in _FORMATS if name in Image.OPEN]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(file, formats=formats)
+    picture = Image.open(file, formats=formats)
+    # Pillow itself warns, and a filter of warnings would be one for all threads.
+    if Image.MAX_IMAGE_PIXELS is not None and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels")
+    return picture

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tucker_cam.errors import BadFileError, BadTypeError, BadValueError, Failure
 from tucker_cam.pictures.files import decoded
-from tucker_cam.pictures.sources import Source, Stamp, find_sources, random_sample
+from tucker_cam.pictures.sources import Source, Stamp, check_limit, find_sources, random_sample
 
 Pictures = str | Path | Image.Image | NDArray[Any] | Tensor | Iterable[Any]
 
@@ -83,12 +83,13 @@ def collect(pictures: Pictures, *, out: Path | None = None, limit: int | None = 
     failures: list[Failure] = []
     example = None
     if isinstance(pictures, Tensor):
+        if not len(pictures):
+            raise BadValueError("expected pictures, got an empty batch")
         found, example = next(_of_batches([pictures])), pictures[:1]
     elif isinstance(pictures, (list, tuple)) and not any(isinstance(each, (Tensor, list, tuple)) for each in pictures):
         found, failures = _of_list(pictures, out)
-    elif limit is not None:
-        raise BadValueError("expected no limit where the number of pictures is not known: take as many batches")
     else:
+        check_limit(limit)
         times: Iterator[Iterable[Any]] = iter([pictures]) if isinstance(pictures, Iterator) else repeat(pictures)
         # The first batch is looked at, and stays the first one of those that are gone through.
         batches = iter(_next_time(times))
@@ -96,7 +97,7 @@ def collect(pictures: Pictures, *, out: Path | None = None, limit: int | None = 
         for _, images, _ in named_inputs(first):
             example = images[:1]
         times = chain([chain(first, batches)], times)
-        return Collection(lambda: _of_batches(_next_time(times)), None, [], example)
+        return Collection(lambda: _first(_of_batches(_next_time(times)), limit), None, [], example)
     chosen = random_sample(found, limit)
     return Collection(lambda: iter([chosen]), len(chosen), failures, example)
 
@@ -113,7 +114,10 @@ def named_inputs(batches: Iterable[Any]) -> Iterator[tuple[list[str], Tensor, li
     for batch in batches:
         images, *others = batch if isinstance(batch, (list, tuple)) else (batch,)
         if not isinstance(images, Tensor):
-            raise BadTypeError(f"expected batches of network inputs or a list of pictures, got {type(images).__name__}")
+            raise BadTypeError(
+                f"expected batches of network inputs, got {type(images).__name__}: explain takes pictures and paths in "
+                "a list, evaluate the folder that they are in"
+            )
         if images.dim() not in (4, 5):
             raise BadValueError(
                 f"expected a batch of network inputs, batch x channels x height x width, got {tuple(images.shape)}: "
@@ -126,6 +130,14 @@ def named_inputs(batches: Iterable[Any]) -> Iterator[tuple[list[str], Tensor, li
 def _of_batches(batches: Iterable[Any]) -> Iterator[list[Picture]]:
     for names, images, _ in named_inputs(batches):
         yield [Held(name, image) for name, image in zip(names, images, strict=True)]
+
+
+def _first(parts: Iterator[list[Picture]], limit: int | None) -> Iterator[list[Picture]]:
+    for part in parts:
+        yield part[:limit]
+        limit = None if limit is None else limit - len(part)
+        if limit is not None and limit <= 0:
+            return
 
 
 def _of_list(pictures: Sequence[Any], out: Path | None) -> tuple[list[Picture], list[Failure]]:

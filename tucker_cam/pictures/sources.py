@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from numbers import Integral
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
@@ -22,7 +23,9 @@ from tucker_cam.pictures.tables import encoded_picture, row_names
 from tucker_cam.text import one_line
 
 Item = TypeVar("Item")
-PICTURES = frozenset([".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
+PICTURES = frozenset(
+    [".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
+)
 MANIFEST = "manifest.json"
 """What tells a folder of results."""
 MARK = "tucker_cam look"
@@ -136,7 +139,7 @@ def without_results(files: Sequence[Path], root: Path) -> list[Path]:
 
 def check_limit(limit: int | None) -> None:
     """Raise ValueError for a limit of no pictures."""
-    if limit is not None and limit < 1:
+    if limit is not None and not (isinstance(limit, Integral) and limit > 0):
         raise BadValueError(f"expected a limit of at least 1 picture, got {limit}")
 
 
