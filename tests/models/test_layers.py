@@ -10,7 +10,14 @@ from transformers import AutoModel, DetrConfig, HieraConfig, ResNetConfig, SwinC
 from tucker_cam import TSM
 from tucker_cam.models import Network, NoLayerError, find_target_layer, load_model
 from tucker_cam.models.layers import choose_layers, common_transform, dry_run
-from tucker_cam.models.reshape import TokensToMaps, channels_last_to_maps, only_map, pyramid_to_maps, spatial_output
+from tucker_cam.models.reshape import (
+    FirstTokensToMaps,
+    TokensToMaps,
+    channels_last_to_maps,
+    only_map,
+    pyramid_to_maps,
+    spatial_output,
+)
 
 
 def vit(**options):
@@ -34,6 +41,15 @@ def pyramid():
     return dense(Wired(run, **convolutions), nn.Conv2d(4, 9, 1))
 
 
+def with_attention():
+    def run(self, x):
+        tokens = self.body.forward_features(x)
+        return tokens + self.bias, (tokens @ tokens.mT)[:, None]
+
+    body = Wired(run, body=vit(), bias=nn.Parameter(torch.ones(16)))
+    return nn.Sequential(body, Wired(lambda self, seen: self.linear(seen[0][:, 0]), linear=nn.Linear(16, 3)))
+
+
 def in_tuple():
     inner = Wired(lambda self, x: (self.conv(x) + 1,), conv=nn.Conv2d(3, 4, 3))
     return Wired(lambda self, x: self.inner(x)[0].mean((2, 3)), inner=inner)
@@ -51,6 +67,7 @@ def in_tuple():
             id="attention pooling of tokens",
         ),
         pytest.param(swin_with_tokens, "layernorm", (1, 64, 24), TokensToMaps(0, 1.0), id="Swin in tokens"),
+        pytest.param(with_attention, "0", (1, 17, 16), FirstTokensToMaps(1, 1.0), id="tokens before their attention"),
         pytest.param(pyramid, "backbone", (1, 8, 16, 16), pyramid_to_maps, id="a pyramid"),
         pytest.param(in_tuple, "inner", (1, 4, 30, 30), only_map, id="a map in a tuple"),
     ],
@@ -126,7 +143,8 @@ def test_a_detectors_queries_are_not_taken_for_positions(config):
 def test_hieras_map_is_found_where_its_tokens_are_in_the_pictures_order():
     config = HieraConfig(embed_dim=16, image_size=[128, 128], depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 2])
     run = dry_run(AutoModel.from_config(config), torch.zeros(1, 3, 128, 128))
-    assert run.target.shape == (1, 16, 128)
+    # What the stage adds to, and not only what it adds.
+    assert (run.target.name, run.target.shape) == ("encoder.stages.3", (1, 16, 128))
     # The first stage has them window by window.
     assert "encoder.stages.0.layers.0.mlp.fc1" in run.named.keys() - {layer.name for layer in run.layers}
 

@@ -3,7 +3,7 @@
 Each is a callable that compares equal to one made from the same shapes, and can be pickled.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
@@ -45,6 +45,13 @@ class TokensToMaps:
         return maps
 
 
+class FirstTokensToMaps(TokensToMaps):
+    """The same of what stands first in a list or tuple: before attention weights, say."""
+
+    def __call__(self, output: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
+        return super().__call__(output[0])
+
+
 def channels_last_to_maps(output: Tensor) -> Tensor:
     """Turn batch x spatial x channels, as Swin has it, into batch x channels x spatial."""
     return output.movedim(-1, 1)
@@ -74,6 +81,10 @@ def spatial_output(output: object, pictures: Tensor) -> tuple[tuple[int, ...], R
             return None
         channels_last = channels_last_to_maps if _is_channels_last(output, pictures) else None
         return (1, *output.shape[1:]), _tokens_to_maps(output, pictures) if output.dim() == 3 else channels_last
+    if isinstance(output, (list, tuple)) and output and isinstance(output[0], Tensor):
+        shape, lay_out = spatial_output(output[0], pictures) or ((), None)
+        if isinstance(lay_out, TokensToMaps):
+            return shape, FirstTokensToMaps(lay_out.prefix, lay_out.aspect)
     levels = _maps_in(output)
     if not all(_is_map(level, pictures) and not _is_channels_last(level, pictures) for level in levels):
         return None
