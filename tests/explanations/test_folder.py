@@ -147,7 +147,7 @@ def test_a_table_that_is_none_costs_no_picture_of_its_folder_its_map(pictures, t
     assert "none.parquet, row 0 of group 0: expected one column image, found label" in result.stderr
     assert "two.parquet, row 0 of group 0: expected one column image, found image, image" in result.stderr
     assert "broken.parquet: expected a Parquet file" in result.stderr
-    assert "13 pictures: 11 explained, 0 there already, 2 failed" in result.output
+    assert "14 pictures: 11 explained, 0 there already, 3 failed" in result.output
 
 
 def test_what_cannot_be_used_costs_a_line_and_alone_the_run_before_the_model_is_loaded(pictures, tmp_path, out):
@@ -159,7 +159,7 @@ def test_what_cannot_be_used_costs_a_line_and_alone_the_run_before_the_model_is_
     }
     result = run(pictures, *bad, "ftp://127.0.0.1:9/x.jpg", *MODEL, "--out", out)
     assert result.exit_code == 1, result.output
-    assert "12 pictures: 11 explained, 0 there already, 1 failed" in result.output
+    assert "14 pictures: 11 explained, 0 there already, 3 failed" in result.output
     said = bad | {"ftp://127.0.0.1:9/x.jpg": "could not be opened ("}
     assert all(f"{argument}: {message}" in result.stderr.replace("\n", "") for argument, message in said.items())
     for arguments, message in [
@@ -364,7 +364,7 @@ def test_a_preprocessing_that_fails_on_one_picture_is_named_and_the_others_done(
     result = run(pictures, "--model", "networks:picky_preprocessing", "--out", out)
     assert result.exit_code == 1
     assert "tiny.png: its preprocessing failed (ValueError: Required crop size (20, 20)" in result.stderr
-    assert "12 pictures: 11 explained, 0 there already, 1 failed" in result.output
+    assert "14 pictures: 11 explained, 0 there already, 3 failed" in result.output
 
 
 def test_a_clip_is_explained_frame_by_frame_and_its_overlay_moves(tmp_path, out):

@@ -218,7 +218,7 @@ class Explanations:
         formats = check_writing(folder, formats, explainer.look, explainer.methods)
         writer = FolderWriter(explainer, Path(folder), formats, gallery, self._batch_size, self._workers)
         writer.write(self._pictures, shown=progress)
-        self.failures = self._pictures.failures + writer.failures
+        self.failures = writer.failures
 
     def __repr__(self) -> str:
         count = "pictures" if self._pictures.number is None else counted(len(self))

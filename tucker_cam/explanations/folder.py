@@ -88,7 +88,9 @@ class FolderWriter:
             if manifest.is_new and manifest.folder != self.out:
                 logger.info(f"note: {self.out} holds the results of another run: these go beside them")
             self._claim(manifest)
-            count = there = 0
+            # What could not be found counts, as in the number of explanations.
+            self.failures += pictures.failures
+            count, there = len(pictures.failures), 0
             with progress("explaining", pictures.number, shown=shown) as advance:
                 for part in _parts(pictures):
                     there += self._write_part(part, manifest, advance)
