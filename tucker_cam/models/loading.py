@@ -205,10 +205,9 @@ def _with_preprocessing(
     if network.frames is not None:
         raise BadValueError(f"{spec}: expected no size, crop, mean or std, as it takes {network.frames} frames at once")
     own = network.preprocess
-    crops = own.crop if isinstance(own, Preprocessing) else _crops(own)
-    if only_crop and not crops:
+    base = own if isinstance(own, Preprocessing) else Preprocessing(network.example().shape[-1], _crops(own))
+    if only_crop and not base.crop:
         return network
-    base = own if isinstance(own, Preprocessing) else Preprocessing(network.example().shape[-1], crops)
     preprocess = replace(
         base,
         size=base.size if size is None else size,
