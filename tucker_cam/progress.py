@@ -12,13 +12,7 @@ _LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, time left {remaining}\n"
 
 @contextmanager
 def progress(title: str, total: int | None, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Give a function that is told how many more pictures are done; the bar is a terminal's or a notebook's.
-
-    Args:
-        title: what is done to them.
-        total: how many there are; None where that is not known.
-        shown: whether there is a bar at all.
-    """
+    """Give a function that is told how many more pictures are done; `total` is None where that is not known."""
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     rare = {"bar_format": _LINE, "mininterval": _SECONDS_BETWEEN_LINES, "delay": _SECONDS_BETWEEN_LINES}
     options = {} if watched else rare

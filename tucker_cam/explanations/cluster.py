@@ -55,20 +55,11 @@ class Work:
 def explain_on_ray(
     pictures: Sequence[Source], work: Work, out: str, *, batch_size: int | None, workers: int | None
 ) -> tuple[LoadedModel, list[Failure]]:
-    """Explain the pictures that the tables in `out` have not yet.
+    """Explain the pictures that the tables in `out` have not yet; return the model, and what failed.
 
     A table has a row for each picture and method: ``saliency``, the map row by row, float32 in [0, 1], and its
-    ``shape``. The batches are those of a single machine with the same `batch_size`, and so are the maps.
-
-    Args:
-        pictures: which every node must be able to read.
-        work: what is done with them.
-        out: a folder, local to all nodes or a URL.
-        batch_size: None for 8.
-        workers: actors; None for one fewer than the cluster has CPUs.
-
-    Returns:
-        The model, and what could not be read or explained.
+    ``shape``. The batches are those of a single machine with the same `batch_size`, and so are the maps. Every node reads
+    the pictures, and writes to `out`.
 
     Raises:
         ValueError: no actor is to do the work; another run is writing to `out`, or it holds what is not of a run.

@@ -34,21 +34,8 @@ class Manifest:
 
     It also keeps the pictures' names, so that a later run, with more pictures or fewer, gives each the same one again;
     when each was written and its size, so that one that changed since is explained again; and where in it the network
-    looked.
-
-    Args:
-        folder: of this run; see `place_of_run`.
-        run: see `identity`; None for what the manifest says.
-
-    Attributes:
-        names: by picture, of its files, relative to the folder.
-        stamps: by picture.
-        views: by picture; see `View`.
-        methods: whose files are there.
-
-    Raises:
-        ValueError: the manifest is none.
-        OSError: the folder cannot be written to.
+    looked. All of this is by the picture's key. `run` is its `identity`, or None for what the manifest says, which is a
+    ValueError if it is none.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any] | None) -> None:
@@ -133,13 +120,7 @@ def folder_of_run(out: Path, run: Mapping[str, Any]) -> Path:
 def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, bytes]) -> str:
     """Return where the results of a run are, or go: `out`, or a folder below it that is named by model and layers.
 
-    Args:
-        out: a folder, or its URL.
-        run: as of `identity`.
-        manifests: the texts of those in `out` and the folders below it, by their folders.
-
-    Raises:
-        ValueError: one of them is no manifest.
+    The manifests are the texts of those in `out` and below it, by their folders; ValueError if one is none.
     """
     contents = {place: read_manifest(text, place) for place, text in manifests.items()}
     if out not in contents:  # and folders below it are of other runs

@@ -17,17 +17,9 @@ from tucker_cam.models import LoadedModel
 class OnePass(FeatureRecorder):
     """Explains a batch of images by several methods, for which, where they need no gradient, the model runs once.
 
-    It is the recorder that all their objects share. Under test-time augmentation the model runs once for each
-    transform. The maps are those of the methods' own classes; where a module rewrites a layer's output in place, the
-    host's get the output as it was.
-
-    Args:
-        loaded: the network, with its layers.
-        images: batch x channels x spatial, on its device.
-        aug_smooth: average over the host's flips and brightness.
-
-    Attributes:
-        passes: what the model has put out so far, and each target layer's feature maps: one pair a transform.
+    It is the recorder that all their objects share. Under test-time augmentation, the host's flips and brightness, the
+    model runs once for each transform; `passes` are what it put out, and each target layer's feature maps. The maps are
+    those of the methods' own classes; where a module rewrites a layer's output in place, the host's get it as it was.
     """
 
     def __init__(self, loaded: LoadedModel, images: Tensor, *, aug_smooth: bool = False) -> None:
@@ -40,10 +32,7 @@ class OnePass(FeatureRecorder):
         """Return a method's maps, batch x spatial, float32 in [0, 1].
 
         One that asks for a class runs the model by itself, and explains the one that it predicts; gradients that are
-        there stay.
-
-        Raises:
-            TypeError, ValueError: see `TSM`. What the model, or the host, raises comes through.
+        there stay. What the model, or the host, raises comes through.
         """
         self._calls = 0
         cam = method(self.model, self.target_layers, self.reshape_transform)

@@ -96,8 +96,9 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
     Feature maps, channels-last maps (Swin), tokens (ViT, with class and register tokens) and feature pyramids
     count, if they follow the picture: change a corner, and the map answers there. A detector's queries do not.
     What comes after it is a head: a small part that turns maps into numbers; all that follows a backbone which
-    returns its maps by name; or a small part that predicts the model's own output. Such a one ends in a linear layer
-    that narrows what it took, has the picture's size, or takes several maps; or is like the layer for the classes.
+    returns its maps by name; or a small part that predicts the model's own output, or what that is the mean of. Such a
+    one ends in a linear layer that narrows what it took, has the picture's size, or takes several maps; or is like the
+    layer for the classes. A map of one channel weighs others, and is the last only where there is no other.
 
     Args:
         model: its train and eval flags are left as they were.

@@ -61,13 +61,8 @@ def find_samples(folder: Path, *, annotations: Annotations | None = None, limit:
 
     The layouts of torchvision's `ImageFolder`, `VOCDetection` and `VOCSegmentation` are read as they are: boxes are
     Pascal VOC XML files of the picture's name, beside it or in a folder ``annotations``; masks are pictures of its name
-    in a folder ``masks`` or ``SegmentationClass``. What is left out, see `find_sources`.
-
-    Args:
-        folder: where the pictures are.
-        annotations: which to take; then pictures without one are left out. None takes boxes if there are any, or
-            masks, and all pictures.
-        limit: see `random_sample`.
+    in a folder ``masks`` or ``SegmentationClass``. Pictures without the `annotations` that are asked for are left out;
+    None takes boxes if there are any, or masks, and all pictures. What else is left out, see `find_sources`.
 
     Raises:
         OSError, ValueError: there is no such folder, or no picture in it, or none with these annotations.
