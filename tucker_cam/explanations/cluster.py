@@ -58,8 +58,8 @@ def explain_on_ray(
     """Explain the pictures that the tables in `out` have not yet; return the model, and what failed.
 
     A table has a row for each picture and method: ``saliency``, the map row by row, float32 in [0, 1], and its
-    ``shape``. The batches are those of a single machine with the same `batch_size`, and so are the maps. Every node reads
-    the pictures, and writes to `out`.
+    ``shape``. The batches are those of a single machine with the same `batch_size`, and so are the maps. Every node
+    reads the pictures, and writes to `out`.
 
     Raises:
         ValueError: no actor is to do the work; another run is writing to `out`, or it holds what is not of a run.
