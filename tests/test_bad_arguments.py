@@ -1,6 +1,7 @@
 """Everything that is not an argument is answered with one error: what was expected, what came, and the way out."""
 
 import gc
+import inspect
 import sys
 from functools import partial
 
@@ -14,6 +15,7 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from tucker_cam import MTSM, TSM, MultivecEigenCAM, channel_modes
+from tucker_cam.decomposition.projection import combined_map, leading_map
 
 CNN = networks.small_cnn()
 CONVOLUTION = nn.Conv2d(3, 8, 3)
@@ -130,3 +132,24 @@ def test_an_error_of_the_model_or_of_the_transform_comes_through_as_it_is(method
 def test_a_bad_argument_of_channel_modes_is_answered_with_one_clear_error(arguments, error, message):
     with pytest.raises(error, match=message):
         channel_modes(**({"features": torch.ones(1, 2, 3, 4)} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("function", "features", "options", "message"),
+    [
+        (
+            combined_map,
+            torch.ones(1, 2, 3, 4),
+            {"combine": "Signed"},
+            "combine as one of 'signed', 'energy', got 'Sign",
+        ),
+        (combined_map, torch.ones(1, 2, 3, 4), {"engine": "jax"}, "engine as one of 'torch', 'tensorly', got 'jax'"),
+        (leading_map, torch.ones(1, 2, 3, 4), {"engine": "jax"}, "engine as one of 'torch', 'tensorly', got 'jax'"),
+        (leading_map, torch.ones(1, 2), {}, r"batch x channels x spatial, none of them empty, got \(1, 2\)"),
+        (combined_map, torch.ones(1, 2), {}, r"batch x channels x spatial, none of them empty, got \(1, 2\)"),
+    ],
+)
+def test_a_bad_argument_of_a_map_of_features_is_answered_with_one_clear_error(function, features, options, message):
+    # Without the check of the annotations, which only the tests have.
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(function)(features, **options)

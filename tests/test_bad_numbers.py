@@ -91,6 +91,7 @@ def test_equal_singular_values_give_one_of_the_equal_directions_and_the_only_ene
         (torch.float32, 1e11),
         (torch.float32, 1e30),
         (torch.float32, 5e37),
+        (torch.float64, 2e307),
         (torch.bfloat16, 1e-39),
         (torch.bfloat16, 1e30),
         (torch.float16, 1e-6),

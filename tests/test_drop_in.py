@@ -19,6 +19,7 @@ from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection
 from registry import CLASSES, every_class
 from torch import nn
 
+from tucker_cam import TSM
 from tucker_cam.cams import LabelFreeCAM
 
 every_class_and_the_hosts = pytest.mark.parametrize("method", [EigenCAM, *CLASSES])
@@ -170,3 +171,14 @@ def test_a_traced_part_is_a_layer(method):
         traced = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()), images)
     model = nn.Sequential(traced, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert_explains(method(model, [model[0]])(images, targets=None), method, traced(images), (16, 16))
+
+
+def test_a_layer_that_takes_no_hook_leaves_none_on_the_others(monkeypatch):
+    def fail(hook):
+        raise RuntimeError("not supported on ScriptModules")
+
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU())
+    monkeypatch.setattr(model[1], "register_forward_hook", fail, raising=False)
+    with pytest.raises(RuntimeError, match="not supported on ScriptModules"):
+        TSM(model, [model[0], model[1]])
+    assert not model[0]._forward_hooks

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from tucker_cam import MTSM, TSM, channel_modes
 from tucker_cam.decomposition import modes
 from tucker_cam.decomposition.projection import combined_map, leading_map
+from tucker_cam.models import find_target_layer
 
 
 class Interrupted(nn.Module):
@@ -152,6 +153,8 @@ def test_the_callers_defaults_reach_neither_the_map_nor_are_they_changed(method,
             assert np.array_equal(cam(batch), expected)
             cam.modes(batch)
             assert torch.get_default_device() == before
+            target = find_target_layer(model, batch)
+        assert target.name == "3"
         assert torch.get_default_dtype() == torch.float64
         assert torch.are_deterministic_algorithms_enabled()
     finally:

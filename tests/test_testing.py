@@ -11,7 +11,9 @@ from tucker_cam.testing import check_cam
 
 @every_method
 def test_our_methods_keep_what_every_method_must(method):
+    before = torch.get_rng_state()
     check_cam(method)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class Mean(LabelFreeCAM):

@@ -118,9 +118,13 @@ class FeatureRecorder:
         self.activations: list[Tensor] = []
         self.gradients: list[Tensor] = []
         self._running = _Running()
-        self.handles: list[RemovableHandle] = [
-            layer.register_forward_hook(self.save_activation) for layer in dict.fromkeys(self.target_layers)
-        ]
+        self.handles: list[RemovableHandle] = []
+        try:
+            for layer in dict.fromkeys(self.target_layers):
+                self.handles.append(layer.register_forward_hook(self.save_activation))
+        except Exception:  # a part that was traced takes none
+            self.release()
+            raise
 
     def __call__(self, images: Any) -> Any:
         self.clear()

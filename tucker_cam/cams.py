@@ -303,7 +303,7 @@ class LaFAM(LabelFreeCAM, BaseCAM):
     """LaFAM (Karjauv and Albayrak 2024, arXiv 2407.06059): the mean of the channels above its minimum, a peer."""
 
     def saliency(self, features: Tensor) -> Tensor:
-        return _above_minimum(features.double().mean(1))
+        return _above_minimum(rescale_extremes(features.double())[0].mean(1))
 
 
 class GAPWeighted(LabelFreeCAM, BaseCAM):

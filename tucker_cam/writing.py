@@ -36,7 +36,7 @@ def new_table(path: Path, header: Sequence[str]) -> Iterator[Callable[[Iterable[
         complete_or_absent(path) as unfinished,
         unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(file)
         writer.writerow(header)
         yield writer.writerow
 

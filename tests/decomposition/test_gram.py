@@ -28,10 +28,11 @@ def test_only_the_images_with_extreme_features_are_scaled():
     peaks = torch.tensor([1.0, 1e300, 1e-300, 0.0, 1e13, 1e-13], dtype=torch.float64)
     features *= (peaks / features.abs().amax((1, 2, 3)))[:, None, None, None]
     moderated, divisors = rescale_extremes(features)
-    assert_close(divisors, torch.tensor([1.0, 1e300, 1e-300, 1.0, 1e13, 1e-13], dtype=torch.float64))
-    assert_close(moderated * divisors[:, None, None, None], features)
-    assert torch.equal(moderated[0], features[0])
-    assert moderated.abs().amax((1, 2, 3)).tolist() == pytest.approx([1, 1, 1, 0, 1, 1])
+    assert divisors[[0, 3]].tolist() == [1, 1]
+    # Powers of two, so that no number is rounded.
+    assert torch.equal(moderated * divisors[:, None, None, None], features)
+    largest = moderated.abs().amax((1, 2, 3))
+    assert ((largest >= 1) & (largest < 2) | (peaks == 0)).all()
 
 
 @pytest.mark.parametrize("before_torch_2_9", [False, True])

@@ -21,6 +21,7 @@ from tucker_cam.decomposition.rank import feasible_rank
         (tuple(np.array([4, 2, 2])), (20, 3, 4), (4, 2, 2)),
         (np.float32(1e9), (20, 3, 4), None),
         (1e9, (20, 3, 4), None),
+        (1e300, (20, 3, 4), None),
     ],
 )
 def test_a_rank_is_clipped_to_what_is_feasible(rank, shape, expected):

@@ -295,6 +295,7 @@ def test_bad_arguments_are_an_error(tmp_path):
         ({"layers": ["0", "2"]}, "expected one layer"),
         ({"model": "networks:tiny_video_network"}, "takes clips"),
         ({"metrics": "locals"}, "near it: localisation"),
+        ({"out": "s3://bucket/r.csv"}, "expected a file of this machine, got a URL"),
         ({"methods": ["tsn"]}, "near it: tsm"),
         ({"methods": {"tsm": METHODS["mtsm"]}}, "names of your own for methods of your own, got tsm"),
         ({"methods": {"random": METHODS["tsm"]}}, "names of your own for methods of your own, got random"),

@@ -115,6 +115,8 @@ def test_insertion_and_deletion_agree_with_a_case_by_hand_and_equal_values_fade_
     torch.testing.assert_close(insertion, torch.tensor([(0 / 2 + 1 + 1 + 1 + 1 / 2) / 4]))
     torch.testing.assert_close(deletion, torch.tensor([(1 / 2 + 0 + 0 + 0 + 0 / 2) / 4]))
     flat = torch.full_like(MAP, 0.3)
+    # Of a long strip the blur reaches no further than its image, reflected, does.
+    assert metrics.blurred(torch.rand(1, 3, 4, 200)).isfinite().all()
     for curve in metrics.insertion_auc, metrics.deletion_auc:
         torch.testing.assert_close(curve(images, flat, score, baseline=nothing, steps=5), torch.tensor([0.5]))
 

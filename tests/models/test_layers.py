@@ -103,6 +103,11 @@ def test_tokens_of_images_of_other_proportions_than_a_models_picture_are_laid_ou
         TSM(square.model, square.target_layers, square.reshape_transform)(images)
 
 
+def test_the_layer_of_a_network_that_takes_bytes_is_found():
+    model = Wired(lambda self, x: self.vit(x / 255), vit=vit())
+    assert find_target_layer(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).name == "vit.norm"
+
+
 def test_so_many_tokens_that_they_are_no_picture_are_one_clear_error():
     with pytest.raises(ValueError, match=r"a grid of patches 1 times as high as wide, got \(1, 12, 8\)"):
         TokensToMaps(1, 1.0)(torch.zeros(1, 12, 8))

@@ -44,6 +44,11 @@ def test_an_error_of_the_reader_comes_through_as_it_is(workers, error):
         list(read_ahead(BATCHES, partial(fails, error=error), workers))
 
 
+def test_the_callers_default_device_plays_no_part():
+    with torch.device("meta"):
+        assert [*read_ahead(BATCHES, sum, 1)] == [*map(sum, BATCHES)]
+
+
 def test_what_cannot_be_sent_to_a_process_is_read_in_this_one(monkeypatch, caplog):
     monkeypatch.setattr("multiprocessing.get_start_method", lambda: "spawn")
     here = []

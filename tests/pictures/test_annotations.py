@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from annotated import BOX, VOC, write_boxes, write_mask, write_picture
-from PIL import Image
+from PIL import Image, ImageOps
 from test_security import encoded, huge_png
 from torchvision import transforms
 from torchvision.datasets import ImageFolder, VOCSegmentation
@@ -106,13 +106,47 @@ def test_masks_of_every_kind_are_read(tmp_path, mode, array):
     assert torch.equal(only(tmp_path).mask, torch.from_numpy(DRAWN).bool())
 
 
-def test_a_jpeg_masks_noise_is_no_object(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "saved"),
+    [
+        ("png", lambda mask: mask.convert("RGB").quantize(2)),
+        ("png", lambda mask: ImageOps.invert(mask.convert("L")).convert("RGB").quantize(2)),
+        ("png", lambda mask: mask.convert("L").convert("P")),
+        ("tif", lambda mask: mask.convert("RGB").convert("CMYK")),
+    ],
+    ids=["palette", "inverted palette", "grey palette", "CMYK"],
+)
+def test_masks_are_read_by_what_they_look_like(tmp_path, kind, saved):
+    write_picture(tmp_path / "images" / "a.png")
+    (tmp_path / "masks").mkdir()
+    saved(Image.fromarray(DRAWN.astype(bool))).save(tmp_path / "masks" / f"a.{kind}")
+    with Image.open(tmp_path / "masks" / f"a.{kind}") as mask:
+        bright = np.asarray(mask.convert("L")) > 127
+    assert torch.equal(only(tmp_path).mask, torch.from_numpy(bright))
+
+
+def test_bright_padding_is_no_object(tmp_path):
+    write_picture(tmp_path / "a.png", size=(40, 20))
+    write_boxes(tmp_path / "a.xml", (11, 6, 20, 10), size=(40, 20))
+    samples, kind, _ = find_samples(tmp_path)
+    found = network_view(samples[0], kind, Network(torch.nn.Identity(), letterbox, (0,) * 3, (1,) * 3))
+    assert found.mask.sum() == 10 * 5
+
+
+def letterbox(picture):
+    return transforms.ToTensor()(ImageOps.pad(picture, (40, 40), color=(255, 255, 255)))
+
+
+@pytest.mark.parametrize("kind", ["jpg", "jp2", "webp"])
+def test_a_blurred_masks_noise_is_no_object(tmp_path, kind):
     write_picture(tmp_path / "a.png", size=(40, 30))
     drawn = np.zeros((30, 40), np.uint8)
     # Not on the borders of JPEG's blocks of 8 x 8, where there would be no noise.
     drawn[11:19, 13:29] = 255
-    write_mask(tmp_path / "masks" / "a.jpg", drawn)
-    assert only(tmp_path).mask.sum() == 8 * 16
+    lossy = {"irreversible": True, "quality_mode": "rates", "quality_layers": [5]} if kind == "jp2" else {"quality": 60}
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(drawn).save(tmp_path / "masks" / f"a.{kind}", **lossy)
+    assert abs(only(tmp_path).mask.sum() - 8 * 16) <= 4
 
 
 def test_vocs_annotations_are_those_that_torchvision_reads(tmp_path):

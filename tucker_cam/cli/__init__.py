@@ -83,6 +83,8 @@ def _prepare(
     _DEBUG.set(debug)
     # The hub's retries without a network would bury the one line that says what to do.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # Pictures of such sizes are refused in a line of ours.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     # One line, without a path in a package and a line of its source.
     warnings.formatwarning = lambda message, *_, **__: f"{printable(f'warning: {message}')}\n"
 

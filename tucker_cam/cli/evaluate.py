@@ -1,6 +1,7 @@
 """`tucker-cam evaluate`: what an evaluation found, as a table."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,9 @@ def print_table(summaries: Mapping[str, Mapping[str, Summary]], measures: Sequen
 def _cell(measure: Measure, summary: Summary | None) -> str:
     if summary is None:
         return "- "
-    mean, low, high = (f"{number:.3f}" if abs(number) < 10 else f"{number:.1f}" for number in summary.value)
-    shown = mean if math.isnan(summary.value.low) else f"{mean} [{low.removeprefix('0')},{high.removeprefix('0')}]"
+    mean, *ends = (f"{number:.3f}" if abs(number) < 10 else f"{number:.1f}" for number in summary.value)
+    low, high = (re.sub(r"^(-?)0\.", r"\1.", end) for end in ends)
+    shown = mean if math.isnan(summary.value.low) else f"{mean} [{low},{high}]"
     if summary.difference is None or summary.pictures < ENOUGH or not measure.better:
         return f"{shown} "
     higher, lower = ("+", "-") if measure.better == "higher" else ("-", "+")

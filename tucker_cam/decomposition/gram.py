@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tucker_cam.arguments import check_features
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64
 
@@ -59,14 +61,15 @@ def rescale_extremes(
 ) -> tuple[Float[Tensor, "batch channels *spatial"], Float[Tensor, " batch"]]:
     """Return the features with squares that a float can hold, and what each image was divided by.
 
-    That is 1, but for an image whose norm is above 1e12 or below 1e-12: there it is the largest magnitude.
+    That is 1, but the power of two below its largest magnitude for an image of a norm above 1e12 or below 1e-12.
     """
     norms = torch.linalg.vector_norm(features, dim=tuple(range(1, features.dim())))
     ordinary = (norms > SMALLEST_NORM) & (norms < LARGEST_NORM)
     if ordinary.all():
         return features, torch.ones_like(norms)
     peaks = largest_magnitude(features)
-    divisors = torch.where(ordinary | (peaks == 0), 1, peaks)
+    powers = torch.ldexp(torch.ones_like(peaks), torch.frexp(peaks).exponent - 1)
+    divisors = torch.where(ordinary | (peaks == 0), 1, powers)
     return features / divisors.reshape(-1, *[1] * (features.dim() - 1)), divisors
 
 
@@ -80,7 +83,7 @@ def unfold(features: Float[Tensor, "batch channels *spatial"]) -> Float[Tensor, 
 
     A view where the layout in memory allows one, as NCHW and channels_last do.
     """
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    features = check_features(features, "features").to(torch.promote_types(features.dtype, torch.float32))
     return (features if features.device.type in _DEVICES_THAT_DECOMPOSE else features.cpu()).flatten(2)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from tucker_cam.arguments import check_choice
 from tucker_cam.decomposition.gram import (
     eigenpairs,
     float32_products_do,
@@ -46,8 +47,7 @@ def leading_map(
 
     $|a_1^\top F_{(1)}|$, with $a_1$ the first column of the mode-1 factor (arXiv 2410.23072). The features are finite
     and not centred, the options those of `channel_modes`. The map is neither negative nor normalised, and no
-    gradient flows through it; features whose norm is above 1e12 or below 1e-12 are divided by their largest magnitude
-    first.
+    gradient flows through it; features whose norm is above 1e12 or below 1e-12 are divided by a power of two first.
 
     Example:
         >>> leading_map(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]])).round(decimals=6)
@@ -55,7 +55,7 @@ def leading_map(
     """
     spatial = features.shape[2:]
     with torch.inference_mode():  # small operations take an eighth less time than under no_grad
-        if engine == "tensorly":
+        if engine != "torch":
             maps = _modes(features, rank=rank, engine=engine).maps[:, 0].abs()
         elif (ranks := feasible_rank(rank, tuple(features.shape[1:]))) is None:
             maps = leading_maps(unfold(features))
@@ -83,8 +83,9 @@ def combined_map(
         >>> combined_map(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]]))
         tensor([[ 9.,  0., 16.]], dtype=torch.float64)
     """
+    check_choice("combine", combine, Combine)
     with torch.inference_mode():
-        if engine == "tensorly" or feasible_rank(rank, tuple(features.shape[1:])) is not None:
+        if engine != "torch" or feasible_rank(rank, tuple(features.shape[1:])) is not None:
             modes = _modes(features, rank=rank, center=center, engine=engine)
             weighted = modes.maps.flatten(2) * modes.values[..., None]
             combined = weighted.sum(1).abs() if combine == "signed" else weighted.norm(dim=1)

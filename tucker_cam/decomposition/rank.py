@@ -53,7 +53,7 @@ def feasible_rank(rank: Rank, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     elif isinstance(rank, (int, Integral)):
         parts = [int(rank)] * len(shape)
     else:
-        parts = validate_tucker_rank(shape, rank=rank if rank == "same" else float(rank))
+        parts = validate_tucker_rank(shape, rank=rank if rank == "same" else min(float(rank), float(prod(shape))))
     if len(parts) != len(shape):
         raise BadValueError(
             f"expected a rank of {len(shape)} parts for feature maps of shape {shape}, channels first, got {rank!r}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
@@ -150,6 +151,8 @@ def check_output(
         raise BadValueError(f"{path}: expected a file ending in {', '.join(formats)}")
     if data is not None and path.resolve().is_relative_to(data.resolve()):
         raise BadValueError(f"{path}: expected an output outside of the data, {data}")
+    if re.match(r"\w{2,}:/", str(path)):
+        raise BadValueError(f"{path}: expected a file of this machine, got a URL")
     if path.exists() and not path.is_file():
         raise BadFileError(f"{path}: expected a file to write, found a folder or a device")
     if header and path.exists() and not path.read_text("utf-8", "replace").startswith(",".join(header)):
@@ -184,7 +187,7 @@ class Evaluation:
         ValueError if there is no method of that name.
         """
         rows = self.rows
-        check_name("method", baseline, [row.method for row in rows])
+        check_name("method", baseline, dict.fromkeys(row.method for row in rows))
         return summarise(rows, self.measures, baseline=baseline, seed=seed)
 
     def to_csv(self, path: str | Path) -> None:
@@ -202,7 +205,11 @@ class Evaluation:
         shown = {each.name: each for each in self.measures if any(each.name in found for found in summaries.values())}
         ranked_by = next(shown[name] for name in _RANKED_BY if name in shown)
         known = () if self._inputs.samples is None else (*self._methods, *CONTROLS)
-        examples = [self._example(*each) for each in pick_examples(self.rows, ranked_by) if each[0] in known]
+        examples = []
+        for each in pick_examples(self.rows, ranked_by):
+            # A picture may be broken since it was scored.
+            with suppress(OSError, ValueError):
+                examples += [self._example(*each)] if each[0] in known else []
         title = f"{self.loaded.name}, {self.loaded.layer_names[0]}: {counted(self.scored)}"
         write_report(Path(path), title, summaries, [*shown.values()], examples, ranked_by)
 

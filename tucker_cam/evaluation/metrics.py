@@ -197,8 +197,9 @@ def deletion_auc(
 def blurred(images: Tensor) -> Tensor:
     """Return the images without their details: a Gaussian of a sixteenth of the longer side, in pixels, deviation."""
     deviation = max(images.shape[-2:]) / 16
-    reach = 2 * round(2 * deviation) + 1
-    soft: Tensor = gaussian_blur(images, [reach, reach], [deviation, deviation])
+    # As far as the reflected image goes.
+    width, height = (min(2 * round(2 * deviation) + 1, 2 * images.shape[axis] - 1) for axis in (-1, -2))
+    soft: Tensor = gaussian_blur(images, [width, height], [deviation, deviation])
     return soft
 
 

@@ -72,7 +72,7 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
         OSError: there is no such file.
         ValueError: it holds no weights, others, or less than the whole backbone; the message lists the names.
     """
-    own = model.state_dict()
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     needed = {name for name in own if name.rpartition(".")[0] in backbone and not _is_counter(name)}
     tensors = dict(_tensors(_read(file)))
     if not tensors:
@@ -147,7 +147,8 @@ def _tensors(content: object, place: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield all tensors in a checkpoint by their names, each behind those of the dictionaries that it is in."""
     for name, value in content.items() if isinstance(content, Mapping) else ():
         if isinstance(value, Tensor):
-            yield f"{place}{name}", value
+            if value.layout is torch.strided and not value.is_meta:
+                yield f"{place}{name}", value
         # An optimiser's state repeats the parameters' shapes, and may repeat their names.
         elif not str(name).startswith("opt"):
             yield from _tensors(value, f"{place}{name}/")

@@ -71,7 +71,7 @@ class Preprocessing:
         resized = functional.resize(picture, size, InterpolationMode(self.interpolation))
         if self.crop:
             resized = functional.center_crop(resized, self.size)
-        normalised: Tensor = functional.normalize(functional.to_tensor(resized), self.mean, self.std)
+        normalised: Tensor = functional.normalize(functional.to_tensor(resized).float(), self.mean, self.std)
         return normalised
 
 
@@ -116,7 +116,8 @@ class Network:
         """
         import torch
 
-        seen, mean, std = network_input.detach().cpu().movedim(0, -1), torch.tensor(self.mean), torch.tensor(self.std)
+        seen = network_input.detach().cpu().movedim(0, -1)
+        mean, std = (torch.tensor(each, dtype=torch.float32, device="cpu") for each in (self.mean, self.std))
         if seen.shape[-1] not in (1, 3):
             raise BadValueError(f"expected a network input of one or three channels to draw, got {seen.shape[-1]}")
         if seen.shape[-1] == 1:

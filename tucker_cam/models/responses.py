@@ -21,7 +21,8 @@ def differing_pictures(example: Tensor) -> Tensor:
     Everything else that a network might look at, such as the mean, stays what it is. The quarters are not on the
     diagonal, where a matrix of queries and keys answers to each of them.
     """
-    noise, other = torch.rand(2, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(example)
+    drawn = torch.rand(2, *example.shape[1:], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    noise, other = (drawn if example.is_floating_point() else 255 * drawn).to(example)
     height, width = example.shape[-2:]
     upper_right, lower_left = noise.clone(), noise.clone()
     upper_right[..., : height // 2, width - width // 2 :] = other[..., : height // 2, width - width // 2 :]
@@ -59,7 +60,8 @@ def _place(maps: Tensor) -> float:
     first, second = (changes / changes.abs().max().clamp(min=_VANISHED)).square().sum(1)
     height, width = maps.shape[-2:]
     answers = ((first - second) / (first + second + 1e-6)).reshape(-1, height, width).mean(0)
-    up, right = torch.meshgrid(torch.linspace(1, -1, height), torch.linspace(-1, 1, width), indexing="ij")
-    axes = [axis.to(answers) for axis, size in ((up, height), (right, width)) if size > 1]
+    sides = [torch.linspace(-1, 1, size, device=answers.device) for size in (height, width)]
+    up, right = torch.meshgrid(-sides[0], sides[1], indexing="ij")
+    axes = [axis for axis, size in ((up, height), (right, width)) if size > 1]
     found = [torch.corrcoef(torch.stack([answers.flatten(), axis.flatten()]))[0, 1] for axis in axes]
     return min(float(each.nan_to_num(0)) for each in found)

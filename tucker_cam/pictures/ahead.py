@@ -92,8 +92,10 @@ def read_ahead(
         # Any sequence is a data set, and what makes batches of its items may as well read them.
         dataset: Any = batches
         # With a generator of its own it draws nothing from the caller's.
-        own = torch.Generator()
-        yield from DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=read, generator=own)
+        own = torch.Generator("cpu")
+        with torch.device("cpu"):  # where the generator is, whatever the caller's default
+            found = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=read, generator=own))
+        yield from found
     except RuntimeError as error:
         # An error of the reader itself names its process as well, though not by its pid.
         if "DataLoader worker (pid" not in str(error):

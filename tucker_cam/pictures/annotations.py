@@ -29,6 +29,7 @@ _FOLDERS: dict[Annotations, tuple[str, ...]] = {
     "masks": ("masks", "Masks", "SegmentationClass"),
 }
 _WHERE = "boxes are found beside a picture or in annotations, masks in masks or SegmentationClass, by its name"
+_BLURRING = ("AVIF", "JPEG", "JPEG2000", "WEBP")
 _NOT_SCORED = "so not scored on localisation"
 
 
@@ -117,7 +118,10 @@ def network_view(sample: Sample, annotations: Annotations, network: Network) -> 
         black_and_white.getexif()[ExifTags.Base.Orientation] = orientation
         black_and_white = ImageOps.exif_transpose(black_and_white)
     mask_input = preprocessed(network.preprocess, black_and_white, str(sample.annotation))
-    mask = torch.from_numpy(network.picture(mask_input)[..., 0] > 0.5)
+    # What is bright of a black picture is padding.
+    black_input = preprocessed(network.preprocess, Image.new("RGB", picture.size), str(sample.annotation))
+    white, padding = (torch.from_numpy(network.picture(each)[..., 0] > 0.5) for each in (mask_input, black_input))
+    mask = white & ~padding
     why = "its object is cropped away or too small for the network" if drawn.any() else "without an object"
     remarks = [] if mask.any() else [f"{sample.annotation}: {why}, {_NOT_SCORED}"]
     return NetworkView(network_input, mask, remarks)
@@ -180,20 +184,24 @@ def _draw_boxes(file: Path, sizes: _Sizes) -> NDArray[np.bool_]:
 
 
 def _read_mask(file: Path, sizes: _Sizes) -> NDArray[np.bool_]:
-    """Return where a mask is not black; in one of colour numbers, as VOC's, where these are neither 0 nor 255, void.
+    """Return where a mask is not black; of colour numbers from black on, as VOC's, where these are neither 0 nor void.
 
-    JPEG blurs the edges of what was drawn: there the brighter half is the object.
+    Compression blurs the edges of what was drawn: there the brighter half is the object, as it is of other palettes.
     """
     try:
         with open_image(file) as mask:
-            values, mode, is_jpeg = np.atleast_3d(np.asarray(mask)), mask.mode, mask.format == "JPEG"
+            mode, is_blurred, palette = mask.mode, mask.format in _BLURRING, mask.getpalette() or [0, 0, 0]
+            colours = np.asarray(mask.convert("RGB")) if mode in ("P", "CMYK") else None
+            values = np.atleast_3d(np.asarray(mask))
     except Exception as error:
         # Pillow's decoders raise nearly anything.
         raise BadFileError(f"{file}: expected a mask as a picture, found none or a broken one ({error})") from error
     _check_size(file, (values.shape[1], values.shape[0]), sizes)
-    drawn = values > (127 if is_jpeg else 0)
-    if mode == "P":
-        drawn &= values != 255
+    drawn = values > (127 if is_blurred and values.max() > 127 else 0)
+    if colours is not None and (mode == "CMYK" or any(palette[:3])):
+        drawn = colours > 127
+    elif colours is not None:
+        drawn &= (values != 255) | (colours == 255).all(-1, keepdims=True)
     elif mode.endswith("A"):
         drawn = drawn[..., :-1] & drawn[..., -1:]
     return np.asarray(drawn.any(-1))
