@@ -89,9 +89,10 @@ def test_summaries_agree_with_the_normal_approximation_and_pair_by_picture():
     rows = rows_of({"eigencam": dict(zip(names, difficulty.tolist(), strict=True)), "tsm": tsm, "mtsm": {"a": 0.25}})
     summaries = {method: found["best_cut_iou"] for method, found in summarise(rows, [CUT]).items()}
     assert summarise(rows[::-1], [CUT])["tsm"]["best_cut_iou"] == summaries["tsm"]
-    pictures, value, difference = summaries["tsm"]
+    pictures, value, difference, pairs = summaries["tsm"]
     kept = np.delete(better, 7)
-    assert pictures == 399
+    assert pictures == pairs == 399
+    assert summaries["mtsm"].pairs == 0
     assert value.mean == pytest.approx(kept.mean())
     assert value.high - value.low == pytest.approx(2 * 1.96 * kept.std() / np.sqrt(399), rel=0.1)
     # Paired, the pictures' difficulty drops out.
@@ -107,7 +108,7 @@ def test_the_printed_table_has_ones_own_measures_first_and_a_sign_where_the_diff
     names = ("probability_drop", "best_cut_iou", "similarity_drop_area_matched", "max_f_beta")
     measures = [*(BY_NAME[name] for name in names), own]
     above = Interval(0.1, 0.05, 0.2)
-    # Of how many pictures, the difference from the baseline, and the signs: of two measures whose higher values are
+    # Of how many pairs, the difference from the baseline, and the signs: of two measures whose higher values are
     # better, and of a drop.
     cases = {
         "eigencam": (10, None, ["", "", ""]),
@@ -118,7 +119,7 @@ def test_the_printed_table_has_ones_own_measures_first_and_a_sign_where_the_diff
     }
     summaries = {
         method: {
-            each.name: Summary(count, Interval(100, 99.5, 100) if "drop" in each.name else above, difference)
+            each.name: Summary(20, Interval(100, 99.5, 100) if "drop" in each.name else above, difference, count)
             for each in measures
         }
         for method, (count, difference, _) in cases.items()

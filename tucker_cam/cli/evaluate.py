@@ -75,7 +75,7 @@ def _cell(measure: Measure, summary: Summary | None) -> str:
     mean, *ends = (f"{number:.3f}" if abs(number) < 10 else f"{number:.1f}" for number in summary.value)
     low, high = (re.sub(r"^(-?)0\.", r"\1.", end) for end in ends)
     shown = mean if math.isnan(summary.value.low) else f"{mean} [{low},{high}]"
-    if summary.difference is None or summary.pictures < ENOUGH or not measure.better:
+    if summary.difference is None or summary.pairs < ENOUGH or not measure.better:
         return f"{shown} "
     higher, lower = ("+", "-") if measure.better == "higher" else ("-", "+")
     return shown + (higher if summary.difference.low > 0 else lower if summary.difference.high < 0 else " ")

@@ -31,13 +31,14 @@ class Interval(NamedTuple):
 class Summary(NamedTuple):
     """What a measure says of a method over so many scored pictures.
 
-    The difference is that from the baseline, over the pictures on which both were scored; None if there are none, and
-    of the baseline itself.
+    The difference is that from the baseline, over the `pairs`, the pictures on which both were scored; None if there
+    are none, and of the baseline itself.
     """
 
     pictures: int
     value: Interval
     difference: Interval | None
+    pairs: int
 
 
 def summarise(
@@ -61,6 +62,7 @@ def summarise(
             len(by_picture),
             mean_interval(np.array([*by_picture.values()]), seed),
             mean_interval(np.array(paired), seed) if paired and method != baseline else None,
+            len(paired),
         )
     return summaries
 
