@@ -206,10 +206,11 @@ class Evaluation:
         ranked_by = next(shown[name] for name in _RANKED_BY if name in shown)
         known = () if self._inputs.samples is None else (*self._methods, *CONTROLS)
         examples = []
-        for each in pick_examples(self.rows, ranked_by):
-            # A picture may be broken since it was scored.
-            with suppress(OSError, ValueError):
-                examples += [self._example(*each)] if each[0] in known else []
+        for method, picture, heading in pick_examples(self.rows, ranked_by):
+            if method in known:
+                # A picture may be broken since it was scored.
+                with suppress(OSError, ValueError):
+                    examples.append(self._example(method, picture, heading))
         title = f"{self.loaded.name}, {self.loaded.layer_names[0]}: {counted(self.scored)}"
         write_report(Path(path), title, summaries, [*shown.values()], examples, ranked_by)
 

@@ -123,16 +123,15 @@ def _read(file: Path) -> object:
     # Reading a pipe could wait for ever.
     if not file.is_file():
         raise BadFileError(f"{file}: expected a file of weights, found none")
-    if file.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise MissingPackageError(f"{file}: it needs the package safetensors: {install('models')}") from error
     try:
         if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
             return load_file(file)
         with safe_globals(_INERT):
             return torch.load(file, weights_only=True, map_location="cpu")
+    except ImportError as error:
+        raise MissingPackageError(f"{file}: it needs the package safetensors: {install('models')}") from error
     except Exception as error:
         # A broken file makes both fail in many ways.
         foreign = re.search(r"GLOBAL (\S+)", str(error))
