@@ -144,6 +144,7 @@ def test_ones_own_module_or_network_is_loaded_by_module_and_function():
         ("networks:text_model", {}, ValueError, r"one picture, and it failed on one of 3x224x224 \(RuntimeError: "),
         ("broken:f", {}, ValueError, r"broken could not be imported \(SyntaxError"),
         ("lacking:f", {}, ModuleNotFoundError, r"lacking could not be imported \(No module named 'no_such'\)$"),
+        ("needing:f", {}, ModuleNotFoundError, r"needing:f could not be built \(No module named 'no_such'\)$"),
         ("builtins:__import__", {}, ValueError, r"could not be built \(TypeError"),
         (TINY, {"mean": 0.5}, ValueError, r"of three numbers in \[0, 1\], std above 0, got 0.5 and"),
         ("ending:f", {}, ValueError, r"ending:f could not be built \(SystemExit: no arguments\)"),
@@ -166,6 +167,7 @@ def test_ones_own_module_or_network_is_loaded_by_module_and_function():
 def test_what_gives_no_model_is_one_clear_line(model, options, error, message):
     Path("broken.py").write_text("def f(:")
     Path("lacking.py").write_text("import no_such")
+    Path("needing.py").write_text("def f():\n    import no_such")
     Path("ending.py").write_text("def f():\n    raise SystemExit('no arguments')")
     with pytest.raises(error, match=message) as raised:
         load_model(model, **options)
