@@ -59,6 +59,7 @@ def test_directions_that_the_features_do_not_have_are_nothing_and_no_noise():
     unfolding[2] = 0
     components = truncated_components(unfolding, (5, 6), (4, 2, 3))
     assert (components.values[:2, 0] > 1).all()
-    assert not any(part[2].any() for part in components)
-    for part in (components.values[:, 1:], components.maps[:, 1:], components.directions[..., 1:]):
+    values, maps, directions = components.values, components.maps, components.directions
+    assert not any(part[2].any() for part in (values, maps, directions))
+    for part in (values[:, 1:], maps[:, 1:], directions[..., 1:]):
         assert not part.any()

@@ -1,16 +1,14 @@
-r"""A mode-1 unfolding in, its Gram matrix and the eigenpairs of that out: all numerical care is taken here.
+r"""A mode-1 unfolding in, its Gram matrix and the eigenpairs of that out.
 
 An unfolding F is batch x channels x positions. It is *tall* where it has at least as many channels as positions; then
 its Gram matrix is $F^\top F$, over positions, otherwise $F F^\top$, over channels: never larger than min(channels,
 positions) squared.
-
-There is one rule for precision. A solver returns its maps, says which of them are surely not off by more than the
-promise, and hands on what it found; `settled` has the other images done by the next solver, which takes more care.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,11 +22,6 @@ if TYPE_CHECKING:
     Unfolding = Float[Tensor, "batch channels positions"]
     Means = Float64[Tensor, "batch channels 1"]
     Square = Float[Tensor, "batch n n"]
-    Row = Float[Tensor, "batch 1 n"]
-    Scalars = Float[Tensor, " batch"]
-    # Maps, which of them are sure, and what the next solver goes on with.
-    Attempt = tuple[Tensor, Tensor, tuple[Tensor, ...]]
-    Solver = Callable[..., Attempt]
 
 # Features whose norm is outside of these are scaled first: sums of their squares could leave float32's range, or lose
 # digits to its denormal numbers.
@@ -36,24 +29,12 @@ SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
 # Others, Apple's MPS for one, have no float64 or no eigendecompositions.
 _DEVICES_THAT_DECOMPOSE = ("cpu", "cuda")
 # Numbers that are turned into float64 at a time, but no fewer rows than these: the copy stays in the processor's cache.
-_NUMBERS_AT_A_TIME, _LEAST_ROWS_AT_A_TIME = 2**16, 128
+_NUMBERS_AT_A_TIME, _LEAST_ROWS_AT_A_TIME = 2**18, 128
 # The float32 products of fewer rows are not relied on: BLAS sums them one number after the other, and is off by 5e-6.
 _FEW_ROWS = 16
 # BLAS computes the columns of a float64 product in groups of so many, and a group of one takes as long as a whole one:
-# of 7 x 7 positions, 48 take 0.6 times as long as 49. So the columns left over have a product of their own.
-_TILE = 24
-
-
-def settled(solvers: Sequence[Solver], *state: Tensor) -> Tensor:
-    """Return the first solver's maps, and the others' for the images that the ones before them leave in doubt."""
-    solver, *others = solvers
-    maps, sure, state = solver(*state)
-    if not others or sure.all():
-        return maps
-    if not sure.any():  # nothing is copied then
-        return settled(others, *state)
-    maps[~sure] = settled(others, *(part[~sure] for part in state))
-    return maps
+# of 7 x 7 positions, 48 take 0.6 times as long as 49. So all strips but the last end with a group.
+_TILE, _MOST_STRIPS = 24, 8
 
 
 def rescale_extremes(
@@ -117,16 +98,22 @@ def rows_in_float64(unfolding: Unfolding, means: Means | None = None) -> Iterato
 
 
 def gram_matrix(unfolding: Unfolding, means: Means | None = None) -> Float[Tensor, "batch small small"]:
-    r"""Return $F^\top F$, or $F F^\top$ where that is smaller, accumulated in float64."""
-    batch, small = len(unfolding), min(unfolding.shape[1:])
-    tiled = small - small % _TILE
-    square = unfolding.new_zeros(batch, tiled, tiled, dtype=torch.float64)
-    rest = unfolding.new_zeros(batch, small - tiled, small, dtype=torch.float64)
+    r"""Return $F^\top F$, or $F F^\top$ where that is smaller, accumulated in float64.
+
+    It is symmetric: each strip of its rows is multiplied out up to the diagonal.
+    """
+    small = min(unfolding.shape[1:])
+    matrix = unfolding.new_zeros(len(unfolding), small, small, dtype=torch.float64)
+    width = _TILE * ceil(small / (_TILE * _MOST_STRIPS))
+    spans = [(slice(start, start + width), slice(start + width)) for start in range(0, small, width)]
+    strips = [matrix[:, own, reach].clone() for own, reach in spans]
     for rows in rows_in_float64(unfolding, means):
-        columns, left_over = rows.split([tiled, small - tiled], dim=2)
-        square.baddbmm_(columns.mT, columns)
-        rest.baddbmm_(left_over.mT, rows)
-    return torch.cat([torch.cat([square, rest[..., :tiled].mT], dim=2), rest], dim=1)
+        for (own, reach), strip in zip(spans, strips, strict=True):
+            strip.baddbmm_(rows[..., own].mT, rows[..., reach])
+    for (own, reach), strip in zip(spans, strips, strict=True):
+        matrix[:, own, reach] = strip
+        matrix[:, reach, own] = strip.mT
+    return matrix
 
 
 def eigenpairs(matrix: Square) -> tuple[Float[Tensor, "batch n"], Square]:

@@ -11,13 +11,14 @@ takes to find P, so that no sweep touches the features themselves.
 
 from __future__ import annotations
 
+from functools import reduce
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tucker_cam.decomposition.gram import gram_matrix, is_tall
+from tucker_cam.decomposition.gram import LARGEST_NORM, SMALLEST_NORM, gram_matrix, is_tall, rescale_extremes
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -37,33 +38,43 @@ class Components(NamedTuple):
     Attributes:
         values: batch x rank, descending; $s_i$, the norms of the core's mode-1 slices.
         maps: batch x rank x positions; $a_i^\top F_{(1)}$.
-        directions: the factor $A_1$ where F is wide; batch x positions x rank, with $A_1 = F_{(1)} D$, where tall.
+        parts: matrices of which the product is the factor $A_1$ where F is wide; where F is tall it is D, batch x
+            positions x rank, with $A_1 = F_{(1)} D$.
     """
 
     values: Tensor
     maps: Tensor
-    directions: Tensor
+    parts: list[Tensor]
+
+    @property
+    def directions(self) -> Tensor:
+        return reduce(torch.bmm, self.parts)
 
 
-def truncated_components(unfolding: Unfolding, spatial: tuple[int, ...], rank: tuple[int, ...]) -> Components:
+def truncated_components(
+    unfolding: Unfolding, spatial: tuple[int, ...], rank: tuple[int, ...], *, rescaled: bool = False
+) -> Components:
     """Truncate each image's Tucker decomposition to a feasible rank, one for each mode, in float64.
 
-    An image whose relative error has settled takes no part in further sweeps, so a batch gives what its images give
-    alone.
+    Extreme features are rescaled first, if that was not done. An image whose relative error has settled takes no part
+    in further sweeps, so a batch gives what its images give alone.
     """
     tall = is_tall(unfolding)
     update = _update_from_gram if tall else _update_from_features
     # All that a sweep reads: G where F is tall, F where it is wide.
     source = gram_matrix(unfolding) if tall else unfolding.double()
     squared_norm = source.diagonal(dim1=-2, dim2=-1).sum(-1) if tall else source.square().sum((1, 2))
-    squared_norm = squared_norm.clamp_min(torch.finfo(source.dtype).tiny)
+    bounded = squared_norm.clamp(SMALLEST_NORM**2, LARGEST_NORM**2)
+    if not rescaled and not torch.equal(squared_norm, bounded):
+        return truncated_components(rescale_extremes(unfolding)[0], spatial, rank, rescaled=True)
+    squared_norm = bounded
     # TensorLy initialises A_1 too; the first update replaces it unread.
     factors = _initial_factors(source, spatial, rank[1:], tall=tall)
     running = torch.arange(len(source), device=source.device)
     error = torch.zeros_like(squared_norm)
     found = []
     for sweep in range(1, _MOST_SWEEPS + 1):
-        maps, directions = update(source, factors, spatial, rank[0])
+        maps, parts = update(source, factors, spatial, rank[0])
         projected = maps.reshape(*maps.shape[:2], *spatial)
         for mode, length in enumerate(rank[1:]):
             others = _project(projected, {m: factor for m, factor in enumerate(factors) if m != mode})
@@ -75,24 +86,22 @@ def truncated_components(unfolding: Unfolding, spatial: tuple[int, ...], rank: t
         settled = ((error - previous).abs() < _TOLERANCE) | (sweep == _MOST_SWEEPS)
         if settled.any():
             norms = _project(others, {mode: factors[mode]}).flatten(2).norm(dim=2)
-            outcome: tuple[Tensor, ...] = running, norms, maps, directions
+            outcome: tuple[Tensor, ...] = running, norms, maps, *parts
             if settled.all():
                 found.append(outcome)
                 break
-            found.append(tuple(part[settled] for part in outcome))
+            done, rest = settled.nonzero()[:, 0], (~settled).nonzero()[:, 0]
+            found.append(tuple(part.index_select(0, done) for part in outcome))
             source, squared_norm, running, error, *factors = (
-                part[~settled] for part in (source, squared_norm, running, error, *factors)
+                part.index_select(0, rest) for part in (source, squared_norm, running, error, *factors)
             )
-    images, values, maps, directions = (torch.cat(parts) for parts in zip(*found, strict=True))
+    images, values, maps, *parts = (torch.cat(each) for each in zip(*found, strict=True))
     if len(found) > 1:
         places = images.argsort()
-        values, maps, directions = values[places], maps[places], directions[places]
+        values, maps, *parts = (part.index_select(0, places) for part in (values, maps, *parts))
     values, order = values.sort(dim=1, descending=True)
-    return Components(
-        values,
-        maps.gather(1, order[:, :, None].expand_as(maps)),
-        directions.gather(2, order[:, None, :].expand_as(directions)),
-    )
+    parts[-1] = parts[-1].gather(2, order[:, None, :].expand_as(parts[-1]))
+    return Components(values, maps.gather(1, order[:, :, None].expand_as(maps)), parts)
 
 
 def _initial_factors(source: Tensor, spatial: tuple[int, ...], rank: tuple[int, ...], *, tall: bool) -> list[Tensor]:
@@ -113,8 +122,8 @@ def _initial_factors(source: Tensor, spatial: tuple[int, ...], rank: tuple[int, 
 
 def _update_from_gram(
     matrix: Float[Tensor, "batch positions positions"], factors: list[Tensor], spatial: tuple[int, ...], rank: int
-) -> tuple[Float[Tensor, "batch rank positions"], Float[Tensor, "batch positions rank"]]:
-    r"""Return $A_1^\top F$ and D with $A_1 = F D$: from $B^\top G B = X \sigma^2 X^\top$, $D = B X \sigma^{-1}$.
+) -> tuple[Float[Tensor, "batch rank positions"], list[Tensor]]:
+    r"""Return $A_1^\top F$, and B and $X \sigma^{-1}$ with $A_1 = F B X \sigma^{-1}$: $B^\top G B = X \sigma^2 X^\top$.
 
     B, positions x columns, is the Kronecker product of the spatial factors.
     """
@@ -124,16 +133,16 @@ def _update_from_gram(
     squares = squares[:, None, -rank:]
     inverse = torch.where(squares > _NEGLIGIBLE * squares[..., -1:], squares, torch.inf).rsqrt()
     scaled = right[..., -rank:] * inverse
-    return scaled.mT.bmm(mixed), basis.bmm(scaled)
+    return scaled.mT.bmm(mixed), [basis, scaled]
 
 
 def _update_from_features(
     unfolding: Unfolding, factors: list[Tensor], spatial: tuple[int, ...], rank: int
-) -> tuple[Float[Tensor, "batch rank positions"], Float[Tensor, "batch channels rank"]]:
+) -> tuple[Float[Tensor, "batch rank positions"], list[Tensor]]:
     r"""Return $A_1^\top F$ and $A_1$, the leading left singular vectors of F with its spatial modes projected."""
     projected = _project(unfolding.reshape(*unfolding.shape[:2], *spatial), dict(enumerate(factors)))
     _, factor = _leading_left_vectors(projected.flatten(2), rank)
-    return factor.mT.bmm(unfolding), factor
+    return factor.mT.bmm(unfolding), [factor]
 
 
 def _leading_left_vectors(

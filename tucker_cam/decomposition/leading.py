@@ -4,6 +4,9 @@ With $F_{(1)} = A\,\mathrm{diag}(s)\,V^\top$ that is $|a_1^\top F_{(1)}| = s_1 |
 eigenvector of $G = F_{(1)}^\top F_{(1)}$; where $K = F_{(1)} F_{(1)}^\top$ is smaller, $a_1$ is that of K. A small
 matrix is formed and squared again and again; of a large one nothing is formed, since a Krylov subspace needs but its
 products with vectors. Both start in float32, and know by how much that may put a map off.
+
+There is one rule for precision. A solver returns its maps, says which of them are surely not off by more than the
+promise, and hands on what it found; `_settled` has the other images done by the next solver, which takes more care.
 """
 
 from __future__ import annotations
@@ -25,15 +28,20 @@ from tucker_cam.decomposition.gram import (
     is_tall,
     rescale_extremes,
     rows_in_float64,
-    settled,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from jaxtyping import Float
 
-    from tucker_cam.decomposition.gram import Attempt, Row, Scalars, Solver, Square, Unfolding
+    from tucker_cam.decomposition.gram import Square, Unfolding
+
+    Row = Float[Tensor, "batch 1 n"]
+    Scalars = Float[Tensor, " batch"]
+    # Maps, which of them are sure, and what the next solver goes on with.
+    Attempt = tuple[Tensor, Tensor, tuple[Tensor, ...]]
+    Solver = Callable[..., Attempt]
 
 # What a map may be off, as a share of its contrast, its largest less its smallest value.
 _PROMISE, _PROMISE_OF_FLOAT64 = 1e-5, 1e-9
@@ -81,7 +89,19 @@ def leading_maps(unfolding: Unfolding, *, rescaled: bool = False) -> Float[Tenso
     # Of fewer than 128 rows and a Frobenius norm of one, so that no power of it leaves float32's range.
     power = product / bounded.to(product.dtype)
     solvers = [partial(_squared, noise=noise), partial(_corrected, noise=noise), partial(_decomposed, exact=not single)]
-    return settled(solvers, unfolding, squares, matrix, power)
+    return _settled(solvers, unfolding, squares, matrix, power)
+
+
+def _settled(solvers: Sequence[Solver], *state: Tensor) -> Tensor:
+    """Return the first solver's maps, and the others' for the images that the ones before them leave in doubt."""
+    solver, *others = solvers
+    maps, sure, state = solver(*state)
+    if not others or sure.all():
+        return maps
+    if not sure.any():  # nothing is copied then
+        return _settled(others, *state)
+    maps[~sure] = _settled(others, *(part[~sure] for part in state))
+    return maps
 
 
 def _squared(unfolding: Unfolding, squares: Tensor, matrix: Square, power: Square, *, noise: float) -> Attempt:
@@ -203,7 +223,7 @@ def _in_krylov_subspace(unfolding: Unfolding, solvers: Sequence[Solver]) -> Floa
     # Channels a few at a time: their squares stay in cache.
     squares = torch.stack([rows.square().sum(1) for rows in unfolding.split(32, dim=1)]).sum(0).double()
     start = _start(min(unfolding.shape[1:]), torch.float64, unfolding.device).expand(len(unfolding), -1, -1)
-    return settled(solvers, unfolding, squares, start)
+    return _settled(solvers, unfolding, squares, start)
 
 
 @cache

@@ -101,7 +101,7 @@ def channel_modes(
     elif ranks is None:
         vectors, values, _ = torch.linalg.svd(unfolding, full_matrices=False)
     else:
-        components = truncated_components(unfolding, spatial, ranks)
+        components = truncated_components(unfolding, spatial, ranks, rescaled=True)
         values, directions = components.values, components.directions
         # Orthonormal but for rounding; where the features lack rank, QR puts in what is missing.
         vectors = torch.linalg.qr(unfolding @ directions if is_tall(unfolding) else directions).Q

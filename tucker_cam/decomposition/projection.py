@@ -60,7 +60,7 @@ def leading_map(
         elif (ranks := feasible_rank(rank, tuple(features.shape[1:]))) is None:
             maps = leading_maps(unfold(features))
         else:
-            maps = truncated_components(rescale_extremes(unfold(features))[0], spatial, ranks).maps[:, 0].abs()
+            maps = truncated_components(unfold(features), spatial, ranks).maps[:, 0].abs()
     return maps.reshape(len(features), *spatial).clone()  # outside, so that it is an ordinary tensor
 
 
