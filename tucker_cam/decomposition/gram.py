@@ -103,10 +103,10 @@ def gram_matrix(unfolding: Unfolding, means: Means | None = None) -> Float[Tenso
     It is symmetric: each strip of its rows is multiplied out up to the diagonal.
     """
     small = min(unfolding.shape[1:])
-    matrix = unfolding.new_zeros(len(unfolding), small, small, dtype=torch.float64)
+    matrix = unfolding.new_empty(len(unfolding), small, small, dtype=torch.float64)
     width = _TILE * ceil(small / (_TILE * _MOST_STRIPS))
     spans = [(slice(start, start + width), slice(start + width)) for start in range(0, small, width)]
-    strips = [matrix[:, own, reach].clone() for own, reach in spans]
+    strips = [torch.zeros_like(matrix[:, own, reach], memory_format=torch.contiguous_format) for own, reach in spans]
     for rows in rows_in_float64(unfolding, means):
         for (own, reach), strip in zip(spans, strips, strict=True):
             strip.baddbmm_(rows[..., own].mT, rows[..., reach])

@@ -79,6 +79,8 @@ def truncated_components(
         for mode, length in enumerate(rank[1:]):
             others = _project(projected, {m: factor for m, factor in enumerate(factors) if m != mode})
             squares, factors[mode] = _leading_left_vectors(others.movedim(mode + 2, 1).flatten(2), length)
+        if sweep < _LEAST_SWEEPS - 1:
+            continue
         # What the last update leaves of the features is the core.
         previous, error = error, ((squared_norm - squares.sum(1)).abs() / squared_norm).sqrt()
         if sweep < _LEAST_SWEEPS:
@@ -131,7 +133,7 @@ def _update_from_gram(
     mixed = basis.mT.bmm(matrix)
     squares, right = torch.linalg.eigh(mixed.bmm(basis))
     squares = squares[:, None, -rank:]
-    inverse = torch.where(squares > _NEGLIGIBLE * squares[..., -1:], squares, torch.inf).rsqrt()
+    inverse = squares.rsqrt().masked_fill_(squares <= _NEGLIGIBLE * squares[..., -1:], 0)
     scaled = right[..., -rank:] * inverse
     return scaled.mT.bmm(mixed), [basis, scaled]
 
