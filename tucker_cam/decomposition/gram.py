@@ -105,12 +105,14 @@ def gram_matrix(unfolding: Unfolding, means: Means | None = None) -> Float[Tenso
     small = min(unfolding.shape[1:])
     matrix = unfolding.new_empty(len(unfolding), small, small, dtype=torch.float64)
     width = _TILE * ceil(small / (_TILE * _MOST_STRIPS))
-    spans = [(slice(start, start + width), slice(start + width)) for start in range(0, small, width)]
-    strips = [torch.zeros_like(matrix[:, own, reach], memory_format=torch.contiguous_format) for own, reach in spans]
+    strips = []
+    for start in range(0, small, width):
+        own, reach = slice(start, start + width), slice(start + width)
+        strips.append((own, reach, torch.zeros_like(matrix[:, own, reach], memory_format=torch.contiguous_format)))
     for rows in rows_in_float64(unfolding, means):
-        for (own, reach), strip in zip(spans, strips, strict=True):
+        for own, reach, strip in strips:
             strip.baddbmm_(rows[..., own].mT, rows[..., reach])
-    for (own, reach), strip in zip(spans, strips, strict=True):
+    for own, reach, strip in strips:
         matrix[:, own, reach] = strip
         matrix[:, reach, own] = strip.mT
     return matrix

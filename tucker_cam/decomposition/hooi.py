@@ -33,10 +33,10 @@ _NEGLIGIBLE = 1e-14
 
 
 class Components(NamedTuple):
-    r"""The channel part of a truncated decomposition, its signs not fixed.
+    r"""The channel part of a truncated decomposition, in no order, its signs not fixed.
 
     Attributes:
-        values: batch x rank, descending; $s_i$, the norms of the core's mode-1 slices.
+        values: batch x rank; $s_i$, the norms of the core's mode-1 slices.
         maps: batch x rank x positions; $a_i^\top F_{(1)}$.
         parts: matrices of which the product is the factor $A_1$ where F is wide; where F is tall it is D, batch x
             positions x rank, with $A_1 = F_{(1)} D$.
@@ -72,7 +72,7 @@ def truncated_components(
     factors = _initial_factors(source, spatial, rank[1:], tall=tall)
     running = torch.arange(len(source), device=source.device)
     error = torch.zeros_like(squared_norm)
-    found = []
+    found: list[Tensor] = []
     for sweep in range(1, _MOST_SWEEPS + 1):
         maps, parts = update(source, factors, spatial, rank[0])
         projected = maps.reshape(*maps.shape[:2], *spatial)
@@ -88,22 +88,19 @@ def truncated_components(
         settled = ((error - previous).abs() < _TOLERANCE) | (sweep == _MOST_SWEEPS)
         if settled.any():
             norms = _project(others, {mode: factors[mode]}).flatten(2).norm(dim=2)
-            outcome: tuple[Tensor, ...] = running, norms, maps, *parts
+            outcome = [norms, maps, *parts]
+            # What is here of images that have not settled, a later sweep replaces.
+            for whole, part in zip(found, outcome, strict=False):
+                whole.index_copy_(0, running, part)
+            found = found or outcome
             if settled.all():
-                found.append(outcome)
                 break
-            done, rest = settled.nonzero()[:, 0], (~settled).nonzero()[:, 0]
-            found.append(tuple(part.index_select(0, done) for part in outcome))
+            rest = (~settled).nonzero()[:, 0]
             source, squared_norm, running, error, *factors = (
                 part.index_select(0, rest) for part in (source, squared_norm, running, error, *factors)
             )
-    images, values, maps, *parts = (torch.cat(each) for each in zip(*found, strict=True))
-    if len(found) > 1:
-        places = images.argsort()
-        values, maps, *parts = (part.index_select(0, places) for part in (values, maps, *parts))
-    values, order = values.sort(dim=1, descending=True)
-    parts[-1] = parts[-1].gather(2, order[:, None, :].expand_as(parts[-1]))
-    return Components(values, maps.gather(1, order[:, :, None].expand_as(maps)), parts)
+    values, maps, *parts = found
+    return Components(values, maps, parts)
 
 
 def _initial_factors(source: Tensor, spatial: tuple[int, ...], rank: tuple[int, ...], *, tall: bool) -> list[Tensor]:

@@ -102,7 +102,8 @@ def channel_modes(
         vectors, values, _ = torch.linalg.svd(unfolding, full_matrices=False)
     else:
         components = truncated_components(unfolding, spatial, ranks, rescaled=True)
-        values, directions = components.values, components.directions
+        values, order = components.values.sort(dim=1, descending=True)
+        directions = components.directions.take_along_dim(order[:, None, :], dim=2)
         # Orthonormal but for rounding; where the features lack rank, QR puts in what is missing.
         vectors = torch.linalg.qr(unfolding @ directions if is_tall(unfolding) else directions).Q
     signs, _ = fixed_signs(vectors)
@@ -145,5 +146,5 @@ def _tensorly_factor(
             factors.append(torch.from_numpy(factor))
             norms.append(torch.from_numpy(core).flatten(1).norm(dim=1))
     values, order = torch.stack(norms).sort(descending=True, stable=True)
-    vectors = torch.stack(factors)
-    return vectors.gather(2, order[:, None, :].expand_as(vectors)).to(features.device), values.to(features.device)
+    vectors = torch.stack(factors).take_along_dim(order[:, None, :], dim=2)
+    return vectors.to(features.device), values.to(features.device)

@@ -60,7 +60,9 @@ def leading_map(
         elif (ranks := feasible_rank(rank, tuple(features.shape[1:]))) is None:
             maps = leading_maps(unfold(features))
         else:
-            maps = truncated_components(unfold(features), spatial, ranks).maps[:, 0].abs()
+            components = truncated_components(unfold(features), spatial, ranks)
+            strongest = components.values.argmax(1)[:, None, None]
+            maps = components.maps.take_along_dim(strongest, dim=1).abs()
     return maps.reshape(len(features), *spatial).clone()  # outside, so that it is an ordinary tensor
 
 
