@@ -5,6 +5,8 @@ import torch
 from networks import Wired, dense, detector, enlarging, shuffling, token_labels, with_positions
 from timm.models import VisionTransformer
 from torch import nn
+from torchvision import transforms
+from torchvision.models import resnet18
 from transformers import AutoModel, DetrConfig, HieraConfig, ResNetConfig, SwinConfig, YolosConfig
 
 from tucker_cam import TSM
@@ -91,6 +93,17 @@ def test_tokens_of_a_picture_that_is_not_square_are_laid_out_in_its_proportions(
     assert torch.equal(maps[:, :, 1, 2], tokens[:, 1 + size[1] // 8 + 2])
     # Swin's, channels last, are only turned.
     assert torch.equal(channels_last_to_maps(maps.permute(0, 2, 3, 1)), maps)
+
+
+@pytest.mark.parametrize("size", [(256, 128), (64, 128)])
+def test_the_layer_is_found_for_long_inputs_across_which_its_maps_hardly_differ(size):
+    model = resnet18()
+    assert find_target_layer(model, torch.rand(1, 3, *size)).name == "layer4"
+    loaded = load_model(Network(model, takes=torch.rand(1, 3, *size)))
+    assert loaded.description.endswith(f"layer4 512x{size[0] // 32}x{size[1] // 32}")
+    assert loaded.spatial_layers[-1].name == "layer4"
+    resized = transforms.Compose([transforms.Resize(size), transforms.ToTensor()])
+    assert load_model(Network(model, resized)).layer_names == ["layer4"]
 
 
 def test_tokens_of_images_of_other_proportions_than_a_models_picture_are_laid_out_in_theirs():

@@ -5,7 +5,7 @@ which is the one that is explained.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -21,6 +21,7 @@ from tucker_cam.models.reshape import positions_in, shows, spatial_output
 from tucker_cam.models.responses import differing_pictures, follows
 
 _LINEAR = (nn.Linear, _ConvNd)
+_SQUARE = 224  # a side that most networks take
 _EQUAL = 0.01
 """Of the largest value: means over a map's positions differ by less before and after it is enlarged."""
 
@@ -117,7 +118,24 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
 
 
 def dry_run(model: nn.Module, example: Tensor) -> DryRun:
-    """Run the model in eval mode and without gradients, and note which layers put out spatial maps."""
+    """Run the model in eval mode and without gradients, and note which layers put out spatial maps.
+
+    Across a long input the maps hardly differ: where none is found there, a square tells which follow the picture.
+    """
+    run = _run_once(model, example)
+    height, width = example.shape[-2:]
+    if run.target is None and height != width:
+        # A network of one size fails on another.
+        with suppress(Exception):
+            side = max(height, width, _SQUARE)
+            square = _run_once(model, example.new_zeros(*example.shape[:-2], side, side))
+            if square.target is not None:
+                layers = [run.named[layer.name] for layer in square.layers if layer.name in run.named]
+                return run._replace(layers=layers, target=run.named[square.target.name])
+    return run
+
+
+def _run_once(model: nn.Module, example: Tensor) -> DryRun:
     pictures = differing_pictures(example)
     training = {module: module.training for module in model.modules()}
     try:
