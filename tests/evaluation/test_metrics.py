@@ -150,6 +150,19 @@ def test_road_agrees_with_the_host_changes_sign_when_the_map_is_inverted_and_sco
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_road_removes_the_share_that_it_says_of_a_map_of_which_half_is_zero():
+    maps = torch.cat([torch.zeros(1, 8, 16), torch.rand(1, 8, 16)], dim=1)
+    images, removed = torch.rand(1, 3, 16, 16), []
+
+    def score(these):
+        removed.append((these != images).any(1).float().mean().item())
+        return these.mean((2, 3))[:, :1]
+
+    metrics.road(images, maps, score, percentiles=[20, 60])
+    # What lies above each percentile, or below its like; the host scores the whole image beside each.
+    assert sorted(filter(None, removed)) == pytest.approx([0.4, 0.4, 0.8, 0.8], abs=0.01)
+
+
 @pytest.mark.parametrize("layer", ["0", "3"])
 def test_the_score_is_the_probability_beside_the_embeddings_similarity(layer):
     model = small_cnn().eval()

@@ -213,21 +213,22 @@ def road(images: Tensor, maps: Tensor, score: Score, *, percentiles: Sequence[in
 
     Removed pixels, of each of the `percentiles`, are painted over from their neighbours (Rong et al. 2022, arXiv
     2202.00449), which hides the shape of what was removed. The host's `ROADCombined`, whose small noise is drawn for
-    the batch and is always the same; the global random state is left as it was. In [-1, 1] for a score in [0, 1],
-    higher is better. A constant map has no order to remove by: NaN.
+    the batch and is always the same, as the order of pixels of one value is: the host would remove all of them at
+    once. The global random state is left as it was. In [-1, 1] for a score in [0, 1], higher is better. A constant map
+    has no order to remove by: NaN.
     """
     maps = _checked(maps, images=images)
-    constant = maps.flatten(1).amax(1) == maps.flatten(1).amin(1)
-    # The imputation's equations have no solution where all pixels are removed: such maps get any order.
-    ordered = torch.where(
-        constant[:, None, None], torch.linspace(0, 1, maps[0].numel()).view_as(maps[0]).to(maps), maps
-    )
+    values = maps.flatten(1)
+    mixed = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0)).to(values.device)
+    order = mixed[values[:, mixed].argsort(dim=1, stable=True)]
+    ranks = torch.linspace(0, 1, values.shape[1], device=values.device).expand_as(values)
+    ordered = torch.empty_like(values).scatter_(1, order, ranks).view_as(maps)
     targets: list[Callable[[Tensor], Tensor]] = [lambda scores: scores] * len(images)
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(0)
         difference = ROADCombined(list(percentiles))(images.float(), ordered.cpu().numpy(), targets, score)
     result = torch.as_tensor(np.asarray(difference), device=maps.device)
-    result[constant] = torch.nan
+    result[values.amax(1) == values.amin(1)] = torch.nan
     return result
 
 
