@@ -269,7 +269,8 @@ def draw_examples(path: Path, rows: Sequence[Any], folder: Path) -> None:
     for of_picture, (_, name, title) in zip(grid, chosen, strict=True):
         view = network_view(next(each for each in samples if each.name == name), annotations, loaded)
         with OnePass(loaded, view.network_input[None]) as one_pass:
-            maps = dict(saliency_maps(one_pass, [name], {each: (CHOSEN | LABEL_DEPENDENT)[each] for each in shown}))
+            wanted = {each: (CHOSEN | LABEL_DEPENDENT)[each] for each in shown}
+            maps = {each: found for each, found, _ in saliency_maps(one_pass, [name], wanted)}
         for axes, method in zip(of_picture, shown, strict=True):
             axes.imshow(maps[method][0], cmap="jet", vmin=0, vmax=1)
             axes.contour(view.mask, levels=[0.5], colors="white", linewidths=1.5)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from pytorch_grad_cam import EigenCAM
 from torch import nn
 from torch.nn.functional import interpolate
 from torchvision import transforms
@@ -56,6 +57,15 @@ def returning(make_output):
 def passing_on():
     """Return a network whose images are the feature maps of its layer."""
     return Wired(lambda self, x: self.layer(x), layer=nn.Identity(), unused=nn.Linear(1, 1))
+
+
+class FailsOnFlat(EigenCAM):
+    """A method of a user's that fails where a picture is of one colour."""
+
+    def get_cam_image(self, images, *rest):
+        if (images.flatten(2).std(2) < 1e-5).all(1).any():
+            raise RuntimeError("nothing to see")
+        return super().get_cam_image(images, *rest)
 
 
 def small_volume_cnn():

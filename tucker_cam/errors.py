@@ -31,11 +31,14 @@ class Failure(NamedTuple):
     Attributes:
         name: of the picture, or what was given in its place.
         error: why; with its traceback.
+        method: the one that failed, where others did not; empty where it is the picture that has nothing.
     """
 
     name: str
     error: Exception
+    method: str = ""
 
     def __str__(self) -> str:
         line = one_line(self.error)
-        return line if self.name in line else f"{self.name}: {line}"
+        name = f"{self.name}, {self.method}" if self.method else self.name
+        return line if name in line else f"{name}: {line}"

@@ -9,7 +9,9 @@ import pytest
 import torch
 from annotated import write_boxes, write_picture
 from filelock import FileLock
+from networks import FailsOnFlat, small_cnn
 from PIL import Image
+from pytorch_grad_cam import EigenCAM
 from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
@@ -22,7 +24,7 @@ from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.evaluation.metrics import MEASURES, Measure
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.methods import METHODS
-from tucker_cam.models import load_model
+from tucker_cam.models import Network, load_model
 from tucker_cam.pictures.annotations import find_samples, network_view
 
 MODEL = "networks:tiny_loaded_model"
@@ -193,7 +195,7 @@ def test_pictures_and_annotations_that_do_not_fit_are_named_counted_and_the_othe
 def test_a_picture_on_which_the_network_fails_is_named_and_the_others_are_done(data, workers):
     Image.new("RGB", (3, 3)).save(data / "images" / "2-small.png")
     found = evaluate(data, "networks:demanding_model", "tsm", metrics="drop", batch_size=4, workers=workers)
-    ((name, error),) = found.failures
+    ((name, error, _),) = found.failures
     assert name == "images/2-small.png"
     assert "Kernel size can't be greater than actual input size" in str(error)
     assert error.__traceback__ is not None
@@ -256,9 +258,9 @@ def test_a_map_that_is_not_finite_is_named_and_the_others_scored(data, monkeypat
     real = comparison.saliency_maps
 
     def broken(one_pass, names, methods):
-        for method, maps in real(one_pass, names, methods):
+        for method, maps, errors in real(one_pass, names, methods):
             maps[-1] *= torch.nan if method == "tsm" else 1
-            yield method, maps
+            yield method, maps, errors
 
     monkeypatch.setattr(comparison, "saliency_maps", broken)
     found = evaluate(data, MODEL, "tsm")
@@ -266,6 +268,30 @@ def test_a_map_that_is_not_finite_is_named_and_the_others_scored(data, monkeypat
     for row in found.rows:
         missing = {np.isnan(value) for value in row.values.values()}
         assert missing == {(row.picture, row.method) == ("images/4.png", "tsm")}
+
+
+def test_a_method_that_fails_costs_its_own_rows_and_one_that_nobody_asked_for_a_remark():
+    images = torch.rand(3, 3, 24, 24)
+    images[1] = 0.5
+    found = evaluate(images, MODEL, {"tsm": TSM, "picky": FailsOnFlat}, metrics="drop", batch_size=2)
+    assert [(failure.name, failure.method, str(failure.error)) for failure in found.failures] == [
+        ("000001", "picky", "nothing to see")
+    ]
+    methods = {"eigencam", "tsm", "picky", "gradcam", *CONTROLS}
+    rows = {(row.picture, row.method) for row in found.rows if row.method != "seg-eigencam"}
+    assert rows == {(f"00000{index}", method) for index in range(3) for method in methods} - {("000001", "picky")}
+    alone = evaluate(images[2:], MODEL, {"picky": EigenCAM}, metrics="drop")
+    (expected,), (row,) = (
+        [row.values for row in each.rows if (row.picture, row.method) == (name, "picky")]
+        for each, name in ((alone, "000000"), (found, "000002"))
+    )
+    assert row == pytest.approx(expected, abs=1e-3)
+
+    # The host's methods of a class take no bfloat16.
+    half = evaluate(images.bfloat16(), Network(small_cnn().bfloat16(), classifies=True), "tsm", metrics="drop")
+    assert half.failures == []
+    assert half.remarks[0].startswith("gradcam, there for reference, failed on 3 pictures: ")
+    assert {row.method for row in half.rows} == {"eigencam", "tsm", *CONTROLS}
 
 
 @pytest.mark.parametrize("command", ["evaluate", "spectrum"])

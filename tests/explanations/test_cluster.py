@@ -11,6 +11,7 @@ import pytest
 import ray
 from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
+from PIL import Image
 from test_folder import MODEL, make_pictures, run
 
 # Ray leaves files and sockets to be closed by the garbage collector, and asks for pandas' future behaviour.
@@ -151,3 +152,19 @@ def test_two_actors_give_the_maps_of_one_process_bit_for_bit_and_a_broken_run_is
         assert f"1 picture: {1 - already} explained, {already} there already, 0 failed; in {beside}" in other.output
     assert {path: path.read_bytes() for path in before} == before
     assert len(maps_in(beside)[0]) == 1
+
+
+@pytest.mark.nightly
+@pytest.mark.usefixtures("_cluster")
+def test_a_method_that_fails_on_one_picture_costs_neither_it_the_others_maps_nor_others_theirs(tmp_path, out):
+    pictures = make_pictures(tmp_path / "pictures", 3)
+    Image.new("RGB", (40, 30), (90, 120, 30)).save(pictures / "flat.png")
+    methods = ("--method", "tsm", "--method", "networks:FailsOnFlat")
+    for already in (0, 3):
+        result = run(pictures, *MODEL, *methods, "--engine", "ray", "--workers", 1, "--out", out)
+        assert result.exit_code == 1
+        assert f"{pictures / 'flat.png'}, networks.FailsOnFlat: nothing to see" in result.stderr
+        assert f"4 pictures: {4 - already} explained, {already} there already, 0 failed" in result.output
+    maps, errors = maps_in(out)
+    assert len(maps) == 7
+    assert len(errors) == 1

@@ -19,9 +19,9 @@ from annotated import write_picture
 from PIL import Image
 from typer.testing import CliRunner
 
-from tucker_cam import MTSM, TSM
+from tucker_cam import MTSM, TSM, explain
 from tucker_cam.cli import app
-from tucker_cam.errors import Failure
+from tucker_cam.errors import BadValueError, Failure
 from tucker_cam.explanations import outputs
 from tucker_cam.explanations.explainer import Explainer, ReadBatch
 from tucker_cam.explanations.folder import remove_files
@@ -345,18 +345,49 @@ def test_one_picture_on_which_the_network_fails_costs_no_other_its_map(pictures)
     paths = [pictures / f"p{index:03}.png" for index in range(6)]
     inputs = [loaded.preprocess(open_picture(path)) for path in paths]
 
+    runs = []
+
     def refuse(model, images):
+        runs.append(len(images[0]))
         if (images[0] == inputs[4]).flatten(1).all(1).any():
             raise RuntimeError("not this one\nand a long story")
 
     loaded.model.register_forward_pre_hook(refuse)
-    explained = Explainer(loaded, {"tsm": TSM}).explain(
+    explained = Explainer(loaded, {"tsm": TSM, "mtsm": MTSM}).explain(
         [Held(path.name, None) for path in paths], ReadBatch(inputs, [None] * 6)
     )
     assert isinstance(explained[4], RuntimeError)
     assert str(Failure("p004.png", explained[4])) == "p004.png: not this one"
+    assert runs == [6, 1, 1, 1, 1, 1, 1]
     for index in (0, 1, 2, 3, 5):
         np.testing.assert_allclose(explained[index].maps["tsm"], expected_map(paths[index]), atol=1e-5)
+
+
+def test_a_method_that_fails_on_one_picture_costs_neither_it_the_others_maps_nor_others_theirs(pictures, out):
+    Image.new("RGB", (40, 30), (90, 120, 30)).save(pictures / "flat.png")
+    options = (*MODEL, "--method", "tsm", "--method", "networks:FailsOnFlat", "--gallery", "--out", out)
+    for already in (0, 11):
+        result = run(pictures, *options)
+        assert result.exit_code == 1
+        assert result.stderr.count("flat.png, networks.FailsOnFlat: nothing to see") == 1
+        assert f"12 pictures: {12 - already} explained, {already} there already, 0 failed" in result.output
+    overlays = {path.name for path in out.glob("*.png")}
+    assert {"flat_tsm.png", "p000_tsm.png", "p000_networks.FailsOnFlat.png"} < overlays
+    assert "flat_networks.FailsOnFlat.png" not in overlays
+    # Under the methods that it has, so that the other is missed.
+    assert [path.parent.name for path in out.glob(".gallery/*/flat.json")] == ["tsm"]
+    methods = {name: set(entry["methods"]) for name, entry in shown_in(out).items()}
+    assert methods["flat"] == {"tsm"}
+    assert methods["p000"] == {"tsm", "networks.FailsOnFlat"}
+
+
+def test_methods_whose_files_two_pictures_would_share_are_refused(pictures, out):
+    explain([pictures / "p000.png"], MODEL[1], {"my_tsm": MTSM}, out=out)
+    before = contents(out)
+    for name, picture in (("tsm", "cat_my"), ("not_my_tsm", "cat_not")):
+        with pytest.raises(BadValueError, match=f"pictures cat and {picture} would share a file"):
+            explain([pictures / "p000.png"], MODEL[1], {name: TSM}, out=out)
+    assert contents(out) == before
 
 
 def test_a_preprocessing_that_fails_on_one_picture_is_named_and_the_others_done(pictures, out):

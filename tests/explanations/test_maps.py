@@ -23,14 +23,41 @@ def loaded_with(layers=("2",)):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_maps_of_one_pass_are_those_of_the_class_to_the_bit(name, layers, aug_smooth):
     loaded, batch = loaded_with(layers), networks.images()
-    np.random.seed(0)  # KPCA-CAM starts anywhere
+    np.random.seed(0)  # where KPCA-CAM starts
     expected = METHODS[name](loaded.model, loaded.target_layers)(batch, targets=[], aug_smooth=aug_smooth)
     with OnePass(loaded, batch, aug_smooth=aug_smooth) as one_pass:
         one_pass.maps(METHODS["tsm"])
-        np.random.seed(0)
         assert np.array_equal(one_pass.maps(METHODS[name]), expected)
         assert len(one_pass.passes) == (6 if aug_smooth else 1)
     assert not any(module._forward_hooks for module in loaded.model.modules())
+
+
+def test_a_map_of_many_positions_is_the_same_every_time_and_numpys_generator_is_left_as_it_was():
+    # Of so many, KPCA-CAM's solver starts at random.
+    loaded, batch = loaded_with(["0"]), networks.images()
+    before = np.random.get_state()[1].copy()
+    with OnePass(loaded, batch) as one_pass:
+        maps = [one_pass.maps(METHODS["kpca-cam"]) for _ in range(2)]
+        assert one_pass.output_and_features()[1][0][0, 0].numel() > 200
+    assert np.array_equal(*maps)
+    assert np.array_equal(np.random.get_state()[1], before)
+
+
+@pytest.mark.parametrize("aug_smooth", [False, True])
+def test_a_method_that_fails_on_an_image_costs_no_other_its_map_and_no_pass(aug_smooth):
+    loaded, batch = loaded_with(), networks.images(3)
+    batch[1] = 0.5
+    runs = []
+    loaded.model.register_forward_hook(lambda *_: runs.append(None))
+    with OnePass(loaded, batch, aug_smooth=aug_smooth) as one_pass:
+        one_pass.maps(METHODS["tsm"])
+        maps, errors = one_pass.maps_or_errors(networks.FailsOnFlat)
+        assert list(errors) == [1]
+        assert str(errors[1]) == "nothing to see"
+        assert np.isnan(maps[1]).all()
+        expected = one_pass.maps(METHODS["eigencam"])
+        np.testing.assert_allclose(maps[[0, 2]], expected[[0, 2]], atol=1e-5)
+    assert len(runs) == (6 if aug_smooth else 1)
 
 
 @pytest.mark.parametrize("aug_smooth", [False, True])

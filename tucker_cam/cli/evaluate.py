@@ -44,7 +44,8 @@ def evaluate_folder(
     write_summary(whole, summaries)
     for remark in evaluation.remarks:
         say(f"note: {remark}")
-    say(f"{counted(evaluation.scored)} scored, {len(evaluation.failures)} skipped; rows: {out}; all measures: {whole}")
+    skipped = sum(not failure.method for failure in evaluation.failures)
+    say(f"{counted(evaluation.scored)} scored, {skipped} skipped; rows: {out}; all measures: {whole}")
     if report is not None:
         evaluation.report(report)
         say(f"report: {report}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tucker_cam.activations import output_and_features
-from tucker_cam.errors import BadTypeError, BadValueError
+from tucker_cam.errors import BadTypeError, BadValueError, Failure
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
 from tucker_cam.evaluation.metrics import Judged, Measure, Score
 from tucker_cam.evaluation.results import Row
@@ -72,15 +72,19 @@ def _logits(output: object) -> Tensor:
 
 def saliency_maps(
     one_pass: OnePass, names: Sequence[str], methods: Mapping[str, Builder]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the maps of each method, in order, then those of the controls; float32 in [0, 1], on the images' device."""
+) -> Iterator[tuple[str, Tensor, dict[int, Exception]]]:
+    """Yield each method, in order, then the controls, with the maps, float32 in [0, 1], on the images' device.
+
+    And with what the method raised on some images, by their places, whose maps are NaN.
+    """
     images = one_pass.images
     for name, build in methods.items():
-        yield name, torch.as_tensor(one_pass.maps(build), device=images.device)
+        maps, errors = one_pass.maps_or_errors(build)
+        yield name, torch.as_tensor(maps, device=images.device), errors
     _, (features,) = one_pass.output_and_features()
     size, resolution = ((each.shape[-2], each.shape[-1]) for each in (images, features))
     for name in CONTROLS:
-        yield name, control_maps(name, pictures=names, size=size, resolution=resolution).to(images.device)
+        yield name, control_maps(name, pictures=names, size=size, resolution=resolution).to(images.device), {}
 
 
 def compare(
@@ -91,13 +95,20 @@ def compare(
     methods: Mapping[str, Builder],
     measures: Sequence[Measure],
     border: BorderCheck,
-) -> list[Row]:
-    """Score the methods, then the controls, on pictures of one size; NaN where a map is not finite."""
+) -> tuple[list[Row], list[Failure]]:
+    """Score the methods, then the controls, on pictures of one size; NaN where a map is not finite.
+
+    A method that fails on a picture has no row of it.
+    """
     rows: list[Row] = []
+    failures: list[Failure] = []
     with OnePass(loaded, images) as one_pass:
         score = score_of(loaded, one_pass)
         whole = score(images)
-        for method, maps in saliency_maps(one_pass, names, methods):
+        for method, maps, errors in saliency_maps(one_pass, names, methods):
+            failures += [Failure(names[place], error, method) for place, error in errors.items()]
+            if len(errors) == len(names):
+                continue
             broken = ~maps.isfinite().flatten(1).all(1)
             maps = maps.masked_fill(broken[:, None, None], 0)
             judged = Judged(maps, masks, images, names, score, score_names(loaded), whole)
@@ -113,9 +124,10 @@ def compare(
             rows += [
                 Row(picture, method, {name: float(f"{each[index]:.6g}") for name, each in values.items()})
                 for index, picture in enumerate(names)
+                if index not in errors
             ]
         border.warn_of(one_pass.output_and_features()[1][0])
-    return rows
+    return rows, failures
 
 
 def _numbers(measure: Measure, judged: Judged) -> Tensor:

@@ -28,7 +28,7 @@ from tucker_cam.models import LoadedModel
 from tucker_cam.models.loading import Loading
 from tucker_cam.pictures.ahead import check_reading
 from tucker_cam.pictures.annotations import Annotations, network_view
-from tucker_cam.text import counted
+from tucker_cam.text import counted, one_line
 from tucker_cam.writing import only_run
 
 logger = logging.getLogger("tucker_cam")
@@ -126,15 +126,22 @@ def evaluate(
             "pooled"
         )
         border = BorderCheck(loaded.layer_names[0])
+        of_methods: list[Failure] = []
 
         def score(names: Sequence[str], images: Tensor, masks: Tensor) -> None:
             missing = [each for each in (*chosen, *CONTROLS) if any((name, each) not in results.rows for name in names)]
             if missing:
                 these = {name: method for name, method in chosen.items() if name in missing}
-                results.append(compare(images, masks, names, loaded, these, measures, border))
+                rows, failed = compare(images, masks, names, loaded, these, measures, border)
+                results.append(rows)
+                of_methods.extend(failed)
 
         batches = inputs.read(loaded, batch_size, workers)
         failures, remarks = go_through(batches, loaded.device, score, "scoring", number=inputs.number, shown=progress)
+    failures += [failure for failure in of_methods if failure.method in given]
+    for name in dict.fromkeys(failure.method for failure in of_methods if failure.method not in given):
+        errors = [failure.error for failure in of_methods if failure.method == name]
+        remarks.append(f"{name}, there for reference, failed on {counted(len(errors))}: {one_line(errors[0])}")
     remarks += [
         f"{row.picture}: {row.method} gave a map with NaN or Inf, so not scored"
         for row in results.rows.values()
@@ -164,7 +171,8 @@ def check_output(
 class Evaluation:
     """What the measures say of each method on each picture.
 
-    `failures` are the pictures that could not be read or scored, `remarks` say what is odd about others.
+    `failures` are the pictures that could not be read or scored, or not by one of the methods that were asked for;
+    `remarks` say what is odd about others.
     """
 
     _results: Results
@@ -219,7 +227,7 @@ class Evaluation:
         view = network_view(samples[picture], self._inputs.annotations, self.loaded)
         wanted = {name: build for name, build in self._methods.items() if name == method}
         with OnePass(self.loaded, view.network_input[None].to(self.loaded.device)) as one_pass:
-            saliency = dict(saliency_maps(one_pass, [picture], wanted))[method][0]
+            (saliency,) = next(maps for name, maps, _ in saliency_maps(one_pass, [picture], wanted) if name == method)
         return Example(title, self.loaded.picture(view.network_input), saliency.cpu().numpy(), view.mask.numpy())
 
     @property

@@ -26,7 +26,7 @@ from tucker_cam.explanations.manifest import identity, not_of_a_run, place_of_ru
 from tucker_cam.models import LoadedModel
 from tucker_cam.pictures.ahead import in_batches
 from tucker_cam.pictures.sources import MANIFEST, TABLES, Source
-from tucker_cam.text import counted
+from tucker_cam.text import counted, one_line
 from tucker_cam.writing import only_run
 
 _MOST_BLOCKS = 1000
@@ -86,13 +86,28 @@ def explain_on_ray(
         )
     after = earlier.done | new.done
     already = sum(all((picture.key, name) in earlier.done for name in work.methods) for picture in pictures)
-    failed = [picture for picture in pictures if not all((picture.key, name) in after for name in work.methods)]
+    failures = [each for picture in pictures for each in _failures(picture, work.methods, after, new.errors)]
+    failed = sum(not failure.method for failure in failures)
     logger.info(
-        f"{counted(len(pictures))}: {len(pictures) - already - len(failed)} explained, {already} there already, "
-        f"{len(failed)} failed; in {out}{folder.removeprefix(root)}"
+        f"{counted(len(pictures))}: {len(pictures) - already - failed} explained, {already} there already, "
+        f"{failed} failed; in {out}{folder.removeprefix(root)}"
     )
-    unknown = "it is in no table; the same command tries again"
-    return loaded, [Failure(str(each), BadValueError(new.errors.get(each.key, unknown))) for each in failed]
+    return loaded, failures
+
+
+def _failures(
+    picture: Source,
+    methods: Collection[str],
+    done: Collection[tuple[str, str]],
+    errors: Mapping[tuple[str, str], str],
+) -> list[Failure]:
+    """Return one of a picture without any map, or one for each method that has none."""
+    missing = [name for name in methods if (picture.key, name) not in done]
+    reasons = {name: errors[picture.key, name] for name in missing if (picture.key, name) in errors}
+    if missing and not reasons:
+        error = errors.get((picture.key, ""), "it is in no table; the same command tries again")
+        return [Failure(str(picture), BadValueError(error))]
+    return [Failure(str(picture), BadValueError(reason), name) for name, reason in reasons.items()]
 
 
 def _run(
@@ -136,8 +151,10 @@ class _Actor:
             about: dict[str, object] = {"picture": source.key, "name": source.name}
             if not isinstance(found, Exception):
                 for method in missing:
-                    saliency = found.maps[method]
-                    yield about | {"method": method, "shape": saliency.shape, "saliency": saliency.ravel()}
+                    if (saliency := found.maps.get(method)) is not None:
+                        yield about | {"method": method, "shape": saliency.shape, "saliency": saliency.ravel()}
+                for failure in found.failures:
+                    yield about | {"method": failure.method, "error": one_line(failure.error)}
             elif missing:
                 yield about | {"error": str(Failure(str(source), found)).removeprefix(f"{source}: ")}
 
@@ -177,14 +194,15 @@ def _claim_folder(filesystem: Any, root: str, run: Mapping[str, Any]) -> str:
 
 
 class _Tables(NamedTuple):
-    """The tables of a folder; which pictures and methods they hold, and why not some pictures; and which are broken.
+    """The tables of a folder; which pictures and methods they hold, and why not others; and which are broken.
 
+    Why a picture has no map at all stands under a method without a name.
     Broken ones stay where they are: a run may still be writing them.
     """
 
     paths: list[str]
     done: set[tuple[str, str]]
-    errors: dict[str, str]
+    errors: dict[tuple[str, str], str]
     broken: list[str]
 
 
@@ -205,5 +223,5 @@ def _read_tables(filesystem: Any, folder: str, *, known: Collection[str] = ()) -
             if row["error"] is None:
                 tables.done.add((row["picture"], row["method"]))
             else:
-                tables.errors[row["picture"]] = row["error"]
+                tables.errors[row["picture"], row["method"] or ""] = row["error"]
     return tables

@@ -163,7 +163,8 @@ class Explanations:
 
     Attributes:
         loaded: the model, with its layers.
-        failures: the pictures that could not be read or explained, as far as it was gone through the last time.
+        failures: the pictures that could not be read or explained, or not by one of the methods, as far as it was gone
+            through the last time.
     """
 
     def __init__(self, explainer: Explainer, pictures: Collection, batch_size: int, workers: int | None) -> None:
@@ -187,6 +188,8 @@ class Explanations:
                     if isinstance(found, Exception):
                         self._fail(Failure(str(picture), found))
                     else:
+                        for failure in found.failures:
+                            self._fail(failure)
                         yield found
 
     def _fail(self, failure: Failure) -> None:

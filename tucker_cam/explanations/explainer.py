@@ -11,7 +11,7 @@ from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor
 
 from tucker_cam.decomposition.modes import channel_modes
-from tucker_cam.errors import TuckerCamError
+from tucker_cam.errors import Failure, TuckerCamError
 from tucker_cam.explanations.border import BorderCheck
 from tucker_cam.explanations.explanation import DEFAULT_LOOK, Explanation, Look
 from tucker_cam.explanations.maps import OnePass
@@ -79,24 +79,33 @@ class Explainer:
                 results[index] = result
         return results
 
-    def _explain(self, indices: Sequence[int], pictures: Sequence[Picture], read: ReadBatch) -> list[Explanation]:
+    def _explain(
+        self, indices: Sequence[int], pictures: Sequence[Picture], read: ReadBatch
+    ) -> list[Explanation | Exception]:
         loaded, images = self.loaded, read.inputs
         if not isinstance(images, Tensor) or len(indices) < len(pictures):
             images = torch.stack([read.inputs[index] for index in indices])  # type: ignore[misc]
         components = values = np.zeros((len(images), 0), np.float32)
         with OnePass(loaded, images.to(loaded.device), aug_smooth=self.aug_smooth) as one_pass:
-            maps = {name: one_pass.maps(build) for name, build in self.methods.items()}
+            found = {name: one_pass.maps_or_errors(build) for name, build in self.methods.items()}
             if one_pass.passes:
                 self.border.warn_of(one_pass.passes[0][1][-1])
             if self.components:
                 modes = channel_modes(one_pass.output_and_features()[1][-1])
                 components, values = modes.maps[:, :_COMPONENTS].cpu().numpy(), modes.values.cpu().numpy()
-        explanations = []
+        explanations: list[Explanation | Exception] = []
         for place, index in enumerate(indices):
-            own = {name: each[place] for name, each in maps.items()}
             picture, size = pictures[index], read.sizes[index]
+            own = {name: maps[place] for name, (maps, errors) in found.items() if place not in errors}
+            failures = [
+                Failure(str(picture), errors[place], name) for name, (_, errors) in found.items() if place in errors
+            ]
             explanations.append(
-                Explanation(picture, size, images[place], loaded, own, components[place], values[place], self.look)
+                Explanation(
+                    picture, size, images[place], loaded, own, components[place], values[place], self.look, failures
+                )
+                if own
+                else failures[0].error
             )
         return explanations
 

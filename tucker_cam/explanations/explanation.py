@@ -1,7 +1,7 @@
 """What was found out about one picture: its maps, what they are drawn on, and how they are shown."""
 
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -16,7 +16,7 @@ from PIL import Image, ImageEnhance
 from pytorch_grad_cam.utils.image import show_cam_on_image
 from torch import Tensor
 
-from tucker_cam.errors import BadValueError
+from tucker_cam.errors import BadValueError, Failure
 from tucker_cam.methods import check_name
 from tucker_cam.models import Network
 from tucker_cam.pictures.held import Picture, first_frame
@@ -74,6 +74,7 @@ class Explanation:
             signed; none unless asked for.
         values: all singular values, descending; none unless asked for.
         look: of its overlays, where nothing else is asked for.
+        failures: of the methods that have no map here.
     """
 
     source: Picture
@@ -84,6 +85,7 @@ class Explanation:
     components: NDArray[np.float32]
     values: NDArray[np.float32]
     look: Look = DEFAULT_LOOK
+    failures: Sequence[Failure] = ()
 
     @property
     def name(self) -> str:

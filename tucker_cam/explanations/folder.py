@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain, repeat
+from itertools import chain, permutations, repeat
 from pathlib import Path
 
 from pytorch_grad_cam.base_cam import BaseCAM
@@ -95,7 +95,7 @@ class FolderWriter:
                 for part in _parts(pictures):
                     there += self._write_part(part, manifest, advance)
                     count += len(part)
-            failed = len(self.failures)
+            failed = sum(not failure.method for failure in self.failures)
             page = self._write_gallery() if self.gallery else ""
         logger.info(
             f"{counted(count)}: {count - there - failed} explained, {there} there already, {failed} failed; in "
@@ -110,6 +110,12 @@ class FolderWriter:
                 if (manifest.folder / name).exists():
                     raise not_of_a_run(manifest.folder / name)
         manifest.methods = [*dict.fromkeys([*manifest.methods, *self.explainer.methods])]
+        for name, other in permutations(manifest.methods, 2):
+            if name.endswith(f"_{other}"):
+                raise BadValueError(
+                    f"expected methods of which no name ends in another's behind a _, got {name} and {other}: pictures "
+                    f"cat and cat_{name.removesuffix(f'_{other}')} would share a file: give another name, or folder"
+                )
         manifest.write()
 
     def _write_part(self, pictures: Sequence[Picture], manifest: Manifest, advance: Callable[[int], None]) -> int:
@@ -175,6 +181,7 @@ class FolderWriter:
                     if isinstance(found, Exception):
                         self._fail(picture, found)
                     else:
+                        self.failures += found.failures
                         writing.append(writers.submit(write, picture, found))
                 # No more than two batches are held.
                 for written in before:

@@ -1,6 +1,7 @@
 """Images and several methods in, the maps of each out, of one forward pass for all methods that need no gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -14,6 +15,17 @@ from tucker_cam.activations import FeatureRecorder
 from tucker_cam.models import LoadedModel
 
 
+@contextmanager
+def _numpy_as_it_was() -> Iterator[None]:
+    """Let the host draw the same numbers every time, where KPCA-CAM's solver starts, and none of the caller's."""
+    before = np.random.get_state()
+    np.random.seed(0)
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
 class OnePass(FeatureRecorder):
     """Explains a batch of images by several methods, for which, where they need no gradient, the model runs once.
 
@@ -24,9 +36,9 @@ class OnePass(FeatureRecorder):
 
     def __init__(self, loaded: LoadedModel, images: Tensor, *, aug_smooth: bool = False) -> None:
         super().__init__(loaded.model, loaded.target_layers, loaded.reshape_transform)
-        self.images, self.aug_smooth = images, aug_smooth
+        self.loaded, self.images, self.aug_smooth = loaded, images, aug_smooth
         self.passes: list[tuple[Any, list[Tensor]]] = []
-        self._calls = 0
+        self._calls, self._model_failed = 0, False
 
     def maps(self, method: Callable[..., BaseCAM]) -> NDArray[np.float32]:
         """Return a method's maps, batch x spatial, float32 in [0, 1].
@@ -42,10 +54,34 @@ class OnePass(FeatureRecorder):
             cam.activations_and_grads.release()
             cam.activations_and_grads = self
             # Without targets the host would read the output, which need not be a tensor.
-            maps: NDArray[np.float32] = cam(self.images, targets=[], aug_smooth=self.aug_smooth)
+            with _numpy_as_it_was():
+                maps: NDArray[np.float32] = cam(self.images, targets=[], aug_smooth=self.aug_smooth)
             return maps
         finally:  # the host's own block would swallow an IndexError
             cam.activations_and_grads.release()
+
+    def maps_or_errors(self, method: Callable[..., BaseCAM]) -> tuple[NDArray[np.float32], dict[int, Exception]]:
+        """Return a method's maps and, by an image's place, what it raised on that image, whose map is NaN then.
+
+        What the model raises in the pass that all methods share comes through.
+        """
+        try:
+            return self.maps(method), {}
+        except Exception as error:
+            if self._model_failed:
+                raise
+            if len(self.images) == 1:
+                return np.full((1, *self.images.shape[2:]), np.nan, np.float32), {0: error}
+        maps, errors = [], {}
+        for place in range(len(self.images)):
+            this = slice(place, place + 1)
+            with OnePass(self.loaded, self.images[this], aug_smooth=self.aug_smooth) as alone:
+                alone.passes = [(None, [each[this] for each in features]) for _, features in self.passes]
+                own, failed = alone.maps_or_errors(method)
+            maps.append(own)
+            if failed:
+                errors[place] = failed[0]
+        return np.concatenate(maps), errors
 
     def _of_a_class(self, cam: BaseCAM) -> NDArray[np.float32]:
         parameters = list(self.model.parameters())
@@ -76,8 +112,11 @@ class OnePass(FeatureRecorder):
         return outputs
 
     def _run_model(self, images: Tensor) -> tuple[Any, list[Tensor]]:
+        self._model_failed = True
         with torch.no_grad():
-            return super().__call__(images), self.activations
+            outputs = super().__call__(images)
+        self._model_failed = False
+        return outputs, self.activations
 
     def release(self) -> None:
         """Do nothing when the host is done with an object: the next one shares the hooks."""

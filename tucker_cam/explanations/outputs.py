@@ -208,14 +208,19 @@ class GalleryParts(Output):
         return manifest.folder.glob(f".gallery/*/{escape(manifest.names[key])}.json")
 
     def paths(self, key: str) -> list[Path]:
-        return [self.manifest.folder / ".gallery" / "+".join(self.methods) / f"{self.manifest.names[key]}.json"]
+        return [self._path(key, self.methods)]
+
+    def _path(self, key: str, methods: Iterable[str]) -> Path:
+        return self.manifest.folder / ".gallery" / "+".join(methods) / f"{self.manifest.names[key]}.json"
 
     def write(self, explanation: Explanation) -> None:
         from tucker_cam.explanations.gallery import gallery_entry
 
         if explanation.network_input.dim() != 3:
             raise BadValueError("the gallery shows pictures, not clips or volumes")
-        name, (path,) = self.manifest.names[explanation.source.key], self.paths(explanation.source.key)
+        key = explanation.source.key
+        # A method that failed is missed in the next run.
+        name, path = self.manifest.names[key], self._path(key, explanation.maps)
         entry = gallery_entry(name, explanation.seen, explanation.maps, explanation.components, explanation.values)
         path.parent.mkdir(parents=True, exist_ok=True)
         with complete_or_absent(path) as unfinished:
