@@ -71,3 +71,18 @@ class Lenient(Mean):
 def test_a_method_that_breaks_a_promise_is_told_which(method, promise):
     with pytest.raises(AssertionError, match=promise):
         check_cam(method)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.mean((1, 2)),
+        lambda x: x[0].abs().mean(0),
+        lambda x: x[:1].abs().mean(1),
+        lambda x: x.abs().mean(1, keepdim=True),
+        lambda x: x.abs().mean(1).numpy(),
+    ],
+)
+def test_a_saliency_of_another_shape_is_one_clear_error(function):
+    with pytest.raises(TypeError, match=r"expected maps as a tensor, batch x spatial, from Projecting\.saliency"):
+        check_cam(projecting(function))

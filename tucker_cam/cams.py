@@ -126,6 +126,12 @@ class LabelFreeCAM(BaseCAM, ABC):
         # Autocast, if the caller has it on, is for the network: here it would round the products to half precision.
         with torch.autocast(features.device.type, enabled=False):
             maps = self.saliency(features)
+        if not isinstance(maps, Tensor) or maps.dim() != features.dim() - 1 or len(maps) != len(features):
+            got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+            raise BadTypeError(
+                f"expected maps as a tensor, batch x spatial, from {type(self).__name__}.saliency for features "
+                f"{tuple(features.shape)}, got {got}"
+            )
         finished: NDArray[np.float32] = scaled(maps.cpu().double().clamp_min(0)).float().numpy()
         return finished
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from tqdm.auto import tqdm
 
 _SECONDS_BETWEEN_LINES = 30
-_LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, time left {remaining}\n"
+_LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_noinv_fmt}, time left {remaining}\n"
 
 
 @contextmanager

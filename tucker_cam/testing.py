@@ -26,7 +26,7 @@ def check_cam(method: Callable[..., LabelFreeCAM]) -> None:
         method: called as `TSM` is.
 
     Raises:
-        AssertionError: it does not keep one of these; the message says which.
+        AssertionError: it does not keep one of these; the message says which. What it raises itself comes through.
 
     Example:
         >>> class ChannelMean(LabelFreeCAM):

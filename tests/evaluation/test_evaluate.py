@@ -341,9 +341,20 @@ def test_differences_are_from_the_method_that_is_named(data):
         found.summary(baseline="tsn")
 
 
+def test_masks_are_those_that_have_a_map_of_the_images_of_numpy_and_behind_labels_too(data):
+    images, masks = torch.rand(2, 3, 24, 24), torch.zeros(2, 24, 24, dtype=torch.bool)
+    masks[:, 5:15, 8:20] = True
+    batches = ([(images, masks)], [(images, masks.numpy())], [(images, torch.tensor([3, 4]), masks[:, None])])
+    first, *others = (evaluate(each, MODEL, "tsm", metrics="localisation").rows for each in batches)
+    assert all(each == first for each in others)
+    assert "pointing_game" in first[0].values
+    with pytest.raises(BadValueError, match="expected masks or boxes for the metric localisation, found none"):
+        evaluate([(images, torch.tensor([3, 4]))], MODEL, "tsm", metrics="localisation")
+
+
 def test_a_data_sets_labels_are_no_masks_and_its_rows_hold_the_maps_statistics_in_a_new_file_only(tmp_path):
     loader = DataLoader(TensorDataset(torch.rand(5, 3, 24, 24), torch.arange(5)), batch_size=2)
-    options = {"methods": "tsm", "metrics": "localisation", "out": tmp_path / "r.csv"}
+    options = {"methods": "tsm", "metrics": (), "out": tmp_path / "r.csv"}
     found = evaluate(loader, MODEL, limit=3, **options)
     assert {row.picture for row in found.rows} == {"000000", "000001", "000002"}
     assert found.rows[0].values.keys() == STATISTICS

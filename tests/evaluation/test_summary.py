@@ -116,6 +116,8 @@ def test_the_printed_table_has_ones_own_measures_first_and_a_sign_where_the_diff
         "mtsm": (10, Interval(-1, -2, -0.5), ["-", "-", "+"]),
         "lafam": (10, Interval(0.1, -1, 1), ["", "", ""]),
         "fem": (9, above, ["", "", ""]),
+        # Folded: cut, two of them would be alike.
+        "a_package.SomeMethod.Plus": (10, None, ["", "", ""]),
     }
     summaries = {
         method: {
@@ -131,7 +133,9 @@ def test_the_printed_table_has_ones_own_measures_first_and_a_sign_where_the_diff
     assert lines[1].split() == ["own", "(area-matched)", "area-matched"]
     assert "maxF" not in "".join(lines)
     signs = {line.split()[0]: re.findall(r"\]([+-]?)", line) for line in lines if line.split()[0] in cases}
-    assert signs == {method: expected for method, (_, _, expected) in cases.items()}
+    *ours, own_method = cases
+    assert signs == {method: cases[method][2] for method in ours}
+    assert own_method in "".join(line.split()[0] for line in lines)
 
 
 def test_rows_survive_names_of_any_kind_and_a_torn_one_is_thrown_away(tmp_path):

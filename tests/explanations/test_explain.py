@@ -95,6 +95,14 @@ def test_batches_of_network_inputs_are_explained_also_from_a_loader():
         len(explain(loader, loaded))
 
 
+def test_a_gallery_that_is_saved_shows_the_components(tmp_path):
+    found = explain(noise(), networks.small_cnn(), out=None)
+    found.save(tmp_path, gallery=True, progress=False)
+    (shown,) = re.findall(r'"components":\[(.*?)\]', (tmp_path / "gallery.html").read_text())
+    assert shown.count('"image"') == 6
+    assert all(explanation.components.shape[0] == 0 for explanation in found)
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 def test_a_module_is_tried_on_the_inputs_that_it_is_given(kind):
     images = torch.rand(3, 1, 20, 20).to(kind)

@@ -278,7 +278,10 @@ def test_a_picture_that_changed_is_explained_again(pictures, out):
     write_picture(path, (40, 30), seed=9)
     # Older than the map, as a file that was moved or unpacked may be.
     os.utime(path, (1e9, 1e9))
-    assert "11 pictures: 1 explained, 10 there already" in run(*npy).output
+    again = run(*npy).output
+    assert "11 pictures: 1 explained, 10 there already" in again
+    # Of MTSM in all four kinds, of TSM an array.
+    assert f"note: {path} has changed; files removed that earlier runs wrote of it: 5" in again
     assert np.abs(np.load(out / "p002_tsm.npy") - before).max() > 0.01
     # What this run was not asked for is not left as it was: it would show another picture.
     assert "11 pictures: 1 explained, 10 there already" in run(*everything).output
@@ -427,7 +430,8 @@ def test_a_gallery_shows_the_methods_and_pictures_of_all_runs(pictures, out):
 
 def test_a_gallery_links_the_overlays_that_are_there_and_of_its_runs(tmp_path, out):
     def files():
-        return {(entry["colormap"], entry["methods"]["tsm"].get("file")) for entry in shown_in(out).values()}
+        methods = [entry["methods"]["tsm"] for entry in shown_in(out).values()]
+        return {(method.get("colormap"), method.get("file")) for method in methods}
 
     options = (make_pictures(tmp_path / "some", 1), *MODEL, "--gallery", "--out", out)
     make_pictures(tmp_path / "some" / "a #1%", 1)
@@ -436,16 +440,19 @@ def test_a_gallery_links_the_overlays_that_are_there_and_of_its_runs(tmp_path, o
     overlay.parent.mkdir(parents=True)
     overlay.touch()
     assert run(*options, "--format", "npy").exit_code == 0
-    assert files() == {("jet", None)}
+    assert files() == {(None, None)}
     overlay.unlink()
     assert run(*options, "--colormap", "viridis").exit_code == 0
     assert files() == {("viridis", "a%20%231%25/p000_tsm.png")}
     assert run(*options, "--layer", "0").exit_code == 0
     below = ("jet", "networks-tiny_loaded_model_0/a%20%231%25/p000_tsm.png")
     assert files() == {("viridis", "a%20%231%25/p000_tsm.png"), below}
+    # Each method's overlay as it was drawn.
+    assert run(*options, "--method", "mtsm").exit_code == 0
+    assert files() == {("viridis", "a%20%231%25/p000_tsm.png"), below}
     overlay.unlink()
     assert run(*options, "--layer", "0").exit_code == 0
-    assert files() == {("jet", None), below}
+    assert files() == {(None, None), below}
 
 
 @pytest.mark.cuda

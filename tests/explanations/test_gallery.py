@@ -275,8 +275,8 @@ def test_two_methods_stand_side_by_side_under_one_slider_and_stay_from_picture_t
 @pytest.mark.parametrize("colormap", ["jet", "viridis"])
 def test_the_overlays_that_were_written_are_linked(show, tmp_path, colormap):
     Image.new("RGB", (600, 400)).save(tmp_path / "a 1%.png")
-    made = {**THREE[0], "colormap": colormap, "methods": {**THREE[0]["methods"]}}
-    made["methods"]["tsm"] = {**made["methods"]["tsm"], "file": "a%201%25.png"}
+    made = {**THREE[0], "methods": {**THREE[0]["methods"]}}
+    made["methods"]["tsm"] = {**made["methods"]["tsm"], "file": "a%201%25.png", "colormap": colormap}
     page = show([made, THREE[1]])
     page.locator(".thumbnail").first.click()
     link = page.locator("#views a").first

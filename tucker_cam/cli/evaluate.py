@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from tucker_cam.console import PlainConsole
 from tucker_cam.errors import BadValueError, Failure
@@ -58,7 +58,7 @@ def print_table(summaries: Mapping[str, Mapping[str, Summary]], measures: Sequen
     # One's own measures, then those of the list, then the others.
     order = [each.name for each in scored if not each.group] + [*_SAY_MOST]
     shown = sorted(scored, key=lambda each: order.index(each.name) if each.name in order else len(order))[:3]
-    table = Table("method", box=None, padding=(0, 1, 0, 0))
+    table = Table(Column("method", overflow="fold"), box=None, padding=(0, 1, 0, 0))
     for measure in shown:
         table.add_column(measure.heading, justify="right")
     for method, by_measure in summaries.items():

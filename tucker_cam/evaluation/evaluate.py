@@ -101,6 +101,11 @@ def evaluate(
         if loaded.classifies:
             chosen |= {name: method for name, method in LABEL_DEPENDENT.items() if method.is_there}
         if inputs.annotations == "none":
+            if [*wanted] == ["localisation"]:
+                raise BadValueError(
+                    "expected masks or boxes for the metric localisation, found none: of batches, tuples of images and "
+                    "masks, batch x height x width"
+                )
             wanted = [each for each in wanted if each != "localisation"]
         measures = choose_measures(wanted, score_names(loaded))
         run = {

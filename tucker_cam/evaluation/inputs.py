@@ -92,8 +92,8 @@ def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, NetworkView | Ten
     for names, images, others in named_inputs(batches):
         views: Iterable[NetworkView | Tensor] = images
         # A data set's labels, one-hot too, are of no use here.
-        if others and isinstance(others[0], Tensor) and others[0].dim() > 2:
-            masks = others[0].squeeze(1) if others[0].dim() == images.dim() else others[0]
+        if found := [torch.as_tensor(each) for each in others if getattr(each, "ndim", 0) > 2]:
+            masks = found[0].squeeze(1) if found[0].dim() == images.dim() else found[0]
             if len(masks) != len(images):
                 raise BadValueError(f"expected a mask for each of {len(images)} images, got {len(masks)}")
             views = [NetworkView(image, mask, []) for image, mask in zip(images, masks, strict=True)]

@@ -149,7 +149,7 @@ def explain(
         loaded, failures = explain_on_ray(sources, work, str(out), batch_size=batch_size, workers=workers)
     else:
         loaded, failures = load(), []
-    explainer = Explainer(loaded, chosen, aug_smooth, components or gallery, look)
+    explainer = Explainer(loaded, chosen, aug_smooth, components, look)
     explanations = Explanations(explainer, collection, batch_size or explainer.batch_size, workers)
     explanations.failures += failures
     if out is not None and engine == "torch":
@@ -210,14 +210,17 @@ class Explanations:
         Args:
             folder: see `explain`, whose `out` it is.
             formats: see `explain`.
-            gallery: see `explain`; the components are shown if they were asked for.
+            gallery: see `explain`.
             look: of overlays; None for that of `explain`.
             progress: show a bar.
 
         Raises:
             ValueError, OSError: see `explain`.
         """
-        explainer = self._explainer if look is None else replace(self._explainer, look=look)
+        explainer = self._explainer
+        if look is not None or gallery:
+            shown = explainer.components or gallery
+            explainer = replace(explainer, look=look or explainer.look, components=shown)
         formats = check_writing(folder, formats, explainer.look, explainer.methods)
         writer = FolderWriter(explainer, Path(folder), formats, gallery, self._batch_size, self._workers)
         writer.write(self._pictures, shown=progress)

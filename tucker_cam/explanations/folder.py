@@ -135,7 +135,8 @@ class FolderWriter:
                     continue
             elif before.differs(manifest.stamps[key]):
                 try:
-                    remove_files(manifest, key)
+                    removed = remove_files(manifest, key)
+                    logger.info(f"note: {picture} has changed; files removed that earlier runs wrote of it: {removed}")
                 except OSError as error:
                     manifest.stamps[key] = before
                     self._fail(picture, BadFileError(f"what an earlier run wrote could not be removed ({error})"))
@@ -208,12 +209,13 @@ class FolderWriter:
         self.failures.append(Failure(str(picture), error))
 
 
-def remove_files(manifest: Manifest, key: str) -> None:
-    """Remove what earlier runs wrote of a picture, which has changed since."""
-    for kind in KINDS:
-        for path in filter(Path.is_file, kind.left(manifest, key)):
-            path.unlink()
+def remove_files(manifest: Manifest, key: str) -> int:
+    """Remove what earlier runs wrote of a picture, which has changed since; return how many files that were."""
+    left = [path for kind in KINDS for path in filter(Path.is_file, kind.left(manifest, key))]
+    for path in left:
+        path.unlink()
     manifest.views.pop(key, None)
+    return len(left)
 
 
 def _parts(pictures: Collection) -> Iterator[list[Picture]]:

@@ -233,7 +233,7 @@ def gallery_entries(manifest: Manifest, title: str, page: Path) -> Iterator[dict
     The title is put behind each name, and the links start at the page's folder. ValueError if a part is broken.
     """
     for key in manifest.names:
-        entry: dict[str, Any] = {"colormap": "jet", "methods": {}}
+        entry: dict[str, Any] = {"methods": {}}
         for path in sorted(GalleryParts.left(manifest, key)):
             try:
                 part = json.loads(path.read_text("utf-8"))
@@ -244,7 +244,7 @@ def gallery_entries(manifest: Manifest, title: str, page: Path) -> Iterator[dict
             overlay = Overlays.path(manifest, key, method)
             if look := _look_of(overlay):
                 shown["file"] = quote(bytes(overlay.relative_to(page)))
-                entry["colormap"] = look.colormap
+                shown["colormap"] = look.colormap
         if entry["methods"]:
             yield entry | {"name": f"{entry['name']}{title}"}
 
