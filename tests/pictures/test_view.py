@@ -46,11 +46,26 @@ def test_the_view_takes_one_call_a_size_and_is_remembered(steps, expected):
     assert preprocess.calls == 4
 
 
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        ([transforms.Grayscale(3)], []),
+        ([transforms.Grayscale()], []),
+        ([], [transforms.Lambda(lambda x: x.flip(0))]),
+        ([], [transforms.Lambda(lambda x: x.mean(0, keepdim=True))]),
+    ],
+)
+def test_the_view_of_a_network_that_sees_grey_or_blue_green_red_is_found_too(first, last):
+    steps = [transforms.Pad(20), *first, transforms.Resize(64, BICUBIC), transforms.CenterCrop(50)]
+    preprocess = transforms.Compose([*steps, transforms.ToTensor(), *last])
+    assert view_of(preprocess, (160, 120)) == pytest.approx((17.5, -2.5, 125, 125), abs=1)
+
+
 @pytest.mark.parametrize("frames", [None, 4])
 def test_what_is_no_box_or_fails_has_no_view(frames):
     def fails(picture):
         raise ZeroDivisionError
 
     turns = transforms.RandomRotation((30, 30)), transforms.RandomHorizontalFlip(1), transforms.CenterCrop(1)
-    for preprocess in (fails, *(Counted([step]) for step in (*turns, transforms.Grayscale(3), transforms.Grayscale()))):
+    for preprocess in (fails, *(Counted([step]) for step in turns)):
         assert view_of(preprocess, (160, 120), frames) is None

@@ -1,6 +1,7 @@
 """A preprocessing and a picture's size in, the part of the picture that the network looks at out.
 
-It is read off a picture whose red and green are coordinates, sent through the preprocessing itself, whoever wrote it.
+It is read off a picture whose red and green are coordinates, sent through the preprocessing itself, whoever wrote it;
+or off grey ones, one for each coordinate, where that mixes or exchanges colours.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def view_of(
 ) -> View | None:
     """Return what a network sees of pictures of a width and a height; it is remembered.
 
-    None where the preprocessing does more than resizing, cropping and padding, or mixes colours, so that no such box is
+    None where the preprocessing does more to the places than resizing, cropping and padding, so that no such box is
     found; where it takes only the pictures that it is made for; or where there is no picture, and so no size.
     """
     if size is None:
@@ -48,27 +49,32 @@ def view_of(
 @lru_cache(maxsize=256)
 def _view(preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: int | None) -> View | None:
     width, height = size
-    # A preprocessing of one's own fails in its own ways.
-    with suppress(Exception):
-        across, down = _coordinates(preprocess, size, frames)
-        x, y = _line(across), _line(down.T)
-        inside = np.ix_((y > _EDGE) & (y < 1 - _EDGE), (x > _EDGE) & (x < 1 - _EDGE))
-        error = np.maximum(np.abs(across - x), np.abs(down - y[:, None]))[inside]
-        if error.size and error.max() <= _RESIDUAL and min(x[-1] - x[0], y[-1] - y[0]) > _RESIDUAL:
-            right, low = (x[1] - x[0]) * width, (y[1] - y[0]) * height
-            box = (x[0] * width - right / 2, y[0] * height - low / 2, len(x) * right, len(y) * low)
-            return View(*map(float, box))
+    for grey in (False, True):
+        # A preprocessing of one's own fails in its own ways.
+        with suppress(Exception):
+            across, down = _coordinates(preprocess, size, frames, grey=grey)
+            x, y = _line(across), _line(down.T)
+            inside = np.ix_((y > _EDGE) & (y < 1 - _EDGE), (x > _EDGE) & (x < 1 - _EDGE))
+            error = np.maximum(np.abs(across - x), np.abs(down - y[:, None]))[inside]
+            if error.size and error.max() <= _RESIDUAL and min(x[-1] - x[0], y[-1] - y[0]) > _RESIDUAL:
+                right, low = (x[1] - x[0]) * width, (y[1] - y[0]) * height
+                box = (x[0] * width - right / 2, y[0] * height - low / 2, len(x) * right, len(y) * low)
+                return View(*map(float, box))
     return None
 
 
-def _coordinates(preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: int | None) -> NDArray[np.float64]:
+def _coordinates(
+    preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: int | None, *, grey: bool
+) -> NDArray[np.float64]:
     """Return where in the picture, in [0, 1], each place of the network's input lies, its x and its y; NaN if none."""
     black, white = _levels(preprocess, frames)
     width, height = size
-    sent = np.full((height, width, 3), 255 * _BLUE, np.uint8)
-    sent[..., 0] = np.rint(255 * (np.arange(width) + 0.5) / width)
-    sent[..., 1] = np.rint(255 * (np.arange(height)[:, None] + 0.5) / height)
-    red, green, blue = np.asarray((_sent(preprocess, sent, frames) - black) / (white - black))
+    planes = np.full((height, width, 3), 255 * _BLUE, np.uint8)
+    planes[..., 0] = np.rint(255 * (np.arange(width) + 0.5) / width)
+    planes[..., 1] = np.rint(255 * (np.arange(height)[:, None] + 0.5) / height)
+    pictures = [planes[..., [plane] * 3] for plane in range(3)] if grey else [planes]
+    found = [np.asarray((_sent(preprocess, each, frames) - black) / (white - black)) for each in pictures]
+    red, green, blue = np.concatenate([each[:1] for each in found] if grey else found)
     return np.where(np.abs(blue - _BLUE) > _ROUNDING, np.nan, [red, green])
 
 
