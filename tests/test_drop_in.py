@@ -78,6 +78,18 @@ def test_each_region_of_a_picture_has_a_map_where_a_subclass_says_the_size(metho
     assert_explains(saliency, method, model.layer(quarters(images)), (10, 8))
 
 
+def test_several_feature_maps_may_become_one_map_where_a_subclass_says_the_size():
+    class OfClips(TSM):
+        def get_target_width_height(self, input_tensor):
+            return 10, 8
+
+        def saliency(self, features):
+            return super().saliency(features).unflatten(0, (-1, 2)).mean(1)
+
+    model = networks.Wired(lambda self, x: self.layer(x.flatten(0, 1)), layer=nn.Conv2d(3, 6, 3))
+    assert OfClips(model, [model.layer])(torch.rand(3, 2, 3, 12, 12)).shape == (3, 8, 10)
+
+
 @every_class_and_the_hosts
 def test_a_python_object_around_the_network_is_a_model(method):
     class Wrapper:

@@ -126,7 +126,8 @@ class LabelFreeCAM(BaseCAM, ABC):
         # Autocast, if the caller has it on, is for the network: here it would round the products to half precision.
         with torch.autocast(features.device.type, enabled=False):
             maps = self.saliency(features)
-        if not isinstance(maps, Tensor) or maps.dim() != features.dim() - 1 or len(maps) != len(features):
+        one_each = isinstance(maps, Tensor) and maps.dim() == features.dim() - 1 and len(maps) == len(features)
+        if not isinstance(maps, Tensor) or (self._size_is_the_images and not one_each):
             got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
             raise BadTypeError(
                 f"expected maps as a tensor, batch x spatial, from {type(self).__name__}.saliency for features "

@@ -294,6 +294,14 @@ def test_a_method_that_fails_costs_its_own_rows_and_one_that_nobody_asked_for_a_
     assert {row.method for row in half.rows} == {"eigencam", "tsm", *CONTROLS}
 
 
+def test_where_eigencam_fails_the_others_have_their_summary_without_differences(tmp_path, monkeypatch):
+    monkeypatch.setattr(EigenCAM, "get_cam_image", lambda *_: [][0])
+    found = evaluate(torch.rand(2, 3, 24, 24), MODEL, "tsm", metrics="drop")
+    assert found.remarks[0].startswith("eigencam, there for reference, failed on 2 pictures: ")
+    assert all(summary.difference is None for summary in found.summary()["tsm"].values())
+    found.report(tmp_path / "r.png")
+
+
 @pytest.mark.parametrize("command", ["evaluate", "spectrum"])
 def test_pictures_none_of_which_can_be_used_are_one_line(tmp_path, command):
     write_picture(tmp_path / "data" / "a.png", size=(3, 3))
@@ -348,6 +356,9 @@ def test_masks_are_those_that_have_a_map_of_the_images_of_numpy_and_behind_label
     first, *others = (evaluate(each, MODEL, "tsm", metrics="localisation").rows for each in batches)
     assert all(each == first for each in others)
     assert "pointing_game" in first[0].values
+    # Boxes, or a second view, behind labels are none.
+    for other in (torch.rand(2, 5, 4), torch.rand(2, 3, 24, 24)):
+        assert not evaluate([(images, torch.tensor([3, 4]), other)], MODEL, "tsm").failures
     with pytest.raises(BadValueError, match="expected masks or boxes for the metric localisation, found none"):
         evaluate([(images, torch.tensor([3, 4]))], MODEL, "tsm", metrics="localisation")
 

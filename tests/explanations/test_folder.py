@@ -385,12 +385,16 @@ def test_a_method_that_fails_on_one_picture_costs_neither_it_the_others_maps_nor
 
 
 def test_methods_whose_files_two_pictures_would_share_are_refused(pictures, out):
-    explain([pictures / "p000.png"], MODEL[1], {"my_tsm": MTSM}, out=out)
+    explain([pictures / "p000.png"], MODEL[1], {"mine": MTSM}, out=out)
     before = contents(out)
-    for name, picture in (("tsm", "cat_my"), ("not_my_tsm", "cat_not")):
+    for name, picture in (("my_tsm", "cat_my"), ("not_mine", "cat_not")):
         with pytest.raises(BadValueError, match=f"pictures cat and {picture} would share a file"):
             explain([pictures / "p000.png"], MODEL[1], {name: TSM}, out=out)
     assert contents(out) == before
+    # What is there of such names does not stand in the way of others.
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"methods": ["mine", "my_tsm"]}))
+    assert not explain([pictures / "p000.png"], MODEL[1], "fem", out=out).failures
 
 
 def test_a_preprocessing_that_fails_on_one_picture_is_named_and_the_others_done(pictures, out):

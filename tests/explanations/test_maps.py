@@ -1,5 +1,7 @@
 """The maps of several methods from one forward pass are those of the methods' own classes."""
 
+from threading import Thread
+
 import networks
 import numpy as np
 import pytest
@@ -7,8 +9,9 @@ import torch
 from pytorch_grad_cam import AblationCAM, EigenCAM, GradCAM, ScoreCAM
 
 from tucker_cam import channel_modes
+from tucker_cam.cams import LabelFreeCAM
 from tucker_cam.explanations.explainer import Explainer, ReadBatch
-from tucker_cam.explanations.maps import OnePass
+from tucker_cam.explanations.maps import OnePass, _the_same_start
 from tucker_cam.methods import METHODS
 from tucker_cam.models import load_model
 from tucker_cam.pictures.held import Held
@@ -23,8 +26,8 @@ def loaded_with(layers=("2",)):
 @pytest.mark.parametrize("name", METHODS)
 def test_the_maps_of_one_pass_are_those_of_the_class_to_the_bit(name, layers, aug_smooth):
     loaded, batch = loaded_with(layers), networks.images()
-    np.random.seed(0)  # where KPCA-CAM starts
-    expected = METHODS[name](loaded.model, loaded.target_layers)(batch, targets=[], aug_smooth=aug_smooth)
+    with _the_same_start():
+        expected = METHODS[name](loaded.model, loaded.target_layers)(batch, targets=[], aug_smooth=aug_smooth)
     with OnePass(loaded, batch, aug_smooth=aug_smooth) as one_pass:
         one_pass.maps(METHODS["tsm"])
         assert np.array_equal(one_pass.maps(METHODS[name]), expected)
@@ -34,13 +37,41 @@ def test_the_maps_of_one_pass_are_those_of_the_class_to_the_bit(name, layers, au
 
 def test_a_map_of_many_positions_is_the_same_every_time_and_numpys_generator_is_left_as_it_was():
     # Of so many, KPCA-CAM's solver starts at random.
-    loaded, batch = loaded_with(["0"]), networks.images()
+    loaded, batch, maps = loaded_with(["0"]), networks.images(), []
     before = np.random.get_state()[1].copy()
-    with OnePass(loaded, batch) as one_pass:
-        maps = [one_pass.maps(METHODS["kpca-cam"]) for _ in range(2)]
-        assert one_pass.output_and_features()[1][0][0, 0].numel() > 200
-    assert np.array_equal(*maps)
+
+    def explain():
+        with OnePass(loaded, batch) as one_pass:
+            maps.append(one_pass.maps(METHODS["kpca-cam"]))
+            assert one_pass.output_and_features()[1][0][0, 0].numel() > 200
+
+    threads = [Thread(target=explain) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(maps) == 3
+    assert all(np.array_equal(each, maps[0]) for each in maps)
     assert np.array_equal(np.random.get_state()[1], before)
+
+
+def test_a_method_that_reads_the_output_has_it_where_an_image_is_explained_alone():
+    class OfTheOutput(LabelFreeCAM):
+        def saliency(self, features):
+            if len(features) > 1:
+                raise RuntimeError("one at a time")
+            return features.abs().mean(1) + self.outputs[-1].norm()
+
+    loaded, batch = loaded_with(), networks.images(2)
+    for answer in (lambda output: output, lambda output: [output]):
+        hook = loaded.model.register_forward_hook(lambda *given, answer=answer: answer(given[-1]))
+        with hook, OnePass(loaded, batch) as one_pass:
+            one_pass.output_and_features()
+            maps, errors = one_pass.maps_or_errors(OfTheOutput)
+        assert not errors
+        assert np.isfinite(maps).all()
+        # An error that is kept would keep them too.
+        assert not one_pass.passes
 
 
 @pytest.mark.parametrize("aug_smooth", [False, True])

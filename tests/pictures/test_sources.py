@@ -82,7 +82,7 @@ def test_what_cannot_be_used_keeps_its_error_and_costs_no_other(pictures, monkey
     (pictures.parent / "broken.parquet").write_bytes(b"PAR1 no table")
     collection = collect([argument, pictures])
     assert collection.number == 3
-    ((name, error),) = collection.failures
+    ((name, error, _),) = collection.failures
     assert (name, type(error)) == (argument, kind)
     assert f"{argument}: " in str(error)
     assert message in str(error)

@@ -197,10 +197,10 @@ class Evaluation:
     def summary(self, *, baseline: str = BASELINE, seed: int = 0) -> dict[str, dict[str, Summary]]:
         """Return by method, then by measure, the mean with its interval, and the difference from the baseline.
 
-        ValueError if there is no method of that name.
+        ValueError if there is no method of that name. Where EigenCAM itself failed there are no differences from it.
         """
         rows = self.rows
-        check_name("method", baseline, dict.fromkeys(row.method for row in rows))
+        check_name("method", baseline, dict.fromkeys([*(row.method for row in rows), BASELINE]))
         return summarise(rows, self.measures, baseline=baseline, seed=seed)
 
     def to_csv(self, path: str | Path) -> None:

@@ -91,9 +91,11 @@ def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) 
 def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, NetworkView | Tensor]]:
     for names, images, others in named_inputs(batches):
         views: Iterable[NetworkView | Tensor] = images
-        # A data set's labels, one-hot too, are of no use here.
-        if found := [torch.as_tensor(each) for each in others if getattr(each, "ndim", 0) > 2]:
-            masks = found[0].squeeze(1) if found[0].dim() == images.dim() else found[0]
+        # A data set's labels, one-hot too, are of no use here, and behind them only what can be nothing but masks.
+        spatial = [each for each in others if getattr(each, "ndim", 0) > 2]
+        if found := [each for each in spatial if each is others[0] or "bool" in str(each.dtype)]:
+            masks = torch.as_tensor(found[0])
+            masks = masks.squeeze(1) if masks.dim() == images.dim() else masks
             if len(masks) != len(images):
                 raise BadValueError(f"expected a mask for each of {len(images)} images, got {len(masks)}")
             views = [NetworkView(image, mask, []) for image, mask in zip(images, masks, strict=True)]

@@ -149,7 +149,7 @@ def explain(
         loaded, failures = explain_on_ray(sources, work, str(out), batch_size=batch_size, workers=workers)
     else:
         loaded, failures = load(), []
-    explainer = Explainer(loaded, chosen, aug_smooth, components, look)
+    explainer = Explainer(loaded, chosen, aug_smooth, components or gallery, look)
     explanations = Explanations(explainer, collection, batch_size or explainer.batch_size, workers)
     explanations.failures += failures
     if out is not None and engine == "torch":

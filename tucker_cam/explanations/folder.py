@@ -16,7 +16,7 @@ from tucker_cam.explanations.explanation import Explanation, Look
 from tucker_cam.explanations.gallery import write_gallery
 from tucker_cam.explanations.manifest import NOT_OURS, Manifest, folder_of_run, identity, manifests_in, not_of_a_run
 from tucker_cam.explanations.outputs import FORMATS, KINDS, PAGE, STORE, GalleryParts, Output, gallery_entries
-from tucker_cam.methods import check_name, check_own_names
+from tucker_cam.methods import METHODS, check_name, check_own_names
 from tucker_cam.pictures.ahead import cores, in_batches
 from tucker_cam.pictures.files import is_url
 from tucker_cam.pictures.held import Collection, Picture, size_of
@@ -110,8 +110,8 @@ class FolderWriter:
                 if (manifest.folder / name).exists():
                     raise not_of_a_run(manifest.folder / name)
         manifest.methods = [*dict.fromkeys([*manifest.methods, *self.explainer.methods])]
-        for name, other in permutations(manifest.methods, 2):
-            if name.endswith(f"_{other}"):
+        for name, other in permutations({*METHODS, *manifest.methods}, 2):
+            if name.endswith(f"_{other}") and not {name, other}.isdisjoint(self.explainer.methods):
                 raise BadValueError(
                     f"expected methods of which no name ends in another's behind a _, got {name} and {other}: pictures "
                     f"cat and cat_{name.removesuffix(f'_{other}')} would share a file: give another name, or folder"

@@ -1,29 +1,37 @@
 """Images and several methods in, the maps of each out, of one forward pass for all methods that need no gradient."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import Lock
 from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 from numpy.typing import NDArray
-from pytorch_grad_cam import AblationCAM, ScoreCAM
+from pytorch_grad_cam import KPCA_CAM, AblationCAM, ScoreCAM
 from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor
 
 from tucker_cam.activations import FeatureRecorder
 from tucker_cam.models import LoadedModel
 
+_SEEDING = Lock()
+
 
 @contextmanager
-def _numpy_as_it_was() -> Iterator[None]:
-    """Let the host draw the same numbers every time, where KPCA-CAM's solver starts, and none of the caller's."""
-    before = np.random.get_state()
-    np.random.seed(0)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
+def _the_same_start() -> Iterator[None]:
+    """Let KPCA-CAM's solver, which draws from NumPy's global generator, start from the same numbers every time.
+
+    That generator is put aside meanwhile, and draws nothing.
+    """
+    with _SEEDING:
+        before = mtrand.get_bit_generator()
+        mtrand.set_bit_generator(np.random.MT19937(0))
+        try:
+            yield
+        finally:
+            mtrand.set_bit_generator(before)
 
 
 class OnePass(FeatureRecorder):
@@ -54,7 +62,7 @@ class OnePass(FeatureRecorder):
             cam.activations_and_grads.release()
             cam.activations_and_grads = self
             # Without targets the host would read the output, which need not be a tensor.
-            with _numpy_as_it_was():
+            with _the_same_start() if isinstance(cam, KPCA_CAM) else nullcontext():
                 maps: NDArray[np.float32] = cam(self.images, targets=[], aug_smooth=self.aug_smooth)
             return maps
         finally:  # the host's own block would swallow an IndexError
@@ -72,16 +80,18 @@ class OnePass(FeatureRecorder):
                 raise
             if len(self.images) == 1:
                 return np.full((1, *self.images.shape[2:]), np.nan, np.float32), {0: error}
-        maps, errors = [], {}
+        found, errors = [], {}
         for place in range(len(self.images)):
             this = slice(place, place + 1)
             with OnePass(self.loaded, self.images[this], aug_smooth=self.aug_smooth) as alone:
-                alone.passes = [(None, [each[this] for each in features]) for _, features in self.passes]
+                # Else it runs again: a method may read what the model put out.
+                if all(isinstance(output, Tensor) and len(output) == len(self.images) for output, _ in self.passes):
+                    alone.passes = [(output[this], [each[this] for each in maps]) for output, maps in self.passes]
                 own, failed = alone.maps_or_errors(method)
-            maps.append(own)
+            found.append(own)
             if failed:
                 errors[place] = failed[0]
-        return np.concatenate(maps), errors
+        return np.concatenate(found), errors
 
     def _of_a_class(self, cam: BaseCAM) -> NDArray[np.float32]:
         parameters = list(self.model.parameters())
@@ -125,4 +135,6 @@ class OnePass(FeatureRecorder):
         return self
 
     def __exit__(self, *_: object) -> None:
+        # An error that is kept holds this object.
+        self.passes.clear()
         super().release()

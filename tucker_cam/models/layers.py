@@ -127,8 +127,7 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
     if run.target is None and height != width:
         # A network of one size fails on another.
         with suppress(Exception):
-            side = max(height, width, _SQUARE)
-            square = _run_once(model, example.new_zeros(*example.shape[:-2], side, side))
+            square = _run_once(model, example.new_zeros(*example.shape[:-2], _SQUARE, _SQUARE))
             if square.target is not None:
                 layers = [run.named[layer.name] for layer in square.layers if layer.name in run.named]
                 return run._replace(layers=layers, target=run.named[square.target.name])
