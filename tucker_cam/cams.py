@@ -126,12 +126,12 @@ class LabelFreeCAM(BaseCAM, ABC):
         # Autocast, if the caller has it on, is for the network: here it would round the products to half precision.
         with torch.autocast(features.device.type, enabled=False):
             maps = self.saliency(features)
-        one_each = isinstance(maps, Tensor) and maps.dim() == features.dim() - 1 and len(maps) == len(features)
-        if not isinstance(maps, Tensor) or (self._size_is_the_images and not one_each):
-            got = tuple(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
+        shape = tuple(maps.shape) if isinstance(maps, Tensor) else None
+        one_each = shape is not None and len(shape) == features.dim() - 1 and shape[0] == len(features)
+        if shape is None or (self._size_is_the_images and not one_each):
             raise BadTypeError(
                 f"expected maps as a tensor, batch x spatial, from {type(self).__name__}.saliency for features "
-                f"{tuple(features.shape)}, got {got}"
+                f"{tuple(features.shape)}, got {shape or type(maps).__name__}"
             )
         finished: NDArray[np.float32] = scaled(maps.cpu().double().clamp_min(0)).float().numpy()
         return finished

@@ -96,17 +96,17 @@ def evaluate(
     inputs = find_inputs(data, annotations, limit)
     for remark in inputs.remarks:
         logger.info(f"note: {remark}")
+    if inputs.annotations == "none":
+        if [*wanted] == ["localisation"]:
+            raise BadValueError(
+                "expected masks or boxes for the metric localisation, found none: of batches, tuples of images and "
+                "masks, batch x height x width"
+            )
+        wanted = [each for each in wanted if each != "localisation"]
     with nullcontext() if path is None else only_run(path):
         loaded = load_for_pictures(model, inputs.example, **loading)
         if loaded.classifies:
             chosen |= {name: method for name, method in LABEL_DEPENDENT.items() if method.is_there}
-        if inputs.annotations == "none":
-            if [*wanted] == ["localisation"]:
-                raise BadValueError(
-                    "expected masks or boxes for the metric localisation, found none: of batches, tuples of images and "
-                    "masks, batch x height x width"
-                )
-            wanted = [each for each in wanted if each != "localisation"]
         measures = choose_measures(wanted, score_names(loaded))
         run = {
             "data": inputs.where,

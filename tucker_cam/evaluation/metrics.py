@@ -219,7 +219,8 @@ def road(images: Tensor, maps: Tensor, score: Score, *, percentiles: Sequence[in
     """
     maps = _checked(maps, images=images)
     values = maps.flatten(1)
-    mixed = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(0)).to(values.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    mixed = torch.randperm(values.shape[1], generator=generator, device="cpu").to(values.device)
     order = mixed[values[:, mixed].argsort(dim=1, stable=True)]
     ranks = torch.linspace(0, 1, values.shape[1], device=values.device).expand_as(values)
     ordered = torch.empty_like(values).scatter_(1, order, ranks).view_as(maps)

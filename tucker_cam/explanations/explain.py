@@ -218,9 +218,8 @@ class Explanations:
             ValueError, OSError: see `explain`.
         """
         explainer = self._explainer
-        if look is not None or gallery:
-            shown = explainer.components or gallery
-            explainer = replace(explainer, look=look or explainer.look, components=shown)
+        if look is not None or (gallery and not explainer.components):
+            explainer = replace(explainer, look=look or explainer.look, components=explainer.components or gallery)
         formats = check_writing(folder, formats, explainer.look, explainer.methods)
         writer = FolderWriter(explainer, Path(folder), formats, gallery, self._batch_size, self._workers)
         writer.write(self._pictures, shown=progress)

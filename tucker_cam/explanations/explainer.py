@@ -96,17 +96,14 @@ class Explainer:
         explanations: list[Explanation | Exception] = []
         for place, index in enumerate(indices):
             picture, size = pictures[index], read.sizes[index]
-            own = {name: maps[place] for name, (maps, errors) in found.items() if place not in errors}
-            failures = [
-                Failure(str(picture), errors[place], name) for name, (_, errors) in found.items() if place in errors
-            ]
-            explanations.append(
-                Explanation(
-                    picture, size, images[place], loaded, own, components[place], values[place], self.look, failures
-                )
-                if own
-                else failures[0].error
-            )
+            errors = {name: of_images[place] for name, (_, of_images) in found.items() if place in of_images}
+            own = {name: maps[place] for name, (maps, _) in found.items() if name not in errors}
+            if not own:
+                explanations.append(next(iter(errors.values())))
+                continue
+            failures = [Failure(str(picture), error, name) for name, error in errors.items()]
+            of_modes = components[place], values[place]
+            explanations.append(Explanation(picture, size, images[place], loaded, own, *of_modes, self.look, failures))
         return explanations
 
     @cached_property

@@ -128,7 +128,7 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
         # A network of one size fails on another.
         with suppress(Exception):
             square = _run_once(model, example.new_zeros(*example.shape[:-2], _SQUARE, _SQUARE))
-            if square.target is not None:
+            if square.target is not None and square.target.name in run.named:
                 layers = [run.named[layer.name] for layer in square.layers if layer.name in run.named]
                 return run._replace(layers=layers, target=run.named[square.target.name])
     return run
