@@ -382,6 +382,10 @@ def test_a_method_that_fails_on_one_picture_costs_neither_it_the_others_maps_nor
     methods = {name: set(entry["methods"]) for name, entry in shown_in(out).items()}
     assert methods["flat"] == {"tsm"}
     assert methods["p000"] == {"tsm", "networks.FailsOnFlat"}
+    # Where no method has a map, it is the picture that failed.
+    alone = run(pictures, *MODEL, "--method", "networks:FailsOnFlat", "--format", "npy", "--out", out)
+    assert "flat.png: nothing to see" in alone.stderr
+    assert "12 pictures: 11 explained, 0 there already, 1 failed" in alone.output
 
 
 def test_methods_whose_files_two_pictures_would_share_are_refused(pictures, out):
