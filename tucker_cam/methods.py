@@ -115,14 +115,21 @@ def _check_class(name: str, kind: object) -> None:
         raise BadTypeError(f"{name}: expected a subclass of the host's BaseCAM or of LabelFreeCAM, got {kind!r}")
 
 
+def name_in_files(method: str) -> str:
+    """Return a method's name as files have it: without the ``_`` that parts it from the picture's."""
+    return method.replace("_", "-")
+
+
 def check_own_names(methods: Mapping[str, Callable[..., BaseCAM]], reserved: Collection[str] = ()) -> None:
-    """Raise ValueError for one of the user's own under a name of ours, as whose files or rows its would be taken."""
+    """Raise ValueError for one of the user's own under another's name, as whose files or rows its would be taken."""
     known = {**METHODS, **LABEL_DEPENDENT}
+    taken = {*known, *reserved}
     for name, build in methods.items():
         ours = known.get(name)
         same = ours is not None and (build == ours or (not ours.options and build is ours.cam_class))
-        if name in {*known, *reserved} and not same:
-            raise BadValueError(f"expected names of your own for methods of your own, got {name}")
+        if name_in_files(name) in taken and not same:
+            raise BadValueError(f"expected names of your own for methods of your own, got {name} (_ counts as -)")
+        taken.add(name_in_files(name))
 
 
 def check_name(kind: str, name: str, known: Collection[Name]) -> Name:

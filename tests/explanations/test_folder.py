@@ -388,17 +388,17 @@ def test_a_method_that_fails_on_one_picture_costs_neither_it_the_others_maps_nor
     assert "12 pictures: 11 explained, 0 there already, 1 failed" in alone.output
 
 
-def test_methods_whose_files_two_pictures_would_share_are_refused(pictures, out):
-    explain([pictures / "p000.png"], MODEL[1], {"mine": MTSM}, out=out)
-    before = contents(out)
-    for name, picture in (("my_tsm", "cat_my"), ("not_mine", "cat_not")):
-        with pytest.raises(BadValueError, match=f"pictures cat and {picture} would share a file"):
-            explain([pictures / "p000.png"], MODEL[1], {name: TSM}, out=out)
-    assert contents(out) == before
-    # What is there of such names does not stand in the way of others.
-    manifest = json.loads((out / "manifest.json").read_text())
-    (out / "manifest.json").write_text(json.dumps(manifest | {"methods": ["mine", "my_tsm"]}))
-    assert not explain([pictures / "p000.png"], MODEL[1], "fem", out=out).failures
+def test_no_two_maps_have_one_file_whatever_pictures_and_methods_are_called(pictures, out):
+    named = [
+        (pictures / "p000.png").rename(pictures / "cat.png"),
+        (pictures / "p001.png").rename(pictures / "cat_my.png"),
+    ]
+    assert not explain(named, MODEL[1], {"tsm": TSM, "my_tsm": MTSM}, out=out, formats="npy").failures
+    for path in named:
+        for name, method in {"tsm": TSM, "my-tsm": MTSM}.items():
+            np.testing.assert_allclose(np.load(out / f"{path.stem}_{name}.npy"), expected_map(path, method), atol=1e-5)
+    with pytest.raises(BadValueError, match="names of your own for methods of your own, got my-tsm"):
+        explain(named, MODEL[1], {"my_tsm": MTSM, "my-tsm": TSM}, out=out)
 
 
 def test_a_preprocessing_that_fails_on_one_picture_is_named_and_the_others_done(pictures, out):

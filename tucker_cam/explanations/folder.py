@@ -1,11 +1,11 @@
 """Explanations in, files in a folder out: what is there is gone on with, and what others wrote is left alone."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain, permutations, repeat
+from itertools import chain, repeat
 from pathlib import Path
 
 from pytorch_grad_cam.base_cam import BaseCAM
@@ -16,7 +16,7 @@ from tucker_cam.explanations.explanation import Explanation, Look
 from tucker_cam.explanations.gallery import write_gallery
 from tucker_cam.explanations.manifest import NOT_OURS, Manifest, folder_of_run, identity, manifests_in, not_of_a_run
 from tucker_cam.explanations.outputs import FORMATS, KINDS, PAGE, STORE, GalleryParts, Output, gallery_entries
-from tucker_cam.methods import METHODS, check_name, check_own_names
+from tucker_cam.methods import check_name, check_own_names
 from tucker_cam.pictures.ahead import cores, in_batches
 from tucker_cam.pictures.files import is_url
 from tucker_cam.pictures.held import Collection, Picture, size_of
@@ -46,7 +46,6 @@ def check_writing(
             raise BadValueError(f"expected a method's name that a file's can hold, got {name!r}")
     if out is not None:
         check_own_names(methods)
-        _check_apart(methods, METHODS)
         if is_url(str(out)):
             raise BadValueError(f"{out}: expected a folder of this machine, a URL only with Ray, which writes Parquet")
         out = Path(out)
@@ -55,16 +54,6 @@ def check_writing(
         # What takes long comes later.
         out.mkdir(parents=True, exist_ok=True)
     return formats
-
-
-def _check_apart(own: Iterable[str], others: Iterable[str]) -> None:
-    """Raise ValueError if files of own methods, of two pictures, could have one name: ``NAME_METHOD``."""
-    for name, other in permutations({*own, *others}, 2):
-        if name.endswith(f"_{other}") and not {name, other}.isdisjoint(own):
-            raise BadValueError(
-                f"expected methods of which no name ends in another's behind a _, got {name} and {other}: pictures cat "
-                f"and cat_{name.removesuffix(f'_{other}')} would share a file: give another name, or folder"
-            )
 
 
 @dataclass
@@ -120,7 +109,6 @@ class FolderWriter:
             for name in (STORE, PAGE):
                 if (manifest.folder / name).exists():
                     raise not_of_a_run(manifest.folder / name)
-        _check_apart(self.explainer.methods, manifest.methods)
         manifest.methods = [*dict.fromkeys([*manifest.methods, *self.explainer.methods])]
         manifest.write()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from tucker_cam.errors import BadValueError
-from tucker_cam.methods import METHODS
+from tucker_cam.methods import METHODS, name_in_files
 from tucker_cam.text import printable
 from tucker_cam.writing import complete_or_absent
 
@@ -60,7 +60,7 @@ class Output(ABC):
 
 
 class MethodFiles(Output):
-    """A file for each method: ``NAME_METHOD`` and a suffix."""
+    """A file for each method: ``NAME_METHOD`` and a suffix; see `name_in_files`."""
 
     suffix: str
 
@@ -84,7 +84,7 @@ class MethodFiles(Output):
 
     @classmethod
     def path(cls, manifest: Manifest, key: str, method: str) -> Path:
-        return manifest.folder / f"{manifest.names[key]}_{method}{cls.suffix}"
+        return manifest.folder / f"{manifest.names[key]}_{name_in_files(method)}{cls.suffix}"
 
 
 class Overlays(MethodFiles):
