@@ -92,10 +92,6 @@ def tiny_backbone():
     return replace(loaded, model=loaded.model[:-1], classifies=False)
 
 
-def tiny_tuple_model():
-    return replace(tiny_backbone(), model=returning(lambda features: (features, None)).requires_grad_(False))
-
-
 def uncropped_model():
     steps = [transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
     return replace(tiny_loaded_model(), preprocess=transforms.Compose(steps))
@@ -129,10 +125,6 @@ def demanding_model():
     """Return a network that fails on pictures of fewer than 5 x 5 pixels."""
     model = nn.Sequential(nn.Conv2d(3, 6, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     return replace(uncropped_model(), model=model.requires_grad_(False), classifies=False)
-
-
-def text_model():
-    return nn.Embedding(10, 4)
 
 
 def raises():

@@ -24,9 +24,6 @@ def resnet50(pretrained=True, **kwargs):
 
 def unreachable(pretrained=True, **kwargs):
     raise OSError('no route to host')
-
-def none(pretrained=True):
-    return None
 """
 
 

@@ -120,36 +120,16 @@ def test_an_error_of_the_model_or_of_the_transform_comes_through_as_it_is(method
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("function", "arguments", "error", "message"),
     [
-        ({"features": torch.zeros(1, 2, 3, 4).long()}, TypeError, "features as floating point numbers"),
-        ({"features": torch.full((1, 2, 3, 4), torch.nan)}, ValueError, "finite features.*use torch.nan_to_num"),
-        ({"engine": "jax"}, ValueError, "engine as one of 'torch', 'tensorly', got 'jax'"),
-        ({"rank": "all"}, TypeError, "or 'same', got 'all'"),
-        ({"rank": (2, 2)}, ValueError, r"3 parts for feature maps of shape \(2, 3, 4\), channels first, got \(2, 2\)"),
+        (channel_modes, {"features": IMAGES.long()}, TypeError, "features as floating point numbers"),
+        (channel_modes, {"features": IMAGES / 0}, ValueError, "finite features.*use torch.nan_to_num"),
+        (channel_modes, {"engine": "jax"}, ValueError, "engine as one of 'torch', 'tensorly', got 'jax'"),
+        (combined_map, {"combine": "Signed"}, ValueError, "combine as one of 'signed', 'energy', got 'Sign"),
+        (leading_map, {"features": torch.ones(1, 2)}, ValueError, r"none of them empty, got \(1, 2\)"),
     ],
 )
-def test_a_bad_argument_of_channel_modes_is_answered_with_one_clear_error(arguments, error, message):
-    with pytest.raises(error, match=message):
-        channel_modes(**({"features": torch.ones(1, 2, 3, 4)} | arguments))
-
-
-@pytest.mark.parametrize(
-    ("function", "features", "options", "message"),
-    [
-        (
-            combined_map,
-            torch.ones(1, 2, 3, 4),
-            {"combine": "Signed"},
-            "combine as one of 'signed', 'energy', got 'Sign",
-        ),
-        (combined_map, torch.ones(1, 2, 3, 4), {"engine": "jax"}, "engine as one of 'torch', 'tensorly', got 'jax'"),
-        (leading_map, torch.ones(1, 2, 3, 4), {"engine": "jax"}, "engine as one of 'torch', 'tensorly', got 'jax'"),
-        (leading_map, torch.ones(1, 2), {}, r"batch x channels x spatial, none of them empty, got \(1, 2\)"),
-        (combined_map, torch.ones(1, 2), {}, r"batch x channels x spatial, none of them empty, got \(1, 2\)"),
-    ],
-)
-def test_a_bad_argument_of_a_map_of_features_is_answered_with_one_clear_error(function, features, options, message):
+def test_a_bad_argument_of_the_mathematics_is_answered_with_one_clear_error(function, arguments, error, message):
     # Without the check of the annotations, which only the tests have.
-    with pytest.raises(ValueError, match=message):
-        inspect.unwrap(function)(features, **options)
+    with pytest.raises(error, match=message):
+        inspect.unwrap(function)(**({"features": IMAGES} | arguments))

@@ -13,7 +13,7 @@ from registry import every_class, every_method, every_method_and_its_oracle
 from torch import nn
 
 from tucker_cam import MTSM, TSM, MultivecEigenCAM, channel_modes, features
-from tucker_cam.cams import GAPWeighted, LaFAM
+from tucker_cam.cams import LaFAM
 from tucker_cam.decomposition import modes
 from tucker_cam.models import load_model
 
@@ -186,12 +186,3 @@ def test_a_mean_below_zero_that_differs_by_rounding_errors_only_is_flat():
     maps, model = -1 - 1e-9 * torch.rand(1, 4, 5, 5, dtype=torch.float64), networks.small_cnn()
     with LaFAM(model, [model[2]]) as cam:
         assert not cam.saliency(maps).any()
-
-
-def test_the_gap_weighted_sum_is_one_step_of_power_iteration_from_the_uniform_vector():
-    maps, model = torch.rand(3, 6, 4, 5, dtype=torch.float64), networks.small_cnn()
-    unfolding = maps.flatten(2)
-    step = (unfolding.mT @ unfolding @ torch.ones(20, 1, dtype=torch.float64))[..., 0]
-    with GAPWeighted(model, [model[2]]) as cam:
-        found = cam.saliency(maps).flatten(1)
-    torch.testing.assert_close(found / found.amax(1, keepdim=True), step / step.amax(1, keepdim=True))

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from made_tensors import sizes_made_by
 from torch.testing import assert_close
 
 from tucker_cam.decomposition import leading
-from tucker_cam.decomposition.gram import gram_matrix
 from tucker_cam.decomposition.leading import leading_maps
 
 SMALL, LARGE = [(300, 40), (40, 300)], [(300, 140), (140, 300)]
@@ -93,35 +91,6 @@ def test_the_bound_of_the_gap_is_one_and_no_idle_one(n, exponent, dtype):
         assert (gaps <= true).all()
         resolved = (true > least) & (true < most)
         assert (gaps[resolved] > 0.5 * true[resolved]).all()
-
-
-@pytest.mark.parametrize("part", [0, 1e-6, 1e-3])
-@pytest.mark.parametrize("second", [0.3, 0.7])
-def test_a_vector_at_right_angles_to_the_first_one_multiplied_is_found(part, second):
-    start = leading._start(49, torch.float64, torch.device("cpu"))[0].T
-    apart = torch.linalg.qr(torch.cat([start, torch.randn(49, 9, dtype=torch.float64)], dim=1)).Q[:, 1:]
-    right = torch.linalg.qr(torch.cat([apart[:, :1] + part * start, start, apart[:, 1:]], dim=1)).Q
-    left = torch.linalg.qr(torch.randn(600, 10, dtype=torch.float64)).Q
-    unfolding = (left * torch.tensor([1, second, *[0.1] * 8])) @ right.T
-    for features in (unfolding, unfolding.float()):
-        assert_is_the_leading_map(leading_maps(features[None]), features[None])
-
-
-def test_a_leading_vector_that_a_regular_start_would_miss_is_found():
-    # Alternating signs are orthogonal to ones, and the second vector is ones: power iteration from ones stays there.
-    rows, columns = 200, 160
-    alternating = torch.ones(columns, dtype=torch.float64)
-    alternating[1::2] = -1
-    left = torch.linalg.qr(torch.randn(rows, 2, dtype=torch.float64)).Q
-    unfolding = (2 * left[:, :1] * alternating + left[:, 1:] * torch.ones(columns))[None]
-    assert_is_the_leading_map(leading_maps(unfolding.float()), unfolding.float())
-
-
-@pytest.mark.parametrize("shape", LARGE)
-def test_of_large_features_nothing_as_large_as_a_gram_matrix_is_formed(shape):
-    unfolding = spectrum(relative_gap(0.5), *shape).float()
-    sizes = [size for size in sizes_made_by(lambda: leading_maps(unfolding)) if size < unfolding[0].numel()]
-    assert max(sizes) < gram_matrix(unfolding).numel() / 2
 
 
 @pytest.mark.parametrize("n", [16, 49, 127])

@@ -118,14 +118,6 @@ def test_a_map_with_one_very_strong_position_is_right_there(shape):
     assert_is_the_reference(leading_map(batch), references.tsm, batch)
 
 
-def test_long_sums_of_few_channels_are_those_of_float64():
-    # BLAS sums them one number after the other: in float32 the map would be off by 6e-6.
-    ramp = torch.linspace(-2.55, 2.55, 112 * 112).reshape(112, 112)
-    batch = torch.stack([1 + torch.rand(112, 112), ramp])[None].bfloat16()
-    exact = leading_map(batch.double())
-    assert_close(leading_map(batch), exact, rtol=0, atol=1e-9 * exact.max().item())
-
-
 class TF32(TorchDispatchMode):
     """Rounds the factors of float32 products to ten bits of mantissa, as CUDA does where it is allowed to."""
 
@@ -143,7 +135,7 @@ class TF32(TorchDispatchMode):
 @pytest.mark.parametrize("rank", [None, (3, 2, 2)])
 @pytest.mark.parametrize("shape", [(40, 5, 6), (20, 5, 6)])
 def test_products_that_may_be_rounded_to_tf32_are_not_relied_on(shape, rank):
-    batch = rectified(shape, batch=20)
+    batch = rectified(shape, batch=200)
     methods = [partial(project, rank=rank) for project in (leading_map, combined_map)]
     methods += [partial(combined_map, combine=combine, center=True) for combine in ("signed", "energy")]
     expected = [method(batch.double()) for method in methods]

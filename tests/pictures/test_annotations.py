@@ -7,7 +7,7 @@ from annotated import BOX, VOC, write_boxes, write_mask, write_picture
 from PIL import Image, ImageOps
 from test_security import encoded, huge_png
 from torchvision import transforms
-from torchvision.datasets import ImageFolder, VOCSegmentation
+from torchvision.datasets import VOCSegmentation
 
 from tucker_cam.errors import TuckerCamError
 from tucker_cam.models import Network
@@ -166,17 +166,6 @@ def test_vocs_annotations_are_those_that_torchvision_reads(tmp_path):
     assert [str(sample.picture) for sample in find_samples(tmp_path, annotations="masks").samples] == masks.images
     (view,) = views(tmp_path, annotations="masks").values()
     assert torch.equal(view.mask, torch.from_numpy(np.asarray(masks[0][1]) > 0))
-
-
-def test_an_image_folder_is_what_torchvision_finds(tmp_path):
-    for name in ("cat/1.jpg", "cat/deep/2.PNG", "dog/1.jpg"):
-        write_picture(tmp_path / name)
-    found = find_samples(tmp_path)
-    assert found.annotations == "none"
-    assert [sample.name for sample in found.samples] == ["cat/1.jpg", "cat/deep/2.PNG", "dog/1.jpg"]
-    assert [str(s.picture) for s in found.samples] == sorted(path for path, _ in ImageFolder(tmp_path).samples)
-    with pytest.raises(OSError, match=r"1.jpg: expected a folder of pictures, found a file"):
-        find_samples(tmp_path / "dog" / "1.jpg")
 
 
 def test_annotations_of_pictures_of_one_name_in_two_folders_are_not_mixed_up(tmp_path):
