@@ -72,7 +72,7 @@ def test_a_cluster_without_actors_is_refused(out):
 def test_tables_of_somebody_else_are_left_alone(out):
     (out / "maps-berlin.parquet").write_text("mine")
     error = refused(out, "--engine", "ray")
-    assert "maps-berlin.parquet: is there already, and not of a run in this folder" in error
+    assert "maps-berlin.parquet is there already, and not of a run in this folder" in error
     assert (out / "maps-berlin.parquet").read_text() == "mine"
 
 

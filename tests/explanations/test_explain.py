@@ -95,6 +95,18 @@ def test_batches_of_network_inputs_are_explained_also_from_a_loader():
         len(explain(loader, loaded))
 
 
+@pytest.mark.parametrize("precision", [torch.float16, torch.bfloat16, torch.float64])
+def test_pictures_and_inputs_are_given_to_a_model_in_the_precision_of_its_weights(precision):
+    model = networks.small_cnn()
+    whole = [next(iter(explain(given, model))).maps["tsm"] for given in (noise(), network_inputs(1))]
+    (saliency,) = explain(network_inputs(1).to(precision), model)
+    np.testing.assert_allclose(saliency.maps["tsm"], whole[1], atol=0.02)
+    model.to(precision)
+    for given, expected in zip((noise(), network_inputs(1)), whole, strict=True):
+        (explanation,) = explain(given, model)
+        np.testing.assert_allclose(explanation.maps["tsm"], expected, atol=0.02)
+
+
 def test_a_gallery_that_is_saved_shows_the_components(tmp_path):
     found = explain(noise(), networks.small_cnn(), out=None)
     found.save(tmp_path, gallery=True, progress=False)

@@ -315,7 +315,7 @@ def test_what_no_manifest_lists_is_neither_taken_for_a_map_nor_overwritten(pictu
         (other / name).write_text("mine")
         result = run(pictures, *MODEL, "--format", "zarr", "--gallery", "--out", other)
         assert result.exit_code == 2
-        assert f"{name}: is there already" in result.stderr
+        assert f"{name} is there already" in result.stderr
         assert (other / name).read_text() == "mine"
 
 

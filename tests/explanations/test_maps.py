@@ -55,6 +55,16 @@ def test_a_map_of_many_positions_is_the_same_every_time_and_numpys_generator_is_
     assert np.array_equal(np.random.get_state()[1], before)
 
 
+def test_a_method_that_writes_to_the_features_leaves_those_of_the_others_as_they_were():
+    class InPlace(LabelFreeCAM):
+        def saliency(self, features):
+            return features.sub_(features.mean((2, 3), keepdim=True)).abs().sum(1)
+
+    with OnePass(loaded_with(), networks.images()) as one_pass:
+        before, _, after = (one_pass.maps(method) for method in (METHODS["tsm"], InPlace, METHODS["tsm"]))
+    assert np.array_equal(before, after)
+
+
 def test_a_method_that_reads_the_output_has_it_where_an_image_is_explained_alone():
     class OfTheOutput(LabelFreeCAM):
         def saliency(self, features):

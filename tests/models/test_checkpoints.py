@@ -134,6 +134,14 @@ def test_less_than_the_whole_backbone_is_an_error_that_lists_the_keys_and_change
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_the_weights_of_a_deeper_network_are_not_cut_to_a_shallower_one(tmp_path):
+    deeper = backbone_of(seeded(resnet, 1)) | {"layer2.1.conv1.weight": torch.rand(8, 8, 3, 3)}
+    with pytest.raises(
+        ValueError, match=r"backbone of ResNet, found a deeper one, with layer2\.1: take the model that"
+    ):
+        load(seeded(resnet, 3), prefixed("module.", deeper), tmp_path)
+
+
 def saved(content, **options):
     buffer = io.BytesIO()
     torch.save(content, buffer, **options)

@@ -61,9 +61,12 @@ def test_explain_and_evaluate_find_the_same_files(pictures):
     Image.open(pictures / "out" / "a_tsm.png").save(pictures / "out" / "a_tsm.png", pnginfo=about)
     (pictures / "out" / "manifest.json").write_text('{"versions": {"tucker-cam": "1"}}')
     (pictures / "gone.png").symlink_to("nowhere.png")
+    for folder in ("masks", "deeper/SegmentationClass", "SegmentationObject"):
+        write_picture(pictures / folder / "a.png")
     paths = [source.path for source in found_in(pictures)]
     assert paths == [str(sample.picture) for sample in find_samples(pictures).samples]
     assert len(paths) == 10
+    assert len(found_in(pictures / "masks")) == 1
 
 
 @pytest.mark.parametrize(

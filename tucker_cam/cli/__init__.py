@@ -45,14 +45,15 @@ _LAYER_HELP = (
     "the maps. (default: the last one with a spatial map)"
 )
 _WEIGHTS_HELP = "A checkpoint, of torch.save or .safetensors; the backbone is found in it."
+_MEAN_HELP = "What the input is normalised by, in [0, 1]."
 _LOADING = {
     "layers": (list[str] | None, typer.Option(None, "--layer", help=_LAYER_HELP)),
     "no_pretrained": (bool, typer.Option(False, "--no-pretrained", help="Random weights; none are downloaded.")),
     "weights": (Path | None, typer.Option(None, help=_WEIGHTS_HELP)),
     "size": (int | None, typer.Option(None, min=1, help="Side of the network's input. (default: the model's own)")),
     "no_crop": (bool, typer.Option(False, "--no-crop", help="Show the network the whole picture, not its middle.")),
-    "mean": (tuple[float, float, float] | None, typer.Option(None, help="What the input is normalised by, in [0, 1].")),
-    "std": (tuple[float, float, float] | None, typer.Option(None, help="See --mean.")),
+    "mean": (tuple[float, float, float] | None, typer.Option(None, metavar="R G B", help=_MEAN_HELP)),
+    "std": (tuple[float, float, float] | None, typer.Option(None, metavar="R G B", help="See --mean.")),
     "device": (str | None, typer.Option(None, help="cpu, cuda, mps ... (default: cuda if there is one)")),
 }
 """The options of every command that loads a model."""

@@ -142,7 +142,7 @@ def evaluate(
                 of_methods.extend(failed)
 
         batches = inputs.read(loaded, batch_size, workers)
-        failures, remarks = go_through(batches, loaded.device, score, "scoring", number=inputs.number, shown=progress)
+        failures, remarks = go_through(batches, loaded, score, "scoring", number=inputs.number, shown=progress)
     failures += [failure for failure in of_methods if failure.method in given]
     for name in dict.fromkeys(failure.method for failure in of_methods if failure.method not in given):
         errors = [failure.error for failure in of_methods if failure.method == name]
@@ -231,7 +231,7 @@ class Evaluation:
         samples = self._inputs.samples or {}
         view = network_view(samples[picture], self._inputs.annotations, self.loaded)
         wanted = {name: build for name, build in self._methods.items() if name == method}
-        with OnePass(self.loaded, view.network_input[None].to(self.loaded.device)) as one_pass:
+        with OnePass(self.loaded, self.loaded.placed(view.network_input[None])) as one_pass:
             (saliency,) = next(maps for name, maps, _ in saliency_maps(one_pass, [picture], wanted) if name == method)
         return Example(title, self.loaded.picture(view.network_input), saliency.cpu().numpy(), view.mask.numpy())
 

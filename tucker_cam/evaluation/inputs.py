@@ -25,7 +25,7 @@ Model = str | nn.Module | Network
 Read = tuple[str, NetworkView | Tensor | Exception]
 """A picture's name, and what the network sees, where nothing is known of its objects only that; or why it failed."""
 Work = Callable[[Sequence[str], Tensor, Tensor], None]
-"""What is done with the names, the images and the masks of a batch, on the model's device."""
+"""What is done with the names, the images and the masks of a batch, where the model is."""
 
 
 class Inputs(NamedTuple):
@@ -96,6 +96,8 @@ def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, NetworkView | Ten
         if found := [each for each in spatial if each is others[0] or "bool" in str(each.dtype)]:
             masks = torch.as_tensor(found[0])
             masks = masks.squeeze(1) if masks.dim() == images.dim() else masks
+            if masks.dtype != torch.bool:
+                raise BadTypeError(f"expected masks of bool, got {masks.dtype}: use masks > 0")
             if len(masks) != len(images):
                 raise BadValueError(f"expected a mask for each of {len(images)} images, got {len(masks)}")
             views = [NetworkView(image, mask, []) for image, mask in zip(images, masks, strict=True)]
@@ -120,7 +122,7 @@ def _read(samples: Sequence[Sample], annotations: Annotations, network: Network)
 
 
 def go_through(
-    batches: Iterable[list[Read]], device: torch.device, work: Work, title: str, *, number: int | None, shown: bool
+    batches: Iterable[list[Read]], network: Network, work: Work, title: str, *, number: int | None, shown: bool
 ) -> tuple[list[Failure], list[str]]:
     """Hand the pictures of a batch and of one size to `work`; return what failed, and a line on each that is odd.
 
@@ -135,7 +137,7 @@ def go_through(
             views = {name: _view(each) for name, each in batch if not isinstance(each, Exception)}
             remarks += [remark for view in views.values() for remark in view.remarks]
             for these in of_one_size({name: view.network_input for name, view in views.items()}):
-                do = partial(_do, work=work, views=views, device=device)
+                do = partial(_do, work=work, views=views, network=network)
                 found = together_or_alone(do, [*these], through=(OSError,))
                 failures += [
                     Failure(name, error) for name, error in zip(these, found, strict=True) if error is not None
@@ -156,8 +158,8 @@ def _view(seen: NetworkView | Tensor) -> NetworkView:
     return NetworkView(seen, torch.zeros(seen.shape[-2:], dtype=torch.bool), [])
 
 
-def _do(names: Sequence[str], work: Work, views: Mapping[str, NetworkView], device: torch.device) -> list[None]:
+def _do(names: Sequence[str], work: Work, views: Mapping[str, NetworkView], network: Network) -> list[None]:
     images = torch.stack([views[name].network_input for name in names])
     masks = torch.stack([views[name].mask for name in names])
-    work(names, images.to(device), masks.to(device))
+    work(names, network.placed(images), masks.to(network.device))
     return [None] * len(names)

@@ -100,7 +100,7 @@ def examine_layers(
 
     batches = read_pictures(collection, loaded, batch_size)
     try:
-        failures, _ = go_through(batches, loaded.device, look_at, "examining", number=collection.number, shown=progress)
+        failures, _ = go_through(batches, loaded, look_at, "examining", number=collection.number, shown=progress)
     finally:
         recorder.release()
     reports = [each.report() for each in found]

@@ -67,7 +67,7 @@ def spectrum(
         pictures.extend(names)
 
     batches = inputs.read(loaded, batch_size, workers)
-    failures, _ = go_through(batches, loaded.device, decompose, "decomposing", number=inputs.number, shown=progress)
+    failures, _ = go_through(batches, loaded, decompose, "decomposing", number=inputs.number, shown=progress)
     shares = {name: torch.cat([part[name] for part in parts]).numpy() for name in DECOMPOSITIONS}
     return Spectrum(pictures, shares, failures, loaded)
 

@@ -86,7 +86,7 @@ class Explainer:
         if not isinstance(images, Tensor) or len(indices) < len(pictures):
             images = torch.stack([read.inputs[index] for index in indices])  # type: ignore[misc]
         components = values = np.zeros((len(images), 0), np.float32)
-        with OnePass(loaded, images.to(loaded.device), aug_smooth=self.aug_smooth) as one_pass:
+        with OnePass(loaded, loaded.placed(images), aug_smooth=self.aug_smooth) as one_pass:
             found = {name: one_pass.maps_or_errors(build) for name, build in self.methods.items()}
             if one_pass.passes:
                 self.border.warn_of(one_pass.passes[0][1][-1])

@@ -125,7 +125,7 @@ class FolderWriter:
             if before == NOT_OURS:
                 if taken := [path for output in outputs for path in output.paths(key) if path.exists()]:
                     manifest.stamps[key] = NOT_OURS
-                    self._fail(picture, BadValueError(f"{taken[0]} is there already, and not of a run in this folder"))
+                    self._fail(picture, not_of_a_run(taken[0]))
                     continue
             elif before.differs(manifest.stamps[key]):
                 try:

@@ -155,7 +155,7 @@ def read_manifest(manifest: bytes, folder: str) -> dict[str, Any]:
 
 def not_of_a_run(taken: Path | str) -> BadValueError:
     """Return the error of a folder that holds what no manifest knows."""
-    return BadValueError(f"{taken}: is there already, and not of a run in this folder: choose another one")
+    return BadValueError(f"{taken} is there already, and not of a run in this folder: choose another one")
 
 
 def versions() -> dict[str, str]:

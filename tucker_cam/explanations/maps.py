@@ -117,7 +117,9 @@ class OnePass(FeatureRecorder):
         """Run the model only where no earlier object has."""
         if self._calls == len(self.passes):
             self.passes.append(self._run_model(images))
-        outputs, self.activations = self.passes[self._calls]
+        outputs, features = self.passes[self._calls]
+        # A method of one's own may work in place, and the next one reads the same features.
+        self.activations = [each.clone() for each in features]
         self._calls += 1
         return outputs
 

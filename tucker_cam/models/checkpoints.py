@@ -78,11 +78,12 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
     if not tensors:
         raise BadValueError(f"{file}: expected a state dict, found no tensors with names in it")
     found: dict[str, dict[str, Tensor]] = {}
+    inside: dict[str, State] = {}
     for place, renamed in _candidates(model, tensors, at_least=len(needed) // 2):
         fitting = {name: value for name, value in renamed.items() if name in own and value.shape == own[name].shape}
         fitting |= _missing_layer_scale(own, needed, fitting, renamed)
         if len(needed & fitting.keys()) > len(needed & found.get(place, {}).keys()):
-            found[place] = fitting
+            found[place], inside[place] = fitting, renamed
     places = _best(found, needed)
     fitting = found[places[0]] if places else {}
     if missing := sorted(needed - fitting.keys()):
@@ -97,6 +98,11 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
         raise BadValueError(
             f"{file}: expected one backbone, found several, in {', '.join(f'{place}*' for place in places)}: save the "
             "one that is meant by itself"
+        )
+    if deeper := _further_parts(inside[places[0]], needed, own):
+        raise BadValueError(
+            f"{file}: expected the backbone of {type(model).__name__}, found a deeper one, with {_some(deeper)}: "
+            "take the model that the file is of"
         )
     model.load_state_dict(fitting, strict=False)
     taken = {value.data_ptr() for value in fitting.values()}
@@ -117,6 +123,18 @@ def _best(found: Mapping[str, State], needed: Collection[str]) -> list[str]:
         for place, state in found.items()
     }
     return [place for place in found if worth[place] == max(worth.values())]
+
+
+def _further_parts(state: State, needed: Collection[str], own: State) -> list[str]:
+    """Return the numbered parts of a state, such as layer3.6, that the model lacks where its backbone has others."""
+    numbered = {part.rpartition(".")[0] for name in needed for part in _numbered_parts(name)}
+    known = {part for name in own for part in _numbered_parts(name)}
+    parts = dict.fromkeys(part for name in state for part in _numbered_parts(name))
+    return [part for part in parts if part not in known and part.rpartition(".")[0] in numbered]
+
+
+def _numbered_parts(name: str) -> list[str]:
+    return [name[: mark.end()] for mark in re.finditer(r"\.\d+(?=\.)", name)]
 
 
 def _read(file: Path) -> object:

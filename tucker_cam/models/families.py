@@ -83,8 +83,8 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
         # Libraries, repositories and one's own function fail in many ways; a script that reads its arguments ends so.
         if isinstance(error, (OSError, UnpicklingError)) and pretrained and family.random:
             raise BadFileError(
-                f"{spec} could not be had ({one_line(error)}); random weights, pretrained=False or "
-                "--no-pretrained, need no download"
+                f"{spec} could not be had ({one_line(error)}); with random weights, pretrained=False or "
+                "--no-pretrained, models of timm and torchvision need no download"
             ) from error
         raise BadValueError(f"{spec} could not be built ({type(error).__name__}: {one_line(error)})") from error
     if not isinstance(built, (nn.Module, Network)):

@@ -242,6 +242,6 @@ def _dry_run(spec: str, network: Network) -> DryRun:
         # Whatever a model raises that takes something else than a picture: text, several pictures, another size.
         size = "x".join(map(str, example.shape[1:]))
         raise BadValueError(
-            f"{spec}: expected a network that takes one picture, and it failed on one of {size} "
+            f"{spec}: expected a network that takes one picture of {size}, and it failed on it "
             f"({type(error).__name__}: {one_line(error)})"
         ) from error

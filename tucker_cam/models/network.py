@@ -109,6 +109,11 @@ class Network:
 
         return next(self.model.parameters(), torch.empty(0)).device
 
+    def placed(self, inputs: Tensor) -> Tensor:
+        """Return inputs where the model is, and those of floating point in the precision of its weights."""
+        weights = next((each for each in self.model.parameters() if each.is_floating_point()), inputs)
+        return inputs.to(self.device, weights.dtype if inputs.is_floating_point() else None)
+
     def picture(self, network_input: Tensor) -> NDArray[np.float32]:
         """Return what the network saw, in [0, 1]: (time x) height x width x 3; where it sees one channel, in grey.
 
@@ -133,10 +138,10 @@ class Network:
         from PIL import Image
 
         if self.takes is not None:
-            return self.takes.to(self.device)
+            return self.placed(self.takes)
         picture = Image.new("RGB", (256, 256), (127, 127, 127))
         pictures = picture if self.frames is None else [picture] * self.frames
-        return preprocessed(self.preprocess, pictures, "a grey picture")[None].to(self.device)
+        return self.placed(preprocessed(self.preprocess, pictures, "a grey picture")[None])
 
 
 def preprocessed(preprocess: Callable[[Any], Tensor], picture: object, name: str) -> Tensor:

@@ -18,16 +18,21 @@ from tucker_cam.errors import BadFileError, BadValueError
 from tucker_cam.models import Network
 from tucker_cam.models.network import preprocessed
 from tucker_cam.pictures.files import open_image, open_picture
-from tucker_cam.pictures.sources import PICTURES, files_below, random_sample, without_results
+from tucker_cam.pictures.sources import (
+    BOXES,
+    MASKS,
+    PICTURES,
+    files_below,
+    is_annotation,
+    random_sample,
+    without_results,
+)
 
 Annotations = Literal["boxes", "masks", "none"]
 # Of a picture, as it is shown and as its file holds it.
 _Sizes = tuple[tuple[int, int], tuple[int, int]]
 
-_FOLDERS: dict[Annotations, tuple[str, ...]] = {
-    "boxes": ("annotations", "Annotations"),
-    "masks": ("masks", "Masks", "SegmentationClass"),
-}
+_FOLDERS: dict[Annotations, tuple[str, ...]] = {"boxes": BOXES, "masks": MASKS}
 _WHERE = "boxes are found beside a picture or in annotations, masks in masks or SegmentationClass, by its name"
 _BLURRING = ("AVIF", "JPEG", "JPEG2000", "WEBP")
 _NOT_SCORED = "so not scored on localisation"
@@ -80,7 +85,7 @@ def find_samples(folder: Path, *, annotations: Annotations | None = None, limit:
             files["boxes"].append(path)
         # VOC's masks of single objects are not needed.
         elif "SegmentationObject" not in above:
-            files["none" if set(above).isdisjoint(_FOLDERS["boxes"] + _FOLDERS["masks"]) else "masks"].append(path)
+            files["masks" if is_annotation(path, folder) else "none"].append(path)
     pictures = files.pop("none")
     if not pictures:
         raise BadValueError(f"{folder}: expected pictures ({' '.join(sorted(PICTURES))}) at any depth, found none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import logging
 import os
 import random
 import re
@@ -26,6 +27,8 @@ Item = TypeVar("Item")
 PICTURES = frozenset(
     [".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
 )
+BOXES, MASKS = ("annotations", "Annotations"), ("masks", "Masks", "SegmentationClass")
+"""Folders of what is known of pictures, in which none is one itself; so is VOC's for single objects."""
 MANIFEST = "manifest.json"
 """What tells a folder of results."""
 MARK = "tucker_cam look"
@@ -38,6 +41,9 @@ _EXPECTED = "expected pictures or Parquet files, found none"
 # A method, a suffix and a mark for what is not finished come after it; file systems take 255 bytes, and 4,096 with all
 # folders.
 _LONGEST_PART, _LONGEST_NAME = 180, 1000
+
+
+logger = logging.getLogger("tucker_cam")
 
 
 class Stamp(NamedTuple):
@@ -93,8 +99,8 @@ class Source:
 def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[list[Source], list[Failure]]:
     """Find the pictures: each file that is named, and those in folders (at any depth), globs and Parquet files.
 
-    Hidden files in folders are left out, and so are folders that are links, and results of earlier runs. A file of a
-    folder that cannot be read stays in the list: reading it says so. For tables see `tables`.
+    Hidden files in folders are left out, and so are folders that are links, those of masks, and results of earlier
+    runs. A file of a folder that cannot be read stays in the list: reading it says so. For tables see `tables`.
 
     Returns:
         The pictures, in the order of the arguments, and of the names in each, none twice; and the arguments and tables
@@ -128,6 +134,11 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
         shown = [Path(parent, name) for name in names if not name.startswith(".")]
         found += [path for path in shown if path.suffix.lower() in suffixes]
     return found + [Path(error.filename) for error in closed]
+
+
+def is_annotation(file: Path, root: Path) -> bool:
+    """Tell whether a file lies in a folder of annotations, below the one that was named."""
+    return not {*BOXES, *MASKS, "SegmentationObject"}.isdisjoint(file.relative_to(root).parts[:-1])
 
 
 def without_results(files: Sequence[Path], root: Path) -> list[Path]:
@@ -170,7 +181,12 @@ def _files_at(argument: str, out: Path | None) -> list[tuple[str, str]]:
     if os.path.isdir(argument):
         if out is not None and out.resolve() == root.resolve():
             raise BadValueError(f"{argument}: expected another folder for the results, got that of the pictures")
-        found = files_below(root, PICTURES | {_TABLE})
+        below = files_below(root, PICTURES | {_TABLE})
+        found = [file for file in below if not is_annotation(file, root)]
+        if left_out := len(below) - len(found):
+            logger.info(
+                f"note: {argument}: left out, as in folders of masks: {left_out}; such a folder may be named itself"
+            )
     elif os.path.lexists(argument):
         return [(str(root), root.name)]
     elif not _MAGIC.search(argument):
@@ -180,8 +196,8 @@ def _files_at(argument: str, out: Path | None) -> list[tuple[str, str]]:
         found = [Path(file) for file in glob.glob(argument, recursive=True) if not os.path.isdir(file)]
     ours = without_results(found, root)
     if not ours:
-        left_out = " but results of earlier runs" if found else ""
-        raise BadValueError(f"{argument}: {_EXPECTED}{left_out}")
+        but = " but results of earlier runs" if found else ""
+        raise BadValueError(f"{argument}: {_EXPECTED}{but}")
     return sorted((str(file), str(file.relative_to(root))) for file in ours)
 
 
