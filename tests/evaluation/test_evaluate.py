@@ -321,7 +321,7 @@ def test_bad_arguments_are_an_error(tmp_path):
         ({"data": [(images, torch.ones(0, 24, 24) > 0)]}, "expected a mask for each of 1 images, got 0"),
         ({"data": tmp_path, "annotations": "polygons"}, "expected annotations as one of 'boxes', 'masks', 'none'"),
         ({"data": [images[0]]}, "batch x channels"),
-        ({"data": [(images, torch.ones(1, 24, 24))]}, "masks of bool"),
+        ({"data": [(images, torch.ones(1, 24, 24))]}, "^expected masks of bool, got torch.float32"),
         ({"annotations": "boxes"}, "give their masks"),
         ({"batch_size": 0}, "batch_size of at least 1"),
         ({"limit": 0}, "limit of at least 1"),
