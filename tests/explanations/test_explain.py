@@ -129,7 +129,7 @@ def test_a_module_is_tried_on_the_inputs_that_it_is_given(kind):
     network = Network(model, classifies=kind == torch.float32)
     evaluation = evaluate([images], network, "tsm", metrics=("drop", "curves", "road"))
     assert (evaluation.scored, evaluation.failures) == (3, [])
-    with pytest.raises(ValueError, match="failed on one of 3x224x224"):
+    with pytest.raises(ValueError, match="one picture of 3x224x224, and it failed on it"):
         explain(noise(), model)
 
 

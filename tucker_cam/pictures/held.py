@@ -115,8 +115,8 @@ def named_inputs(batches: Iterable[Any]) -> Iterator[tuple[list[str], Tensor, li
         images, *others = batch if isinstance(batch, (list, tuple)) else (batch,)
         if not isinstance(images, Tensor):
             raise BadTypeError(
-                f"expected batches of network inputs, got {type(images).__name__}: give the tensor of a dict; explain "
-                "takes pictures and paths in a list, evaluate the folder that they are in"
+                f"expected batches of network inputs, got {type(images).__name__}: explain takes pictures and paths in "
+                "a list, evaluate the folder that they are in, and of a dict both take the tensor in it"
             )
         if images.dim() not in (4, 5):
             raise BadValueError(
