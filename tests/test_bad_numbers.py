@@ -103,6 +103,16 @@ def test_tiny_and_huge_numbers_have_the_map_of_the_same_numbers_in_between(metho
     assert_allclose(explain(method, maps), references.explained(oracle, maps), atol=1e-5)
 
 
+@both_shapes
+@every_method
+def test_one_image_of_numbers_far_from_the_others_changes_none_of_them(method, shape):
+    maps = rectified(shape)
+    clean = explain(method, maps)
+    maps[1] *= 1e30
+    assert_allclose(explain(method, maps)[[0, 2]], clean[[0, 2]], rtol=0, atol=0)
+    assert_allclose(explain(method, maps)[1], clean[1], atol=1e-5)
+
+
 @pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
 @every_dtype
 @both_shapes
@@ -121,6 +131,10 @@ def test_numbers_that_are_none_count_as_zero_with_one_warning_and_leave_the_othe
         "`layer` put out NaN or Inf for image 1, 3 of the batch; these numbers count as zero"
     ]
     assert_allclose(saliency, alone, rtol=0, atol=0)
+
+
+def test_sums_that_overflow_are_no_reason_to_warn():
+    explain(TSM, torch.full((1, 4, 3, 3), 3e38))
 
 
 @pytest.mark.parametrize("raised", [1e3, 3e4])

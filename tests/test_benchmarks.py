@@ -1,4 +1,5 @@
 import gzip
+import json
 import re
 import subprocess
 import sys
@@ -39,10 +40,18 @@ def first_column(table):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("name", "said"), [("speed", "| TSM |"), ("folders", "pictures a second")])
-def test_a_benchmark_runs_and_writes_its_page(name, said, tmp_path):
-    run(name, "--quick", "--out", tmp_path)
-    assert said in (tmp_path / f"{name}.md").read_text()
+def test_the_speed_benchmark_runs_and_reports_every_method(tmp_path):
+    run("speed", "--quick", "--out", tmp_path)
+    results = read_samples(tmp_path / "speed.json.gz")
+    assert results["environment"]["threads"] == 1
+    methods = {"TSM", "MTSM", "MTSM, energy", "Multivec-EigenCAM", "TSM, truncated", "EigenCAM", "KPCA_CAM", "FEM"}
+    for case in results["decomposition"].values():
+        assert methods <= case.keys()
+        assert all(method["samples_ms"] for method in case.values())
+    assert all(point["TSM"]["median_ms"] > 0 for axis in results["growth"].values() for point in axis)
+    assert "| TSM |" in (tmp_path / "speed.md").read_text()
+    with Image.open(tmp_path / "speed.png") as plot:
+        assert plot.width > 1000
 
 
 @pytest.mark.nightly
@@ -75,6 +84,16 @@ def test_the_self_supervised_benchmark_runs_and_its_network_is_explained_by_the_
     assert result.exit_code == 0, result.output
     assert "layer: block5 128x" in result.output
     assert len(list((tmp_path / "maps").glob("*.png"))) == len(scenes) == 4
+
+
+@pytest.mark.nightly
+def test_the_folder_benchmark_runs_and_loses_nothing_when_it_is_killed(tmp_path):
+    run("folders", "--quick", "--out", tmp_path)
+    results = json.loads((tmp_path / "folders.json").read_text())
+    assert len(results["speed_of_a_plain_loop"]["rounds"]) == 3
+    killed = results["killed"]
+    assert (killed["missing"], killed["unexpected"], killed["half_written"], killed["litter"]) == (0, 0, 0, [])
+    assert "pictures a second" in (tmp_path / "folders.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["drop_in", pytest.param("signs", marks=pytest.mark.nightly)])

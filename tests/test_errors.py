@@ -1,4 +1,16 @@
-from tucker_cam.errors import BadValueError, Failure
+from tucker_cam.errors import BadFileError, BadTypeError, BadValueError, Failure, MissingPackageError, TuckerCamError
+
+
+def test_each_error_is_ours_and_the_built_in_one():
+    pairs = {
+        BadValueError: ValueError,
+        BadTypeError: TypeError,
+        BadFileError: OSError,
+        MissingPackageError: ModuleNotFoundError,
+    }
+    for error, built_in in pairs.items():
+        assert issubclass(error, TuckerCamError)
+        assert issubclass(error, built_in)
 
 
 def test_a_failure_keeps_its_error_and_says_once_whose_it_is():

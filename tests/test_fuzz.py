@@ -1,7 +1,8 @@
-"""A seeded fuzzer: whatever the arguments, a finite and correct map or an error of ours."""
+"""A seeded fuzzer: whatever the arguments, a finite and correct map or an error of ours, and never a hang."""
 
 import contextlib
 import random
+import signal
 from functools import partial
 from inspect import signature
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from tucker_cam import TSM, ChannelModes
 
+SECONDS = 300  # TensorLy's engine takes many on a large image
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 DTYPES = [torch.float32] * 40 + [torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.complex64]
 GOOD_RANKS = [*[None] * 10, 1, 2, 5, 99, 0.1, 1.0, 3.5, "same"]
@@ -113,6 +115,14 @@ def choose_layers(draw, layers):
     return draw.choice([[], None, layers[0], [nn.ReLU()], ["conv"], tuple(layers), [None]])
 
 
+class HangError(BaseException):
+    pass
+
+
+def stop(*_):
+    raise HangError(f"a call took more than {SECONDS} s")
+
+
 def run_case(seed):
     """Make one call and return how it ended: with a map that was compared, with a map, or with an error of ours."""
     draw, generator = random.Random(seed), torch.Generator().manual_seed(seed)
@@ -162,11 +172,17 @@ def run_case(seed):
 
 def run_cases(seeds):
     ends = []
-    for seed in seeds:
-        try:
-            ends.append(run_case(seed))
-        except Exception as error:
-            raise AssertionError(f"case {seed}: {type(error).__name__}: {error}") from error
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        for seed in seeds:
+            signal.alarm(SECONDS)
+            try:
+                ends.append(run_case(seed))
+            except Exception as error:
+                raise AssertionError(f"case {seed}: {type(error).__name__}: {error}") from error
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
     return ends
 
 
