@@ -110,8 +110,9 @@ class OnePass(FeatureRecorder):
         """Return what the model puts out for the images themselves, and each target layer's feature maps of them."""
         if self.aug_smooth:
             return self._run_model(self.images)
-        self._calls = 0
-        return self(self.images), self.activations
+        if not self.passes:
+            self.passes.append(self._run_model(self.images))
+        return self.passes[0]
 
     def __call__(self, images: Any) -> Any:
         """Run the model only where no earlier object has."""

@@ -19,9 +19,9 @@ from tucker_cam.models import Network
 from tucker_cam.models.network import preprocessed
 from tucker_cam.pictures.files import open_image, open_picture
 from tucker_cam.pictures.sources import (
-    BOXES,
-    MASKS,
+    ANNOTATED,
     PICTURES,
+    SINGLE_OBJECTS,
     files_below,
     is_annotation,
     random_sample,
@@ -32,7 +32,6 @@ Annotations = Literal["boxes", "masks", "none"]
 # Of a picture, as it is shown and as its file holds it.
 _Sizes = tuple[tuple[int, int], tuple[int, int]]
 
-_FOLDERS: dict[Annotations, tuple[str, ...]] = {"boxes": BOXES, "masks": MASKS}
 _WHERE = "boxes are found beside a picture or in annotations, masks in masks or SegmentationClass, by its name"
 _BLURRING = ("AVIF", "JPEG", "JPEG2000", "WEBP")
 _NOT_SCORED = "so not scored on localisation"
@@ -80,11 +79,9 @@ def find_samples(folder: Path, *, annotations: Annotations | None = None, limit:
         raise BadFileError(f"{folder}: expected a folder of pictures, found {there}")
     files: dict[Annotations, list[Path]] = {"boxes": [], "masks": [], "none": []}
     for path in sorted(without_results(files_below(folder, PICTURES | {".xml"}), folder)):
-        above = path.relative_to(folder).parts[:-1]
         if path.suffix.lower() == ".xml":
             files["boxes"].append(path)
-        # VOC's masks of single objects are not needed.
-        elif "SegmentationObject" not in above:
+        elif SINGLE_OBJECTS not in path.relative_to(folder).parts:
             files["masks" if is_annotation(path, folder) else "none"].append(path)
     pictures = files.pop("none")
     if not pictures:
@@ -137,7 +134,7 @@ def _annotation(picture: Path, folder: Path, kind: Annotations, by_name: Mapping
     below = picture.relative_to(folder).with_suffix("").parts
     places = [picture.with_suffix("")] if kind == "boxes" else []
     for depth in reversed(range(len(below))):
-        for name in _FOLDERS[kind]:
+        for name in ANNOTATED[kind]:
             beside = folder.joinpath(*below[:depth], name)
             places += [beside.joinpath(*rest) for rest in (below[depth:], below[depth + 1 :]) if rest]
     return next((by_name[place] for place in places if place in by_name), None)

@@ -27,8 +27,10 @@ Item = TypeVar("Item")
 PICTURES = frozenset(
     [".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
 )
-BOXES, MASKS = ("annotations", "Annotations"), ("masks", "Masks", "SegmentationClass")
-"""Folders of what is known of pictures, in which none is one itself; so is VOC's for single objects."""
+ANNOTATED = {"boxes": ("annotations", "Annotations"), "masks": ("masks", "Masks", "SegmentationClass")}
+"""Folders of what is known of pictures, by its kind: in none of them is a picture."""
+SINGLE_OBJECTS = "SegmentationObject"
+"""VOC's folder for the masks of single objects, which are not needed."""
 MANIFEST = "manifest.json"
 """What tells a folder of results."""
 MARK = "tucker_cam look"
@@ -41,8 +43,6 @@ _EXPECTED = "expected pictures or Parquet files, found none"
 # A method, a suffix and a mark for what is not finished come after it; file systems take 255 bytes, and 4,096 with all
 # folders.
 _LONGEST_PART, _LONGEST_NAME = 180, 1000
-
-
 logger = logging.getLogger("tucker_cam")
 
 
@@ -138,7 +138,8 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
 
 def is_annotation(file: Path, root: Path) -> bool:
     """Tell whether a file lies in a folder of annotations, below the one that was named."""
-    return not {*BOXES, *MASKS, "SegmentationObject"}.isdisjoint(file.relative_to(root).parts[:-1])
+    folders = {SINGLE_OBJECTS}.union(*ANNOTATED.values())
+    return not folders.isdisjoint(file.relative_to(root).parts[:-1])
 
 
 def without_results(files: Sequence[Path], root: Path) -> list[Path]:
