@@ -155,6 +155,7 @@ def test_ones_own_module_or_network_is_loaded_by_module_and_function():
             "one picture of 3x100x100, and it failed on it .*100",
         ),
         ("networks:tiny_video_network", {"size": 100}, ValueError, "no size, crop, mean or std, as it takes 4 frames"),
+        (TINY, {"weights": {"0.weight": 1}}, TypeError, "weights as the path of a file, got dict: load a state dict"),
         (UNABLE, {}, ValueError, "a grey picture: its preprocessing failed"),
     ],
 )

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.functional import gaussian_blur
 
+from tucker_cam.arguments import check_choice
 from tucker_cam.errors import BadTypeError, BadValueError
 from tucker_cam.evaluation import GROUPS
 from tucker_cam.methods import check_name
@@ -357,6 +358,9 @@ class Measure:
     better: Literal["higher", "lower", ""] = ""
     group: str = ""
     score: str = ""
+
+    def __post_init__(self) -> None:
+        check_choice("better", self.better, Literal["higher", "lower", ""])
 
     @property
     def heading(self) -> str:

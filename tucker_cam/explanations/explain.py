@@ -202,7 +202,6 @@ class Explanations:
         formats: str | Sequence[str] = "overlay",
         *,
         gallery: bool = False,
-        look: Look | None = None,
         progress: bool = True,
     ) -> None:
         """Write them, and go on where an earlier call or run was stopped; what fails is in `failures`.
@@ -211,15 +210,14 @@ class Explanations:
             folder: see `explain`, whose `out` it is.
             formats: see `explain`.
             gallery: see `explain`.
-            look: of overlays; None for that of `explain`.
             progress: show a bar.
 
         Raises:
             ValueError, OSError: see `explain`.
         """
         explainer = self._explainer
-        if look is not None or (gallery and not explainer.components):
-            explainer = replace(explainer, look=look or explainer.look, components=explainer.components or gallery)
+        if gallery and not explainer.components:
+            explainer = replace(explainer, components=True)
         formats = check_writing(folder, formats, explainer.look, explainer.methods)
         writer = FolderWriter(explainer, Path(folder), formats, gallery, self._batch_size, self._workers)
         writer.write(self._pictures, shown=progress)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypedDict
 
 import torch
@@ -132,6 +133,11 @@ def load_model(
         >>> load_model("torchvision:resnet18", pretrained=False).layer_names
         ['layer4']
     """
+    if not isinstance(weights, (str, Path, NoneType)):
+        raise BadTypeError(
+            f"expected weights as the path of a file, got {type(weights).__name__}: load a state dict into the "
+            "module, and pass that as the model"
+        )
     layers = [layers] if isinstance(layers, (str, int, nn.Module)) else layers
     if isinstance(model, LoadedModel):
         if pretrained and crop and not layers and all(each is None for each in (weights, device, size, mean, std)):
