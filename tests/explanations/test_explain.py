@@ -80,6 +80,13 @@ def test_pictures_arrays_and_paths_in_a_list_are_explained_and_what_is_broken_co
     assert [record.getMessage() for record in caplog.records] == [str(failure) for failure in explanations.failures]
 
 
+def test_a_grey_array_is_a_grey_picture():
+    grey = np.asarray(noise().convert("L"))
+    for array in (grey, (grey / 255).astype(np.float32)):
+        (explanation,) = explain(array, TINY)
+        assert np.array_equal(np.asarray(explanation.picture), np.stack([grey] * 3, axis=2))
+
+
 def test_batches_of_network_inputs_are_explained_also_from_a_loader():
     loaded, images = load_model(TINY), network_inputs(5)
     loader = DataLoader([(image, 7) for image in images], batch_size=2)

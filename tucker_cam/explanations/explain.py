@@ -65,9 +65,10 @@ def explain(
     """Explain pictures by label-free methods, with one forward pass of each batch for all of them.
 
     Args:
-        pictures: a file, a folder, a glob, a URL or a Parquet file; a PIL image; an array height x width x 3 (uint8, or
-            floating point in [0, 1]); a list of these; a batch of network inputs, batch x channels x height x width; or
-            an iterable of such batches, a DataLoader say, of which the first part of a tuple is taken.
+        pictures: a file, a folder, a glob, a URL or a Parquet file; a PIL image; an array height x width x 3, or
+            in grey height x width (uint8, or floating point in [0, 1]); a list of these; a batch of network inputs,
+            batch x channels x height x width; or an iterable of such batches, a DataLoader say, of which the first part
+            of a tuple is taken.
         model: a name or a module as for `load_model`, or what that returns. The layers of a module that takes no
             picture of 224 x 224 are found with the first of the network inputs.
         methods: names as on the command line; or classes of the host's kind, by a name of yours.

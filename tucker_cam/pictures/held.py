@@ -164,12 +164,15 @@ def _as_picture(given: Any, name: str) -> Image.Image:
         return decoded(given, name)
     if not isinstance(given, np.ndarray):
         raise BadTypeError(f"expected a path, an image or an array as {name}, got {type(given).__name__}")
-    if given.ndim != 3 or given.shape[2] != 3 or 0 in given.shape:
-        raise BadValueError(f"expected a picture as height x width x 3, or a PIL image, got an array of {given.shape}")
+    if given.ndim < 2 or given.shape[2:] not in [(), (3,)] or 0 in given.shape:
+        raise BadValueError(
+            "expected a picture as height x width x 3, in grey height x width, or a PIL image, got an array of "
+            f"{given.shape}"
+        )
     if np.issubdtype(given.dtype, np.floating):
         if not (given.min() >= 0 and given.max() <= 1):
             raise BadValueError("expected a floating point picture in [0, 1], got numbers outside: divide by 255")
         given = np.rint(255 * given).astype(np.uint8)
     if given.dtype != np.uint8:
         raise BadTypeError(f"expected a picture of uint8, or of floating point in [0, 1], got {given.dtype}")
-    return Image.fromarray(given)
+    return Image.fromarray(given).convert("RGB")
