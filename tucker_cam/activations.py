@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from threading import Lock, local
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from weakref import WeakSet
 
 import torch
@@ -169,6 +169,12 @@ class FeatureRecorder:
         while self.handles:
             self.handles.pop().remove()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def save_activation(self, layer: nn.Module, inputs: object, output: object) -> None:
         """Record what a layer put out; the hook."""
         # It also fires when somebody else runs the model, as SESS or another thread does: not ours to record.
@@ -223,13 +229,8 @@ def output_and_features(
     model: nn.Module, layers: Sequence[nn.Module], images: Tensor, reshape_transform: ReshapeTransform | None
 ) -> tuple[Any, list[Tensor]]:
     """Return the model's output too; all else as `features`."""
-    recorder = FeatureRecorder(model, layers, reshape_transform)
-    try:
-        with torch.no_grad():
-            output = recorder(images)
-        return output, recorder.activations
-    finally:
-        recorder.release()
+    with FeatureRecorder(model, layers, reshape_transform) as recorder, torch.no_grad():
+        return recorder(images), recorder.activations
 
 
 def feature_maps(features: object, source: Source) -> Tensor:

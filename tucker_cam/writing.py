@@ -4,10 +4,14 @@ import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from tucker_cam.errors import BadFileError, BadValueError
+
+TABLE_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+"""Of a CSV: names of files may hold any byte and any line ending."""
 
 
 @contextmanager
@@ -31,11 +35,8 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_table(path: Path, header: Sequence[str]) -> Iterator[Callable[[Iterable[object]], object]]:
-    """Give what writes a row of a CSV, complete or absent; names in it may hold any byte of a file's name."""
-    with (
-        complete_or_absent(path) as unfinished,
-        unfinished.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
+    """Give what writes a row of a CSV, complete or absent."""
+    with complete_or_absent(path) as unfinished, unfinished.open("w", **TABLE_TEXT) as file:
         writer = csv.writer(file)
         writer.writerow(header)
         yield writer.writerow

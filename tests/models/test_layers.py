@@ -13,7 +13,6 @@ from tucker_cam import TSM
 from tucker_cam.models import Network, NoLayerError, find_target_layer, load_model
 from tucker_cam.models.layers import choose_layers, common_transform, dry_run
 from tucker_cam.models.reshape import (
-    FirstTokensToMaps,
     TokensToMaps,
     channels_last_to_maps,
     only_map,
@@ -69,7 +68,7 @@ def in_tuple():
             id="attention pooling of tokens",
         ),
         pytest.param(swin_with_tokens, "layernorm", (1, 64, 24), TokensToMaps(0, 1.0), id="Swin in tokens"),
-        pytest.param(with_attention, "0", (1, 17, 16), FirstTokensToMaps(1, 1.0), id="tokens before their attention"),
+        pytest.param(with_attention, "0", (1, 17, 16), TokensToMaps(1, 1.0), id="tokens before their attention"),
         pytest.param(pyramid, "backbone", (1, 8, 16, 16), pyramid_to_maps, id="a pyramid"),
         pytest.param(in_tuple, "inner", (1, 4, 30, 30), only_map, id="a map in a tuple"),
     ],

@@ -90,7 +90,6 @@ def examine_layers(
     loaded = load_for_pictures(model, collection.example, one_layer=False, **loading)
     found = [_Found(layer, BorderCheck(layer.name), [], []) for layer in candidate_layers(loaded)]
     layers = [*(each.layer for each in found), loaded.last_layer]
-    recorder = FeatureRecorder(loaded.model, [layer.module for layer in layers], common_transform(layers))
 
     def look_at(names: Sequence[str], images: Tensor, masks: Tensor) -> None:
         for each, (maps, sharpness, kept) in zip(found, _seen(images, recorder), strict=True):
@@ -99,10 +98,8 @@ def examine_layers(
             each.kept.extend(kept)
 
     batches = read_pictures(collection, loaded, batch_size)
-    try:
+    with FeatureRecorder(loaded.model, [layer.module for layer in layers], common_transform(layers)) as recorder:
         failures, _ = go_through(batches, loaded, look_at, "examining", number=collection.number, shown=progress)
-    finally:
-        recorder.release()
     reports = [each.report() for each in found]
     fit = (each for each in reports if not each.is_border_artefact)
     best = max(fit, key=lambda each: each.embedding_kept, default=None)

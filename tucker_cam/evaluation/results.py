@@ -6,13 +6,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from tucker_cam.errors import BadValueError
-from tucker_cam.writing import complete_or_absent
-
-# Names of files may hold any byte and any line ending.
-_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+from tucker_cam.writing import TABLE_TEXT, new_table
 
 
 @dataclass(frozen=True)
@@ -47,17 +43,19 @@ class Results:
         added = {(row.picture, row.method): row for row in rows if (row.picture, row.method) not in self.rows}
         self.rows |= added
         if self.path is not None and self.path.exists():
-            self._write(self.path, "a", added.values())
+            with self.path.open("a", **TABLE_TEXT) as file:
+                csv.writer(file).writerows(map(self._line, added.values()))
         elif self.path is not None:
             self.to_csv(self.path)
 
     def to_csv(self, path: Path) -> None:
         """Write all rows, NaN as nothing; OSError if the file cannot be written."""
-        with complete_or_absent(path) as unfinished:
-            self._write(unfinished, "w", self.rows.values())
+        with new_table(path, self._header) as write_row:
+            for row in self.rows.values():
+                write_row(self._line(row))
 
     def _read(self, path: Path) -> None:
-        with path.open(**_TEXT) as file:
+        with path.open(**TABLE_TEXT) as file:
             text = file.read()
         lines = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
         if lines.fieldnames != self._header:
@@ -80,11 +78,6 @@ class Results:
                 raise BadValueError(f"{path}: expected numbers, found others ({error}): give another file") from error
             self.rows[line["picture"], line["method"]] = Row(line["picture"], line["method"], values)
 
-    def _write(self, path: Path, mode: Literal["w", "a"], rows: Iterable[Row]) -> None:
-        with path.open(mode, **_TEXT) as file:
-            writer = csv.writer(file)
-            if mode == "w":
-                writer.writerow(self._header)
-            for row in rows:
-                numbers = ["" if math.isnan(each) else f"{each:.6g}" for each in row.values.values()]
-                writer.writerow([row.picture, row.method, *self.run.values(), *numbers])
+    def _line(self, row: Row) -> list[str]:
+        numbers = ["" if math.isnan(each) else f"{each:.6g}" for each in row.values.values()]
+        return [row.picture, row.method, *self.run.values(), *numbers]

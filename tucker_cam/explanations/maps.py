@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from threading import Lock
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,9 +133,6 @@ class OnePass(FeatureRecorder):
 
     def release(self) -> None:
         """Do nothing when the host is done with an object: the next one shares the hooks."""
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         # An error that is kept holds this object.

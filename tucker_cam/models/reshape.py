@@ -22,7 +22,7 @@ _LARGEST_PATCH = 64
 
 @dataclass(frozen=True)
 class TokensToMaps:
-    """Lay a transformer's patch tokens out as the picture they came from.
+    """Lay a transformer's patch tokens out as the picture they came from; of a list or tuple, what stands first in it.
 
     Attributes:
         prefix: tokens before the patches (class, distillation, registers); they are left out.
@@ -32,8 +32,9 @@ class TokensToMaps:
     prefix: int
     aspect: float
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def __call__(self, output: Tensor | Sequence[Tensor]) -> Tensor:
         """Turn batch x tokens x channels into batch x channels x height x width; ValueError if they lie on no grid."""
+        tokens = output if isinstance(output, Tensor) else output[0]  # before attention weights, say
         patches = tokens.shape[1] - self.prefix
         height = round((patches * self.aspect) ** 0.5)
         if height < 1 or patches % height:
@@ -43,13 +44,6 @@ class TokensToMaps:
             )
         maps: Tensor = tokens[:, self.prefix :].mT.unflatten(2, (height, patches // height))
         return maps
-
-
-class FirstTokensToMaps(TokensToMaps):
-    """The same of what stands first in a list or tuple: before attention weights, say."""
-
-    def __call__(self, output: Sequence[Tensor]) -> Tensor:  # type: ignore[override]
-        return super().__call__(output[0])
 
 
 def channels_last_to_maps(output: Tensor) -> Tensor:
@@ -82,9 +76,9 @@ def spatial_output(output: object, pictures: Tensor) -> tuple[tuple[int, ...], R
         channels_last = channels_last_to_maps if _is_channels_last(output, pictures) else None
         return (1, *output.shape[1:]), _tokens_to_maps(output, pictures) if output.dim() == 3 else channels_last
     if isinstance(output, (list, tuple)) and output and isinstance(output[0], Tensor):
-        shape, lay_out = spatial_output(output[0], pictures) or ((), None)
-        if isinstance(lay_out, TokensToMaps):
-            return shape, FirstTokensToMaps(lay_out.prefix, lay_out.aspect)
+        first = spatial_output(output[0], pictures)
+        if first and isinstance(first[1], TokensToMaps):
+            return first
     levels = _maps_in(output)
     if not all(_is_map(level, pictures) and not _is_channels_last(level, pictures) for level in levels):
         return None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tucker_cam.activations import ReshapeTransform
-from tucker_cam.models.reshape import FirstTokensToMaps, TokensToMaps
+from tucker_cam.models.reshape import TokensToMaps
 
 _FOLLOWS = 0.3
 """Of some hundred networks with random weights, the last maps had 0.4 to 0.65, queries at most 0.16. Below it falls now
@@ -37,8 +37,6 @@ def follows(output: Any, transform: ReshapeTransform | None) -> bool | None:
     as in the picture, whereas queries answer in an order of their own. None is for maps that are the same everywhere,
     as random weights can have it: nothing in them is in a wrong place.
     """
-    if isinstance(transform, FirstTokensToMaps):
-        return follows(output[0], TokensToMaps(transform.prefix, transform.aspect))
     maps = output if transform is None else transform(output)
     noise = maps[0].float().flatten(1)
     largest, spread = noise.abs().max(), (noise - noise.mean(1, keepdim=True)).abs().max()
@@ -48,8 +46,9 @@ def follows(output: Any, transform: ReshapeTransform | None) -> bool | None:
     if not isinstance(transform, TokensToMaps):
         return place >= _FOLLOWS
     # Tokens after the patches, as a detector has them, must not be taken for tokens before them.
-    lay_out, patches = TokensToMaps(0, transform.aspect), output.shape[1] - transform.prefix
-    places = [_place(lay_out(output[:, start : start + patches])) for start in range(transform.prefix)]
+    tokens = output if isinstance(output, Tensor) else output[0]
+    lay_out, patches = TokensToMaps(0, transform.aspect), tokens.shape[1] - transform.prefix
+    places = [_place(lay_out(tokens[:, start : start + patches])) for start in range(transform.prefix)]
     return place >= max([_FOLLOWS, *places])
 
 
