@@ -7,6 +7,7 @@ target layers and smooths by test-time augmentation. No other module subclasses 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import numpy as np
@@ -16,7 +17,14 @@ from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor, nn
 from ttach import Compose
 
-from tucker_cam.activations import FeatureRecorder, ReshapeTransform, Source, check_maps_of, feature_maps
+from tucker_cam.activations import (
+    FeatureRecorder,
+    ReshapeTransform,
+    Source,
+    check_maps_of,
+    feature_maps,
+    in_eval_mode,
+)
 from tucker_cam.arguments import check_choice, check_kind, list_of_layers
 from tucker_cam.decomposition.gram import rescale_extremes
 from tucker_cam.decomposition.modes import ChannelModes, Engine, channel_modes
@@ -79,7 +87,7 @@ class LabelFreeCAM(BaseCAM, ABC):
             input_tensor: images, as for a call, which raises the same errors.
         """
         self._check_images(input_tensor)
-        with torch.no_grad():
+        with torch.no_grad(), self._evaluating():
             self.outputs = self.activations_and_grads(input_tensor.to(self.device))
             self._check_feature_maps(input_tensor)
             return [
@@ -91,7 +99,7 @@ class LabelFreeCAM(BaseCAM, ABC):
         self, input_tensor: Tensor, targets: list[Any] | None = None, eigen_smooth: bool = False
     ) -> NDArray[np.float32]:
         self._check_images(input_tensor)
-        with torch.no_grad():
+        with torch.no_grad(), self._evaluating():
             # An empty list, since the host reads the model's output to choose targets where it is given None.
             targets = [] if targets is None else targets
             maps: NDArray[np.float32] = super().forward(input_tensor, targets, eigen_smooth)
@@ -162,6 +170,10 @@ class LabelFreeCAM(BaseCAM, ABC):
     ) -> NDArray[np.float32]:
         maps: NDArray[np.float32] = super().__call__(input_tensor, targets, aug_smooth, eigen_smooth)
         return maps
+
+    def _evaluating(self) -> AbstractContextManager[None]:
+        # The host puts the model into eval mode once; train() may come after that, as in every epoch.
+        return in_eval_mode(self.model) if getattr(self.model, "training", False) else nullcontext()
 
     def _check_images(self, images: object) -> None:
         if not self._size_is_the_images:
