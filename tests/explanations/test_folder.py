@@ -405,7 +405,7 @@ def test_a_preprocessing_that_fails_on_one_picture_is_named_and_the_others_done(
     Image.new("RGB", (1, 1)).save(pictures / "tiny.png")
     result = run(pictures, "--model", "networks:picky_preprocessing", "--out", out)
     assert result.exit_code == 1
-    assert "tiny.png: its preprocessing failed (ValueError: Required crop size (20, 20)" in result.stderr
+    assert "tiny.png: its preprocessing failed (ValueError: Requested crop size (20, 20)" in result.stderr
     assert "12 pictures: 11 explained, 0 there already, 1 failed" in result.output
 
 

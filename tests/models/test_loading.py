@@ -183,6 +183,34 @@ def test_models_of_one_name_and_of_the_same_weights_are_told_apart_by_their_laye
     assert first == again != second
 
 
+def test_models_are_told_apart_by_what_preprocessings_of_ones_own_do():
+    model, last = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), [transforms.ToTensor()]
+    half = transforms.Normalize((0.5,) * 3, (0.5,) * 3)
+    crop, smooth = transforms.CenterCrop(64), transforms.InterpolationMode.BICUBIC
+    several = [
+        [transforms.Resize((64, 64)), *last],
+        [transforms.Resize(64), crop, *last],
+        [transforms.Resize(290), crop, *last],
+        [transforms.Resize(290, smooth), crop, *last],
+        [transforms.Resize(64), crop, transforms.Grayscale(3), *last],
+        [transforms.Resize(64), crop, *last, half],
+        [transforms.Resize(80), crop, *last],
+    ]
+    first, again = (
+        [load_model(Network(model, transforms.Compose(steps)), layers=["0"]).digest() for steps in several]
+        for _ in range(2)
+    )
+    assert first == again
+    assert len({*first, load_model(model, layers=["0"]).digest()}) == len(several) + 1
+
+
+@pytest.mark.parametrize("drawn", [transforms.RandomResizedCrop(64), transforms.RandomHorizontalFlip()])
+def test_a_preprocessing_that_draws_is_refused(drawn):
+    preprocess = transforms.Compose([transforms.Resize((64, 64)), drawn, transforms.ToTensor()])
+    with pytest.raises(ValueError, match=r"makes the same of a picture each time.* without random crops and flips"):
+        load_model(Network(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), preprocess))
+
+
 def test_what_is_not_given_of_a_preprocessing_stays():
     own = Preprocessing(96, crop=False, interpolation="bilinear")
     network = Network(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), own)

@@ -8,8 +8,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from tucker_cam.activations import ReshapeTransform
 from tucker_cam.errors import BadTypeError, BadValueError
@@ -18,6 +21,8 @@ from tucker_cam.models.families import build_network, family_of
 from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common_transform, dry_run
 from tucker_cam.models.network import Network, Preprocessing, imagenet_preprocessing, preprocessed
 from tucker_cam.text import one_line
+
+_TRIES = 4
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -65,8 +70,16 @@ class LoadedModel(Network):
         return asdict(own) | {"mean": [*own.mean], "std": [*own.std]}
 
     def digest(self) -> str:
-        """Return a short hash of the weights and the layers' shapes, which tells two models of one name apart."""
+        """Return a short hash of the weights, the layers' shapes, and what a preprocessing of one's own does.
+
+        It tells two models of one name apart.
+        """
         digest = hashlib.sha256(str([layer.shape for layer in self.spatial_layers]).encode())
+        if (network_input := _sample(self)) is not None:
+            # Means, in which the last bits of another machine do not show; interpolation does in those of squares.
+            planes = network_input.double().flatten(0, -3)
+            means = adaptive_avg_pool2d(planes + planes.square(), 4).round(decimals=2)
+            digest.update(str([network_input.shape, means.tolist()]).encode())
         for value in self.model.state_dict().values():
             if isinstance(value, Tensor):
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -147,6 +160,7 @@ def load_model(
     if not pretrained and weights is None and not (isinstance(model, str) and family_of(spec).random):
         raise BadValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
     network = _with_preprocessing(spec, network, size, crop, mean, std)
+    _check_repeats(spec, network)
     module = network.model.eval()
     run = _dry_run(spec, network)
     chosen = choose_layers(module, run, layers)
@@ -224,10 +238,35 @@ def _with_preprocessing(
     return replace(network, preprocess=preprocess, mean=preprocess.mean, std=preprocess.std)
 
 
+def _sample(network: Network) -> Tensor | None:
+    """Return what a preprocessing of one's own makes of coloured squares with noise; None where that tells nothing."""
+    if isinstance(network.preprocess, Preprocessing):
+        return None
+    draw = np.random.default_rng(0)
+    squares = draw.integers(128, size=(8, 10, 3)).repeat(37, axis=0).repeat(37, axis=1)
+    picture = Image.fromarray((squares + draw.integers(128, size=squares.shape)).astype(np.uint8))
+    # One that takes only the pictures that it is made for.
+    with suppress(BadValueError, BadTypeError):
+        return network.made_of(picture, "a picture")
+    return None
+
+
+def _check_repeats(spec: str, network: Network) -> None:
+    """Raise ValueError for a preprocessing that draws: nobody could tell which part of a picture a map is of."""
+    if network.takes is not None:
+        return
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(0)
+        first, *others = (_sample(network) for _ in range(_TRIES))
+    if first is not None and not all(other is not None and torch.equal(first, other) for other in others):
+        raise BadValueError(
+            f"{spec}: expected a preprocessing that makes the same of a picture each time, and it does not: give that "
+            "of evaluation, without random crops and flips"
+        )
+
+
 def _crops(preprocess: Callable[[Any], Tensor]) -> bool:
     """Tell whether a preprocessing does not see the edge of a wide picture."""
-    from PIL import Image
-
     picture = Image.new("RGB", (512, 256))
     without = preprocessed(preprocess, picture, "a black picture")
     picture.paste((255, 255, 255), (0, 0, 32, 256))

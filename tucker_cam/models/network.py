@@ -139,9 +139,12 @@ class Network:
 
         if self.takes is not None:
             return self.placed(self.takes)
-        picture = Image.new("RGB", (256, 256), (127, 127, 127))
-        pictures = picture if self.frames is None else [picture] * self.frames
-        return self.placed(preprocessed(self.preprocess, pictures, "a grey picture")[None])
+        grey = Image.new("RGB", (256, 256), (127, 127, 127))
+        return self.placed(self.made_of(grey, "a grey picture")[None])
+
+    def made_of(self, picture: Image.Image, name: str) -> Tensor:
+        """Return the input of a picture, or of a clip that shows nothing else; the errors of `preprocessed`."""
+        return preprocessed(self.preprocess, picture if self.frames is None else [picture] * self.frames, name)
 
 
 def preprocessed(preprocess: Callable[[Any], Tensor], picture: object, name: str) -> Tensor:
