@@ -12,6 +12,7 @@ from filelock import FileLock
 from networks import FailsOnFlat, small_cnn
 from PIL import Image
 from pytorch_grad_cam import EigenCAM
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from typer.testing import CliRunner
 
@@ -353,15 +354,22 @@ def test_differences_are_from_the_method_that_is_named(data):
 def test_masks_are_those_that_have_a_map_of_the_images_of_numpy_and_behind_labels_too(data):
     images, masks = torch.rand(2, 3, 24, 24), torch.zeros(2, 24, 24, dtype=torch.bool)
     masks[:, 5:15, 8:20] = True
-    batches = ([(images, masks)], [(images, masks.numpy())], [(images, torch.tensor([3, 4]), masks[:, None])])
+    labels, view = torch.tensor([3, 4]), torch.rand(2, 3, 24, 24)
+    ways = [[masks], [masks.numpy()], [labels, masks[:, None]], [view, labels, masks]]
+    batches = [[(images, *way)] for way in ways]
     first, *others = (evaluate(each, MODEL, "tsm", metrics="localisation").rows for each in batches)
     assert all(each == first for each in others)
     assert "pointing_game" in first[0].values
-    # Boxes, or a second view, behind labels are none.
-    for other in (torch.rand(2, 5, 4), torch.rand(2, 3, 24, 24)):
-        assert not evaluate([(images, torch.tensor([3, 4]), other)], MODEL, "tsm").failures
+    # Boxes behind labels, or a second view, are none.
+    for others in ([labels, torch.rand(2, 5, 4)], [labels, view], [view, labels]):
+        assert not evaluate([(images, *others)], MODEL, "tsm").failures
     with pytest.raises(BadValueError, match="expected masks or boxes for the metric localisation, found none"):
-        evaluate([(images, torch.tensor([3, 4]))], MODEL, "tsm", metrics="localisation")
+        evaluate([(images, labels)], MODEL, "tsm", metrics="localisation")
+    # What is of a mask's shape is meant as one, also by a network of one channel.
+    grey = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
+    for model, batch in (MODEL, (images, labels, masks.long())), (grey, (images[:, :1], masks[:, None].float())):
+        with pytest.raises(TypeError, match=r"expected masks of bool, got .*: use masks > 0"):
+            evaluate([batch], model, "tsm")
 
 
 def test_a_data_sets_labels_are_no_masks_and_its_rows_hold_the_maps_statistics_in_a_new_file_only(tmp_path):

@@ -387,6 +387,18 @@ def test_an_iterator_is_gone_through_once_and_says_so(tmp_path):
         explanations.save(tmp_path, progress=False)
 
 
+def test_of_other_channels_than_one_or_three_there_are_maps_and_no_overlay(out):
+    model = nn.Sequential(nn.Conv2d(5, 4, 3), nn.ReLU())
+    explanations = explain(torch.rand(1, 5, 12, 12), model, out=out, formats=["overlay", "npy"], progress=False)
+    (failure,) = explanations.failures
+    assert "could not be written (expected a network input of one or three" in str(failure)
+    (explanation,) = explanations
+    assert np.array_equal(np.load(out / "000000_tsm.npy"), explanation.maps["tsm"])
+    with pytest.raises(ValueError, match="one or three channels to draw, got 5: take the maps, or the format npy"):
+        explanation.overlay()
+    assert "one or three channels to draw, got 5" in explanation._repr_html_()
+
+
 def test_a_network_of_one_channel_is_shown_in_grey():
     model, images = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), torch.rand(1, 1, 12, 12, requires_grad=True)
     network = Network(
@@ -397,7 +409,3 @@ def test_a_network_of_one_channel_is_shown_in_grey():
     # ImageNet's mean and deviation are those of three channels.
     (explanation,) = explain(images, Network(model))
     assert np.ptp(np.asarray(explanation.picture), axis=2).max() == 0
-    (explanation,) = explain(torch.rand(1, 5, 12, 12), nn.Sequential(nn.Conv2d(5, 4, 3), nn.ReLU()))
-    with pytest.raises(ValueError, match="one or three channels to draw, got 5"):
-        explanation.overlay()
-    assert "one or three channels to draw, got 5" in explanation._repr_html_()

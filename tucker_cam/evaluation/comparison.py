@@ -64,8 +64,8 @@ def pooled(features: Tensor) -> Tensor:
 def _logits(output: object) -> Tensor:
     if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
         raise BadTypeError(
-            "expected logits of two classes or more from the model: if it does not classify, set classifies=False in "
-            "its Network"
+            "expected logits of two classes or more from the model: if it does not classify, or has one logit for two, "
+            "set classifies=False in its Network"
         )
     return output.float()
 

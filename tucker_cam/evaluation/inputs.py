@@ -91,9 +91,10 @@ def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) 
 def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, NetworkView | Tensor]]:
     for names, images, others in named_inputs(batches):
         views: Iterable[NetworkView | Tensor] = images
-        # A data set's labels, one-hot too, are of no use here, and behind them only what can be nothing but masks.
-        spatial = [each for each in others if getattr(each, "ndim", 0) > 2]
-        if found := [each for each in spatial if each is others[0] or "bool" in str(each.dtype)]:
+        # A data set's labels, one-hot too, and a second view are of no use here, and behind them only what can be
+        # nothing but masks.
+        spatial = [each for each in others if getattr(each, "ndim", 0) > 2 and not _is_view(each, images)]
+        if found := [each for each in spatial if each is others[0] or _is_masks(each, images)]:
             masks = torch.as_tensor(found[0])
             masks = masks.squeeze(1) if masks.dim() == images.dim() else masks
             if masks.dtype != torch.bool:
@@ -102,6 +103,15 @@ def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, NetworkView | Ten
                 raise BadValueError(f"expected a mask for each of {len(images)} images, got {len(masks)}")
             views = [NetworkView(image, mask, []) for image, mask in zip(images, masks, strict=True)]
         yield from zip(names, views, strict=True)
+
+
+def _is_view(given: Tensor, images: Tensor) -> bool:
+    return given.shape[1:] == images.shape[1:] and images.shape[1] > 1
+
+
+def _is_masks(given: Tensor, images: Tensor) -> bool:
+    one_each = given.ndim < images.ndim or given.shape[1] == 1
+    return "bool" in str(given.dtype) or (one_each and given.shape[-2:] == images.shape[-2:])
 
 
 def read_pictures(collection: Collection, network: Network, batch_size: int) -> Iterator[list[Read]]:

@@ -159,12 +159,15 @@ class FolderWriter:
         advance: Callable[[int], None],
     ) -> None:
         def write(picture: Picture, explanation: Explanation) -> None:
-            try:
-                for output in missing[picture.key]:
+            errors = []
+            for output in missing[picture.key]:
+                try:
                     output.write(explanation)
-                manifest.see(picture.key, explanation.view)
-            except (OSError, TuckerCamError) as error:
-                self._fail(picture, BadFileError(f"could not be written ({error})"))
+                except (OSError, TuckerCamError) as error:
+                    errors.append(error)
+            manifest.see(picture.key, explanation.view)
+            if errors:
+                self._fail(picture, BadFileError(f"could not be written ({'; '.join(map(str, errors))})"))
 
         writing: list[Future[None]] = []
         with ThreadPoolExecutor(min(cores(), _MOST_WRITERS)) as writers:

@@ -124,7 +124,10 @@ class Network:
         seen = network_input.detach().cpu().movedim(0, -1)
         mean, std = (torch.tensor(each, dtype=torch.float32, device="cpu") for each in (self.mean, self.std))
         if seen.shape[-1] not in (1, 3):
-            raise BadValueError(f"expected a network input of one or three channels to draw, got {seen.shape[-1]}")
+            raise BadValueError(
+                f"expected a network input of one or three channels to draw, got {seen.shape[-1]}: take the maps, or "
+                "the format npy"
+            )
         if seen.shape[-1] == 1:
             mean, std = mean.mean(), std.mean()
         picture: NDArray[np.float32] = (seen * std + mean).clamp(0, 1).expand(*seen.shape[:-1], 3).numpy()
