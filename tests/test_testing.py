@@ -61,6 +61,7 @@ class Lenient(Mean):
         (projecting(lambda x: x.mean(1).abs() * torch.linspace(1, 3, x.shape[-1])), "mirrored"),
         (projecting(lambda x: (x + 0.1 * x[:, :1].sign()).mean(1).abs()), "scale"),
         (projecting(lambda x: torch.ones_like(x[:, 0])), "not flat"),
+        (projecting(lambda x: -x.mean(1).abs()), "nor below 0"),
         (Half, "float32"),
         (Writing, "not written to"),
         (Hooked, "no hook stays"),

@@ -39,7 +39,7 @@ def check_cam(method: Callable[..., LabelFreeCAM]) -> None:
     whole = _explain(method, features)
     _check(whole.dtype == np.float32 and whole.shape == (3, 5, 7), "a map is float32, batch x height x width")
     _check(bool(np.isfinite(whole).all() and whole.min() >= 0 and whole.max() <= 1 + 1e-6), "a map lies in [0, 1]")
-    _check(bool((np.ptp(whole.reshape(3, -1), axis=1) > 0.5).all()), "a map of random features is not flat")
+    _check(bool((np.ptp(whole.reshape(3, -1), axis=1) > 0.5).all()), "a map of random features is not flat nor below 0")
     alone = np.concatenate([_explain(method, image[None]) for image in features])
     _check_close(alone, whole, "an image has the same map alone as in a batch")
     _check_close(_explain(method, features.flip(-1)), whole[..., ::-1], "mirrored features have the mirrored map")
