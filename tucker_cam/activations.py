@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from threading import Lock, local
 from typing import Any, NamedTuple, Self
 from weakref import WeakSet
@@ -193,18 +193,6 @@ class FeatureRecorder:
         if images is None or images.is_rewritten or features.is_inference():
             return False
         return features.untyped_storage().data_ptr() != images.features.untyped_storage().data_ptr()
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model and its parts into eval mode, and at the end each back into its own."""
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag
 
 
 def features(

@@ -7,7 +7,6 @@ target layers and smooths by test-time augmentation. No other module subclasses 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import numpy as np
@@ -17,14 +16,7 @@ from pytorch_grad_cam.base_cam import BaseCAM
 from torch import Tensor, nn
 from ttach import Compose
 
-from tucker_cam.activations import (
-    FeatureRecorder,
-    ReshapeTransform,
-    Source,
-    check_maps_of,
-    feature_maps,
-    in_eval_mode,
-)
+from tucker_cam.activations import FeatureRecorder, ReshapeTransform, Source, check_maps_of, feature_maps
 from tucker_cam.arguments import check_choice, check_kind, list_of_layers
 from tucker_cam.decomposition.gram import rescale_extremes
 from tucker_cam.decomposition.modes import ChannelModes, Engine, channel_modes
@@ -87,7 +79,8 @@ class LabelFreeCAM(BaseCAM, ABC):
             input_tensor: images, as for a call, which raises the same errors.
         """
         self._check_images(input_tensor)
-        with torch.no_grad(), self._evaluating():
+        self._warn_of_training()
+        with torch.no_grad():
             self.outputs = self.activations_and_grads(input_tensor.to(self.device))
             self._check_feature_maps(input_tensor)
             return [
@@ -99,7 +92,8 @@ class LabelFreeCAM(BaseCAM, ABC):
         self, input_tensor: Tensor, targets: list[Any] | None = None, eigen_smooth: bool = False
     ) -> NDArray[np.float32]:
         self._check_images(input_tensor)
-        with torch.no_grad(), self._evaluating():
+        self._warn_of_training()
+        with torch.no_grad():
             # An empty list, since the host reads the model's output to choose targets where it is given None.
             targets = [] if targets is None else targets
             maps: NDArray[np.float32] = super().forward(input_tensor, targets, eigen_smooth)
@@ -171,9 +165,13 @@ class LabelFreeCAM(BaseCAM, ABC):
         maps: NDArray[np.float32] = super().__call__(input_tensor, targets, aug_smooth, eigen_smooth)
         return maps
 
-    def _evaluating(self) -> AbstractContextManager[None]:
-        # The host puts the model into eval mode once; train() may come after that, as in every epoch.
-        return in_eval_mode(self.model) if getattr(self.model, "training", False) else nullcontext()
+    def _warn_of_training(self) -> None:
+        if getattr(self.model, "training", False):
+            warnings.warn(
+                f"{type(self.model).__name__} was put into training mode after the CAM object was made: maps vary with "
+                "the batch, and running statistics change; call model.eval() first",
+                stacklevel=2,
+            )
 
     def _check_images(self, images: object) -> None:
         if not self._size_is_the_images:

@@ -355,13 +355,13 @@ def test_masks_are_those_that_have_a_map_of_the_images_of_numpy_and_behind_label
     images, masks = torch.rand(2, 3, 24, 24), torch.zeros(2, 24, 24, dtype=torch.bool)
     masks[:, 5:15, 8:20] = True
     labels, view = torch.tensor([3, 4]), torch.rand(2, 3, 24, 24)
-    ways = [[masks], [masks.numpy()], [labels, masks[:, None]], [view, labels, masks]]
+    ways = [[masks], [masks.numpy()], [labels, masks[:, None]], [view, labels, masks], [labels, masks.long(), masks]]
     batches = [[(images, *way)] for way in ways]
     first, *others = (evaluate(each, MODEL, "tsm", metrics="localisation").rows for each in batches)
     assert all(each == first for each in others)
     assert "pointing_game" in first[0].values
-    # Boxes behind labels, or a second view, are none.
-    for others in ([labels, torch.rand(2, 5, 4)], [labels, view], [view, labels]):
+    # Boxes behind labels, depths, or a second view, are none.
+    for others in ([labels, torch.rand(2, 5, 4)], [labels, view[:, :1]], [labels, view], [view, labels]):
         assert not evaluate([(images, *others)], MODEL, "tsm").failures
     with pytest.raises(BadValueError, match="expected masks or boxes for the metric localisation, found none"):
         evaluate([(images, labels)], MODEL, "tsm", metrics="localisation")

@@ -42,22 +42,6 @@ def pyramid():
     return dense(Wired(run, **convolutions), nn.Conv2d(4, 9, 1))
 
 
-def laterals():
-    """Return a network that brings the levels of its body, of 4 and 8 channels, to 4."""
-
-    def run(self, x):
-        first = self.first(x)
-        return [first, self.second(first)]
-
-    body = Wired(run, first=nn.Conv2d(3, 4, 3, 2, 1), second=nn.Conv2d(4, 8, 3, 2, 1))
-    levels = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1)])
-    return Wired(
-        lambda self, x: [each(level) for each, level in zip(self.levels, self.body(x), strict=True)],
-        body=body,
-        levels=levels,
-    )
-
-
 def with_attention():
     def run(self, x):
         tokens = self.body.forward_features(x)
@@ -86,7 +70,6 @@ def in_tuple():
         pytest.param(swin_with_tokens, "layernorm", (1, 64, 24), TokensToMaps(0, 1.0), id="Swin in tokens"),
         pytest.param(with_attention, "0", (1, 17, 16), TokensToMaps(1, 1.0), id="tokens before their attention"),
         pytest.param(pyramid, "backbone", (1, 8, 16, 16), pyramid_to_maps, id="a pyramid"),
-        pytest.param(laterals, "body", (1, 12, 16, 16), pyramid_to_maps, id="a pyramid whose levels become as wide"),
         pytest.param(in_tuple, "inner", (1, 4, 30, 30), only_map, id="a map in a tuple"),
     ],
 )

@@ -205,10 +205,19 @@ def test_models_are_told_apart_by_what_preprocessings_of_ones_own_do():
 
 
 @pytest.mark.parametrize("drawn", [transforms.RandomResizedCrop(64), transforms.RandomHorizontalFlip()])
-def test_a_preprocessing_that_draws_is_refused(drawn):
+def test_a_preprocessing_that_draws_is_refused_unless_only_network_inputs_come(drawn):
     preprocess = transforms.Compose([transforms.Resize((64, 64)), drawn, transforms.ToTensor()])
+    network = Network(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), preprocess)
+    before = torch.get_rng_state()
     with pytest.raises(ValueError, match=r"makes the same of a picture each time.* without random crops and flips"):
-        load_model(Network(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), preprocess))
+        load_model(network)
+    first, again = (load_model(replace(network, takes=torch.rand(1, 3, 64, 64)), layers=["0"]) for _ in range(2))
+    torch.set_rng_state(before)
+    assert first.digest() == again.digest()
+    assert torch.equal(torch.get_rng_state(), before)
+    # What is no number is so each time.
+    logarithm = transforms.Compose([transforms.Resize((64, 64)), transforms.ToTensor(), lambda x: (x - 0.5).log()])
+    assert load_model(replace(network, preprocess=logarithm), layers=["0"])
 
 
 def test_what_is_not_given_of_a_preprocessing_stays():

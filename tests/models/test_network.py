@@ -69,7 +69,9 @@ def test_mean_and_std_are_used_and_what_was_seen_can_be_shown():
 
 def test_a_loaded_model_is_returned_as_it_is_or_loaded_again_with_what_is_asked_for():
     loaded = load_model(TINY, layers=["0"])
+    loaded.model.train()
     assert load_model(loaded) is loaded
+    assert not loaded.model.training
     other = load_model(loaded, size=48)
     assert (other.name, other.layer_names, other.layers[0].shape) == (TINY, ["0"], (1, 8, 24, 24))
     assert load_model(loaded, layers=[-1]).layer_names == ["3"]

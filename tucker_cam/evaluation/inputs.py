@@ -94,7 +94,8 @@ def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, NetworkView | Ten
         # A data set's labels, one-hot too, and a second view are of no use here, and behind them only what can be
         # nothing but masks.
         spatial = [each for each in others if getattr(each, "ndim", 0) > 2 and not _is_view(each, images)]
-        if found := [each for each in spatial if each is others[0] or _is_masks(each, images)]:
+        found = [each for each in spatial if "bool" in str(each.dtype)]
+        if found := found or [each for each in spatial if each is others[0] or _is_of_a_masks_shape(each, images)]:
             masks = torch.as_tensor(found[0])
             masks = masks.squeeze(1) if masks.dim() == images.dim() else masks
             if masks.dtype != torch.bool:
@@ -109,9 +110,10 @@ def _is_view(given: Tensor, images: Tensor) -> bool:
     return given.shape[1:] == images.shape[1:] and images.shape[1] > 1
 
 
-def _is_masks(given: Tensor, images: Tensor) -> bool:
+def _is_of_a_masks_shape(given: Tensor, images: Tensor) -> bool:
+    """Tell integers that are meant as masks; a depth map, or a second view in grey, has others."""
     one_each = given.ndim < images.ndim or given.shape[1] == 1
-    return "bool" in str(given.dtype) or (one_each and given.shape[-2:] == images.shape[-2:])
+    return one_each and given.shape[-2:] == images.shape[-2:] and "float" not in str(given.dtype)
 
 
 def read_pictures(collection: Collection, network: Network, batch_size: int) -> Iterator[list[Read]]:

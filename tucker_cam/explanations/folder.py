@@ -164,10 +164,10 @@ class FolderWriter:
                 try:
                     output.write(explanation)
                 except (OSError, TuckerCamError) as error:
-                    errors.append(error)
+                    errors.append(str(error))
             manifest.see(picture.key, explanation.view)
             if errors:
-                self._fail(picture, BadFileError(f"could not be written ({'; '.join(map(str, errors))})"))
+                self._fail(picture, BadFileError(f"could not be written ({'; '.join(dict.fromkeys(errors))})"))
 
         writing: list[Future[None]] = []
         with ThreadPoolExecutor(min(cores(), _MOST_WRITERS)) as writers:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from tucker_cam.activations import UNCOMPILED, ReshapeTransform, in_eval_mode
+from tucker_cam.activations import UNCOMPILED, ReshapeTransform
 from tucker_cam.errors import BadValueError
 from tucker_cam.models.reshape import positions_in, shows, spatial_output
 from tucker_cam.models.responses import differing_pictures, follows
@@ -136,8 +136,13 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
 
 def _run_once(model: nn.Module, example: Tensor) -> DryRun:
     pictures = differing_pictures(example)
-    with in_eval_mode(model):
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
         calls, output = _observe(model, pictures)
+    finally:
+        for module, flag in training.items():
+            module.training = flag
     # What is most of the network is no head, but a body with its head.
     most = _size(model) / 2
     small = {name for name, call in calls.items() if _size(call.module) < most}
@@ -224,9 +229,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 def _passing_on(small: set[str], calls: dict[str, _Call], output: object, pictures: Tensor) -> set[str]:
     """Return all that puts out the model's own output, or what it is the mean of, where a small part predicts it."""
-    # By the outputs' channels, what makes them: outputs of as many channels are predicted alike, or none of them.
-    linear: dict[int, set[str]] = {}
-    predicted: dict[int, set[str]] = {}
+    passing: set[str] = set()
     pooled = [output] if isinstance(output, Tensor) and output.dim() == 2 else []
     for own in positions_in(output, pictures) + pooled:
         wanted, makers = own.float().flatten(2).mean(2) if own.dim() > 2 else own.float(), []
@@ -239,16 +242,14 @@ def _passing_on(small: set[str], calls: dict[str, _Call], output: object, pictur
         modules = [calls[name].module for name in makers]
         last = next((module for module in modules if list(module.parameters(recurse=False))), None)
         enlarged = own.shape[2:] == pictures.shape[2:]
-        if isinstance(last, _LINEAR):
-            linear.setdefault(own.shape[1], set()).update(makers)
         for name in small.intersection(makers):
             call = calls[name]
             narrows = len(call.took) == 1 and wanted.shape[1] < call.took[0].shape[1] and isinstance(last, _LINEAR)
             # What puts levels together and is averaged outside may as well end a backbone.
             predicts = enlarged or (call.several and own.dim() > 2) or narrows
             if _size(call.module) and predicts:
-                predicted.setdefault(own.shape[1], set()).update(makers)
-    return set().union(*predicted.values(), *(linear.get(channels, ()) for channels in predicted))
+                passing.update(makers)
+    return passing
 
 
 def _twins(small: set[str], calls: dict[str, _Call]) -> set[str]:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
+from os import PathLike
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypedDict
@@ -21,8 +22,6 @@ from tucker_cam.models.families import build_network, family_of
 from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common_transform, dry_run
 from tucker_cam.models.network import Network, Preprocessing, imagenet_preprocessing, preprocessed
 from tucker_cam.text import one_line
-
-_TRIES = 4
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -75,10 +74,9 @@ class LoadedModel(Network):
         It tells two models of one name apart.
         """
         digest = hashlib.sha256(str([layer.shape for layer in self.spatial_layers]).encode())
-        if (network_input := _sample(self)) is not None:
+        for network_input in _tries(self, 1):
             # Means, in which the last bits of another machine do not show; interpolation does in those of squares.
-            planes = network_input.double().flatten(0, -3)
-            means = adaptive_avg_pool2d(planes + planes.square(), 4).round(decimals=2)
+            means = adaptive_avg_pool2d(network_input.double().square().flatten(0, -3), 4).round(decimals=2)
             digest.update(str([network_input.shape, means.tolist()]).encode())
         for value in self.model.state_dict().values():
             if isinstance(value, Tensor):
@@ -146,7 +144,7 @@ def load_model(
         >>> load_model("torchvision:resnet18", pretrained=False).layer_names
         ['layer4']
     """
-    if not isinstance(weights, (str, Path, NoneType)):
+    if not isinstance(weights, (str, PathLike, NoneType)):
         raise BadTypeError(
             f"expected weights as the path of a file, got {type(weights).__name__}: load a state dict into the "
             "module, and pass that as the model"
@@ -154,13 +152,20 @@ def load_model(
     layers = [layers] if isinstance(layers, (str, int, nn.Module)) else layers
     if isinstance(model, LoadedModel):
         if pretrained and crop and not layers and all(each is None for each in (weights, device, size, mean, std)):
+            model.model.eval()
             return model
         layers = layers or model.target_layers
     spec, network = _network_of(model, pretrained=pretrained and weights is None)
     if not pretrained and weights is None and not (isinstance(model, str) and family_of(spec).random):
         raise BadValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
     network = _with_preprocessing(spec, network, size, crop, mean, std)
-    _check_repeats(spec, network)
+    tries = _tries(network, 4)
+    if network.takes is None and not all(torch.equal(each, tries[0]) for each in tries):
+        # Nobody could tell which part of a picture a map is of.
+        raise BadValueError(
+            f"{spec}: expected a preprocessing that makes the same of a picture each time, and it does not: give that "
+            "of evaluation, without random crops and flips"
+        )
     module = network.model.eval()
     run = _dry_run(spec, network)
     chosen = choose_layers(module, run, layers)
@@ -238,31 +243,19 @@ def _with_preprocessing(
     return replace(network, preprocess=preprocess, mean=preprocess.mean, std=preprocess.std)
 
 
-def _sample(network: Network) -> Tensor | None:
-    """Return what a preprocessing of one's own makes of coloured squares with noise; None where that tells nothing."""
+def _tries(network: Network, number: int) -> list[Tensor]:
+    """Return what a preprocessing of one's own makes of coloured squares with noise, each time; nothing if it fails."""
     if isinstance(network.preprocess, Preprocessing):
-        return None
+        return []
     draw = np.random.default_rng(0)
     squares = draw.integers(128, size=(8, 10, 3)).repeat(37, axis=0).repeat(37, axis=1)
     picture = Image.fromarray((squares + draw.integers(128, size=squares.shape)).astype(np.uint8))
-    # One that takes only the pictures that it is made for.
-    with suppress(BadValueError, BadTypeError):
-        return network.made_of(picture, "a picture")
-    return None
-
-
-def _check_repeats(spec: str, network: Network) -> None:
-    """Raise ValueError for a preprocessing that draws: nobody could tell which part of a picture a map is of."""
-    if network.takes is not None:
-        return
-    with torch.random.fork_rng(devices=()):
+    # One may take only the pictures that it is made for.
+    with suppress(BadValueError, BadTypeError), torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(0)
-        first, *others = (_sample(network) for _ in range(_TRIES))
-    if first is not None and not all(other is not None and torch.equal(first, other) for other in others):
-        raise BadValueError(
-            f"{spec}: expected a preprocessing that makes the same of a picture each time, and it does not: give that "
-            "of evaluation, without random crops and flips"
-        )
+        tries = [network.made_of(picture, "a picture").nan_to_num() for _ in range(number)]
+        return tries if tries[0].dim() > 2 else []
+    return []
 
 
 def _crops(preprocess: Callable[[Any], Tensor]) -> bool:
