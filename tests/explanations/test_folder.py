@@ -144,8 +144,8 @@ def test_a_table_that_is_none_costs_no_picture_of_its_folder_its_map(pictures, t
     (pictures / "broken.parquet").write_bytes(b"PAR1 no table")
     result = run(pictures, *MODEL, "--out", tmp_path / "out")
     assert result.exit_code == 1
-    assert "none.parquet, row 0 of group 0: expected one column image, found label" in result.stderr
-    assert "two.parquet, row 0 of group 0: expected one column image, found image, image" in result.stderr
+    assert "none.parquet: expected one column image, found label" in result.stderr
+    assert "two.parquet: expected one column image, found image, image" in result.stderr
     assert "broken.parquet: expected a Parquet file" in result.stderr
     assert "14 pictures: 11 explained, 0 there already, 3 failed" in result.output
 

@@ -156,6 +156,7 @@ def test_ones_own_module_or_network_is_loaded_by_module_and_function():
         ),
         ("networks:tiny_video_network", {"size": 100}, ValueError, "no size, crop, mean or std, as it takes 4 frames"),
         (TINY, {"weights": {"0.weight": 1}}, TypeError, "weights as the path of a file, got dict: load a state dict"),
+        (nn.Sequential(nn.ReLU()), {}, ValueError, "Sequential: expected a model with parameters.*float one that it"),
         (UNABLE, {}, ValueError, "a grey picture: its preprocessing failed"),
     ],
 )

@@ -17,7 +17,7 @@ from tucker_cam.errors import BadFileError, BadValueError
 from tucker_cam.pictures.annotations import find_samples
 from tucker_cam.pictures.files import open_picture
 from tucker_cam.pictures.held import collect
-from tucker_cam.pictures.sources import MARK, find_sources, random_sample
+from tucker_cam.pictures.sources import MARK, Source, find_sources, random_sample
 
 
 @pytest.fixture
@@ -125,6 +125,15 @@ def test_pictures_are_read_from_any_file_system_and_from_archives(pictures, tmp_
     (source,) = found_in("memory://sources/nothing.png")
     with pytest.raises(OSError, match="could not be opened"):
         source.read()
+
+
+def test_what_a_server_said_is_told(monkeypatch):
+    def refused(url, mode):
+        raise FileNotFoundError(url) from ValueError("404, message='Not Found'")
+
+    monkeypatch.setattr(fsspec, "open", refused)
+    with pytest.raises(OSError, match=r"http://a/x\.png: could not be opened \(404, message='Not Found'\)"):
+        Source("x", "http://a/x.png").read()
 
 
 def test_the_rows_of_a_table_have_names_of_its_own_or_by_their_place(tmp_path):

@@ -38,11 +38,11 @@ _MODELS = ", ".join(family.usage for family in FAMILIES.values())
 ModelName = Annotated[str, typer.Option("--model", "-m", help=f"{_MODELS}, the last one your own function.")]
 Limit = Annotated[int | None, typer.Option(help="Take a random sample of so many pictures.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1)]
-_WORKERS_HELP = "Processes that read pictures, or actors. (default: one core is left)"
+_WORKERS_HELP = "Processes that read pictures, with Ray the actors. (default: one core is left)"
 Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help=_WORKERS_HELP)]
 _LAYER_HELP = (
-    "Dotted name of the layer to explain, or its negative index in `tucker-cam layers`; of several, explain averages "
-    "the maps. (default: the last one with a spatial map)"
+    "Dotted name of the layer, or its negative index in `tucker-cam layers`; explain takes several, and averages their "
+    "maps. (default: the last one with a spatial map)"
 )
 _WEIGHTS_HELP = "A checkpoint, of torch.save or .safetensors; the backbone is found in it."
 _MEAN_HELP = "What the input is normalised by, in [0, 1]."
@@ -208,8 +208,8 @@ def evaluate(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"May be repeated: {', '.join(METHODS)}. (default: all) EigenCAM, the controls and, for a classifier, "
-            "GradCAM and SegEigenCAM are always scored."
+            help=f"May be repeated: {', '.join(METHODS)}, or your own MODULE:CLASS. (default: all) EigenCAM, the "
+            "controls and, for a classifier, GradCAM and SegEigenCAM are always scored."
         ),
     ] = None,
     model: ModelName = "demo",

@@ -167,6 +167,11 @@ def load_model(
             "of evaluation, without random crops and flips"
         )
     module = network.model.eval()
+    if next(module.parameters(), None) is None:
+        raise BadValueError(
+            f"{spec}: expected a model with parameters, which say where it is, got none: of a quantised model take the "
+            "float one that it was made of"
+        )
     run = _dry_run(spec, network)
     chosen = choose_layers(module, run, layers)
     common_transform(chosen)

@@ -39,8 +39,8 @@ def open_file(path: str) -> BinaryIO:
             with fsspec.open(path, "rb") as file:
                 return io.BytesIO(file.read())
         except Exception as error:
-            # A file system of another kind fails in its own ways.
-            raise BadFileError(f"{path}: could not be opened ({one_line(error)})") from error
+            # A file system of another kind fails in its own ways; what the server said is the cause of HTTP's.
+            raise BadFileError(f"{path}: could not be opened ({one_line(error.__cause__ or error)})") from error
     # Unlike pathlib's, this tells no from yes for a name that no file can have, too.
     if not os.path.isfile(path):
         raise BadFileError(f"{path}: expected a file to read, found none, or what may not be read")

@@ -7,13 +7,19 @@ from typing import Any
 
 from tucker_cam.errors import BadFileError, MissingPackageError
 from tucker_cam.extras import install
-from tucker_cam.pictures.files import open_file
+from tucker_cam.pictures.files import is_url, open_file
 
 
 def row_names(path: str) -> dict[tuple[int, int], str | None]:
-    """Return what each row is called, by its row group and its place in it; None where no name can be read."""
+    """Return what each row is called, by its row group and its place in it; None where no name can be read.
+
+    OSError for what is no such table.
+    """
     with _opened(path) as table:
+        columns = table.schema_arrow.names
         groups = [_names(table, group) for group in range(table.num_row_groups)]
+    if columns.count("image") != 1:
+        raise BadFileError(f"{path}: expected one column image, found {', '.join(columns)}")
     return {(group, row): name for group, names in enumerate(groups) for row, name in enumerate(names)}
 
 
@@ -29,10 +35,7 @@ def encoded_picture(path: str, group: int, row: int) -> bytes:
 @lru_cache(maxsize=2)
 def _images(path: str, group: int) -> Any:
     with _opened(path) as table:
-        columns, images = table.schema_arrow.names, table.read_row_group(group, columns=["image"])
-    if columns.count("image") != 1:
-        raise BadFileError(f"expected one column image, found {', '.join(columns)}")
-    return images["image"]
+        return table.read_row_group(group, columns=["image"])["image"]
 
 
 @contextmanager
@@ -46,7 +49,9 @@ def _opened(path: str) -> Iterator[Any]:
             yield pq.ParquetFile(file)
         except Exception as error:
             # Arrow's decoders fail in their own ways.
-            raise BadFileError(f"{path}: expected a Parquet file, found something else or a broken one") from error
+            found = "something else or a broken one"
+            found += ", or a server that sends no parts of files: download it" if is_url(path) else ""
+            raise BadFileError(f"{path}: expected a Parquet file, found {found}") from error
 
 
 def _names(table: Any, group: int) -> list[str | None]:
