@@ -94,8 +94,10 @@ def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, NetworkView | Ten
         # A data set's labels, one-hot too, and a second view are of no use here, and behind them only what can be
         # nothing but masks.
         spatial = [each for each in others if getattr(each, "ndim", 0) > 2 and not _is_view(each, images)]
-        found = [each for each in spatial if "bool" in str(each.dtype)]
-        if found := found or [each for each in spatial if each is others[0] or _is_of_a_masks_shape(each, images)]:
+        found = [each for each in spatial if "bool" in str(each.dtype)] or [
+            each for each in spatial if each is others[0] or _is_of_a_masks_shape(each, images)
+        ]
+        if found:
             masks = torch.as_tensor(found[0])
             masks = masks.squeeze(1) if masks.dim() == images.dim() else masks
             if masks.dtype != torch.bool:
