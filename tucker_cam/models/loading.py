@@ -11,7 +11,6 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
@@ -252,6 +251,8 @@ def _tries(network: Network, number: int) -> list[Tensor]:
     """Return what a preprocessing of one's own makes of coloured squares with noise, each time; nothing if it fails."""
     if isinstance(network.preprocess, Preprocessing):
         return []
+    from PIL import Image
+
     draw = np.random.default_rng(0)
     squares = draw.integers(128, size=(8, 10, 3)).repeat(37, axis=0).repeat(37, axis=1)
     picture = Image.fromarray((squares + draw.integers(128, size=squares.shape)).astype(np.uint8))
@@ -265,6 +266,8 @@ def _tries(network: Network, number: int) -> list[Tensor]:
 
 def _crops(preprocess: Callable[[Any], Tensor]) -> bool:
     """Tell whether a preprocessing does not see the edge of a wide picture."""
+    from PIL import Image
+
     picture = Image.new("RGB", (512, 256))
     without = preprocessed(preprocess, picture, "a black picture")
     picture.paste((255, 255, 255), (0, 0, 32, 256))
