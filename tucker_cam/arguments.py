@@ -61,6 +61,15 @@ def list_of_layers(layers: object, name: str) -> list[nn.Module]:
     return listed
 
 
+def check_parameters(model: Any, named: str = "") -> None:
+    """Raise ValueError for a model without parameters; `named` stands before the message."""
+    if next(iter(model.parameters()), None) is None:
+        raise BadValueError(
+            f"{named}expected a model with parameters, which say where it is, got {type(model).__name__}: of a "
+            "quantised model take the float one that it was made of"
+        )
+
+
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raise ValueError for a value that is none of a `Literal`."""
     if value not in get_args(choices):

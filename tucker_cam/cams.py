@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ttach import Compose
 
 from tucker_cam.activations import FeatureRecorder, ReshapeTransform, Source, check_maps_of, feature_maps
-from tucker_cam.arguments import check_choice, check_kind, list_of_layers
+from tucker_cam.arguments import check_choice, check_kind, check_parameters, list_of_layers
 from tucker_cam.decomposition.gram import rescale_extremes
 from tucker_cam.decomposition.modes import ChannelModes, Engine, channel_modes
 from tucker_cam.decomposition.projection import Combine, combined_map, leading_map
@@ -370,8 +370,7 @@ def _check_construction(model: nn.Module, reshape_transform: object, tta_transfo
         raise BadTypeError(
             f"expected model as a torch.nn.Module, or a callable with eval and parameters, got {model!r}"
         )
-    if next(iter(model.parameters()), None) is None:
-        raise BadValueError(f"expected a model with parameters, which say where it is, got {type(model).__name__}")
+    check_parameters(model)
     if reshape_transform is not None and not callable(reshape_transform):
         raise BadTypeError(f"expected reshape_transform as a callable or None, got {type(reshape_transform).__name__}")
     if tta_transforms is not None and not isinstance(tta_transforms, Compose):

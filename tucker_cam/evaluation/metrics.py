@@ -31,6 +31,8 @@ from tucker_cam.methods import check_name
 
 Score = Callable[[Tensor], Tensor]
 """From images, batch x channels x height x width, to scores, batch or batch x scores; image i is always sample i."""
+Better = Literal["higher", "lower", ""]
+"""Which of two numbers of a measure; neither where it is empty."""
 
 TENTHS = tuple(tenth / 10 for tenth in range(1, 10))
 _ROUNDING = 1e-4
@@ -355,12 +357,12 @@ class Measure:
     name: str
     function: Callable[[Judged], Tensor]
     title: str = ""
-    better: Literal["higher", "lower", ""] = ""
+    better: Better = ""
     group: str = ""
     score: str = ""
 
     def __post_init__(self) -> None:
-        check_choice("better", self.better, Literal["higher", "lower", ""])
+        check_choice("better", self.better, Better)
 
     @property
     def heading(self) -> str:
@@ -376,7 +378,7 @@ def _on_scores(metric: Callable[[Tensor, Tensor, Score], Tensor]) -> Callable[[J
     return lambda judged: metric(judged.images, judged.maps, judged.score)
 
 
-_CHANGES: dict[str, Literal["higher", "lower"]] = {"drop": "lower", "increase": "higher", "gain": "higher"}
+_CHANGES: dict[str, Better] = {"drop": "lower", "increase": "higher", "gain": "higher"}
 _INSERTION, _DELETION, _ROAD = _on_scores(insertion_auc), _on_scores(deletion_auc), _on_scores(road)
 MEASURES = (
     Measure("energy_in_mask", _on_object(energy_in_mask), "energy in the object", "higher", "localisation"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from tucker_cam.activations import ReshapeTransform
+from tucker_cam.arguments import check_parameters
 from tucker_cam.errors import BadTypeError, BadValueError
 from tucker_cam.models.checkpoints import load_checkpoint
 from tucker_cam.models.families import build_network, family_of
@@ -158,19 +159,15 @@ def load_model(
     if not pretrained and weights is None and not (isinstance(model, str) and family_of(spec).random):
         raise BadValueError(f"{spec}: expected a model of a library or hub for random weights, and it brings its own")
     network = _with_preprocessing(spec, network, size, crop, mean, std)
-    tries = _tries(network, 4)
-    if network.takes is None and not all(torch.equal(each, tries[0]) for each in tries):
+    tries = _tries(network, 4) if network.takes is None else []
+    if not all(torch.equal(each, tries[0]) for each in tries):
         # Nobody could tell which part of a picture a map is of.
         raise BadValueError(
             f"{spec}: expected a preprocessing that makes the same of a picture each time, and it does not: give that "
             "of evaluation, without random crops and flips"
         )
     module = network.model.eval()
-    if next(module.parameters(), None) is None:
-        raise BadValueError(
-            f"{spec}: expected a model with parameters, which say where it is, got none: of a quantised model take the "
-            "float one that it was made of"
-        )
+    check_parameters(module, f"{spec}: ")
     run = _dry_run(spec, network)
     chosen = choose_layers(module, run, layers)
     common_transform(chosen)
