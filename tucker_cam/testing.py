@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tucker_cam.cams import LabelFreeCAM
+from tucker_cam.seeding import seeded
 
 # Of a map's largest value, 1: BLAS blocks its sums by the size of the batch, and by the layout of the features.
 _TOLERANCE = 1e-4
@@ -64,8 +65,7 @@ def _check_broken_numbers(method: Callable[..., LabelFreeCAM], features: Tensor)
 
 
 def _check_state(method: Callable[..., LabelFreeCAM], generator: torch.Generator) -> None:
-    with torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(0)
+    with seeded():
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), _Answer()).eval()
     images = torch.randn(2, 3, 16, 16, generator=generator)
     before, seen = [tensor.clone() for tensor in model.state_dict().values()], images.clone()

@@ -1,4 +1,5 @@
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +100,15 @@ def test_random_weights_are_the_same_every_time_and_the_callers_random_numbers_s
         digests.add(load_model("hf:microsoft/resnet-50", pretrained=False).digest())
         assert torch.equal(torch.get_rng_state(), before)
     assert len(digests) == 1
+
+
+def test_threads_that_load_at_once_get_what_each_would_alone():
+    names = ["torchvision:resnet18", "timm:resnet10t"] * 6
+    alone = {name: load_model(name, pretrained=False).model.state_dict() for name in dict.fromkeys(names)}
+    with ThreadPoolExecutor(4) as pool:
+        loaded = pool.map(lambda name: load_model(name, pretrained=False), names)
+        for name, found in zip(names, loaded, strict=True):
+            assert all(torch.equal(value, alone[name][key]) for key, value in found.model.state_dict().items())
 
 
 @pytest.mark.parametrize(

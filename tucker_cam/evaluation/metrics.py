@@ -28,6 +28,7 @@ from tucker_cam.arguments import check_choice
 from tucker_cam.errors import BadTypeError, BadValueError
 from tucker_cam.evaluation import GROUPS
 from tucker_cam.methods import check_name
+from tucker_cam.seeding import seeded
 
 Score = Callable[[Tensor], Tensor]
 """From images, batch x channels x height x width, to scores, batch or batch x scores; image i is always sample i."""
@@ -228,8 +229,7 @@ def road(images: Tensor, maps: Tensor, score: Score, *, percentiles: Sequence[in
     ranks = torch.linspace(0, 1, values.shape[1], device=values.device).expand_as(values)
     ordered = torch.empty_like(values).scatter_(1, order, ranks).view_as(maps)
     targets: list[Callable[[Tensor], Tensor]] = [lambda scores: scores] * len(images)
-    with torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(0)
+    with seeded():
         difference = ROADCombined(list(percentiles))(images.float(), ordered.cpu().numpy(), targets, score)
     result = torch.as_tensor(np.asarray(difference), device=maps.device)
     result[values.amax(1) == values.amin(1)] = torch.nan

@@ -21,6 +21,7 @@ from tucker_cam.models.checkpoints import load_checkpoint
 from tucker_cam.models.families import build_network, family_of
 from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common_transform, dry_run
 from tucker_cam.models.network import Network, Preprocessing, imagenet_preprocessing, preprocessed
+from tucker_cam.seeding import seeded
 from tucker_cam.text import one_line
 
 
@@ -213,8 +214,7 @@ def _network_of(model: object, *, pretrained: bool) -> tuple[str, Network]:
     """Return a model's name for messages, and the network."""
     if isinstance(model, str):
         # Random weights are the same when a run is gone on with, and in every process.
-        with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(0)
+        with seeded():
             return model, build_network(model, pretrained=pretrained)
     if not isinstance(model, (nn.Module, Network)):
         raise BadTypeError(f"expected a model's name, a torch.nn.Module or a Network, got {type(model).__name__}")
@@ -254,8 +254,7 @@ def _tries(network: Network, number: int) -> list[Tensor]:
     squares = draw.integers(128, size=(8, 10, 3)).repeat(37, axis=0).repeat(37, axis=1)
     picture = Image.fromarray((squares + draw.integers(128, size=squares.shape)).astype(np.uint8))
     # One may take only the pictures that it is made for.
-    with suppress(BadValueError, BadTypeError), torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(0)
+    with suppress(BadValueError, BadTypeError), seeded():
         tries = [network.made_of(picture, "a picture").nan_to_num() for _ in range(number)]
         return tries if tries[0].dim() > 2 else []
     return []
