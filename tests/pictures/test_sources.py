@@ -1,5 +1,6 @@
 """Pictures found in files, folders, globs, tables and URLs, read whatever their kind; what cannot be used says why."""
 
+import io
 import os
 import re
 import shutil
@@ -145,6 +146,22 @@ def test_the_rows_of_a_table_have_names_of_its_own_or_by_their_place(tmp_path):
         (source,) = found_in(write_table(tmp_path / "one.parquet", names, 1))
         assert source.name == "one-0-0"
         assert source.read().size == (8, 6)
+
+
+def test_a_table_that_was_written_again_is_read_again(tmp_path):
+    def written(colours):
+        stored = [io.BytesIO() for _ in colours]
+        for file, colour in zip(stored, colours, strict=True):
+            Image.new("L", (4, 4), colour).save(file, "PNG")
+        pq.write_table(pa.table({"image": [file.getvalue() for file in stored]}), tmp_path / "t.parquet")
+        return found_in(tmp_path / "t.parquet")
+
+    for colours in ([10], [200, 20]):
+        sources = written(colours)
+        assert [source.read().getpixel((0, 0))[0] for source in sources] == colours
+    written([30])
+    with pytest.raises(OSError, match="the table has changed"):
+        sources[1].read()
 
 
 def test_a_clip_is_read_as_so_many_frames_evenly_spread(tmp_path):

@@ -91,7 +91,8 @@ class Source:
 
     def read(self, frames: int | None = None) -> Image.Image | list[Image.Image]:
         """Return the picture as RGB, or for a video network that many frames of it; OSError if it cannot be read."""
-        with open_file(self.path) if self.row is None else io.BytesIO(encoded_picture(self.path, *self.row)) as file:
+        path, row = self.path, self.row
+        with open_file(path) if row is None else io.BytesIO(encoded_picture(path, *row, self.stamp)) as file:
             pictures = decode_frames(file, str(self), frames or 1)
         return pictures[0] if frames is None else pictures
 

@@ -23,9 +23,12 @@ def row_names(path: str) -> dict[tuple[int, int], str | None]:
     return {(group, row): name for group, names in enumerate(groups) for row, name in enumerate(names)}
 
 
-def encoded_picture(path: str, group: int, row: int) -> bytes:
-    """Return the picture of a row as it is stored."""
-    value = _images(path, group)[row].as_py()
+def encoded_picture(path: str, group: int, row: int, stamp: object) -> bytes:
+    """Return the picture of a row as it is stored; a table of another stamp is read again."""
+    images = _images(path, group, stamp)
+    if row >= len(images):
+        raise BadFileError(f"expected a row {row} of group {group}, found {len(images)} rows: the table has changed")
+    value = images[row].as_py()
     found = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(found, bytes):
         raise BadFileError(f"expected an encoded picture, found {type(found).__name__}")
@@ -33,7 +36,7 @@ def encoded_picture(path: str, group: int, row: int) -> bytes:
 
 
 @lru_cache(maxsize=2)
-def _images(path: str, group: int) -> Any:
+def _images(path: str, group: int, stamp: object) -> Any:
     with _opened(path) as table:
         return table.read_row_group(group, columns=["image"])["image"]
 
