@@ -1,6 +1,7 @@
 import errno
 import os
 
+import numpy as np
 import pytest
 
 from tucker_cam.errors import BadValueError
@@ -43,3 +44,12 @@ def test_one_run_at_a_time_writes_to_a_folder_and_leaves_no_lock(tmp_path):
     with only_run(tmp_path / "out"), pytest.raises(BadValueError, match="another run"), only_run(tmp_path / "out"):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_what_chooses_its_format_by_the_suffix_writes_behind_a_link_too(tmp_path):
+    (tmp_path / "maps.npz").symlink_to(tmp_path / "3f2a")
+    (tmp_path / "3f2a").touch()
+    with complete_or_absent(tmp_path / "maps.npz") as unfinished:
+        np.savez_compressed(unfinished, saliency=np.ones(3))
+    assert np.load(tmp_path / "maps.npz")["saliency"].sum() == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"maps.npz", "3f2a"}

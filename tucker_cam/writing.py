@@ -16,11 +16,14 @@ TABLE_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", 
 
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which takes its real name only when the block ends without an error."""
-    path = path.resolve()
+    """Give a path to write to, which takes its real name only when the block ends without an error.
+
+    It has the same suffix, by which many a library chooses what it writes.
+    """
+    suffix, path = path.suffix, path.resolve()
     if path.exists() and not path.is_file():
         raise BadFileError(f"{path}: expected a file to write, found a folder or a device")
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = path.with_name(f".{path.name}.unfinished{suffix}")
     try:
         yield unfinished
         unfinished.replace(path)

@@ -76,7 +76,7 @@ def write_report(
         if examples:
             _draw_examples(sheet, examples, ranked_by)
         with complete_or_absent(path) as unfinished:
-            figure.savefig(unfinished, dpi=100, format=path.suffix.removeprefix(".").lower())
+            figure.savefig(unfinished, dpi=100)
 
 
 def _draw_bars(figure: SubFigure, summaries: Mapping[str, Mapping[str, Summary]], measures: Sequence[Measure]) -> None:

@@ -80,7 +80,7 @@ class MethodFiles(Output):
 
     @abstractmethod
     def save(self, path: Path, explanation: Explanation, saliency: NDArray[np.float32]) -> None:
-        """Write the file of one method."""
+        """Write the file of one method; the path ends in the suffix."""
 
     @classmethod
     def path(cls, manifest: Manifest, key: str, method: str) -> Path:
@@ -108,11 +108,11 @@ class Overlays(MethodFiles):
         about.add_text(MARK, json.dumps(self.look._asdict(), default=float))
         if saliency.ndim == 2:
             # Twice as fast as Pillow's default, and a few per cent larger.
-            explanation.drawn(saliency, self.look).save(path, format="PNG", compress_level=1, pnginfo=about)
+            explanation.drawn(saliency, self.look).save(path, compress_level=1, pnginfo=about)
             return
         seen = explanation.network.picture(explanation.network_input)
         first, *others = [self.look.draw(frame, each) for frame, each in zip(seen, saliency, strict=True)]
-        first.save(path, format="PNG", save_all=True, append_images=others, pnginfo=about)
+        first.save(path, save_all=True, append_images=others, pnginfo=about)
 
 
 def _look_of(path: Path) -> Look | None:
@@ -139,8 +139,7 @@ class ArrayFiles(MethodFiles):
     def save(self, path: Path, explanation: Explanation, saliency: NDArray[np.float32]) -> None:
         import numpy
 
-        with path.open("wb") as file:
-            numpy.save(file, saliency)
+        numpy.save(path, saliency)
 
 
 class ZarrStore(Output):
