@@ -100,7 +100,7 @@ def test_the_rows_of_a_folder_and_of_batches_hold_what_the_metrics_say(data):
 
 def test_a_measure_of_ones_own_is_in_rows_summary_file_and_report(data, tmp_path, drawn):
     largest = Measure("largest", lambda judged: judged.maps.numpy().max((1, 2)), "largest value")
-    found = evaluate(data, MODEL, {"mine": METHODS["tsm"]}, metrics=("localisation", largest))
+    found = evaluate(data, MODEL, {"mine": METHODS["tsm"]}, metrics=iter(["localisation", largest]))
     found.to_csv(tmp_path / "r.csv")
     found.report(tmp_path / "r.png")
     assert {row.method for row in found.rows} & {*METHODS, "mine"} == {"eigencam", "mine"}

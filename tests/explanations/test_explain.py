@@ -389,7 +389,7 @@ def test_an_iterator_is_gone_through_once_and_says_so(tmp_path):
 
 def test_of_other_channels_than_one_or_three_there_are_maps_and_no_overlay(out):
     model = nn.Sequential(nn.Conv2d(5, 4, 3), nn.ReLU())
-    explanations = explain(torch.rand(1, 5, 12, 12), model, out=out, formats=["overlay", "npy"], progress=False)
+    explanations = explain(torch.rand(1, 5, 12, 12), model, out=out, formats=iter(["overlay", "npy"]), progress=False)
     (failure,) = explanations.failures
     assert "could not be written (expected a network input of one or three" in str(failure)
     (explanation,) = explanations

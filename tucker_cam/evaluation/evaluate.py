@@ -87,7 +87,7 @@ def evaluate(
     # EigenCAM is what the others are compared with.
     chosen: dict[str, Builder] = {BASELINE: METHODS[BASELINE], **given}
     check_own_names(given, CONTROLS)
-    wanted = [metrics] if isinstance(metrics, (str, Measure)) else metrics
+    wanted = [metrics] if isinstance(metrics, (str, Measure)) else [*metrics]
     choose_measures(wanted, ())
     check_reading(batch_size, workers)
     path = None if out is None else Path(out)
@@ -97,7 +97,7 @@ def evaluate(
     for remark in inputs.remarks:
         logger.info(f"note: {remark}")
     if inputs.annotations == "none":
-        if [*wanted] == ["localisation"]:
+        if wanted == ["localisation"]:
             raise BadValueError(
                 "expected masks or boxes for the metric localisation, found none: of batches, tuples of images and "
                 "masks, batch x height x width"

@@ -138,7 +138,7 @@ def explain(
     }
     load = partial(load_model, that_takes(model, collection.example), **loading)
     if engine == "ray":
-        if out is None or tuple(formats) != ("overlay",) or gallery or look != DEFAULT_LOOK:
+        if out is None or formats != ["overlay"] or gallery or look != DEFAULT_LOOK:
             raise BadValueError("expected out, no formats, no gallery and no look with Ray, which writes Parquet")
         given = [each for part in collection.parts() for each in part]
         sources = [each for each in given if isinstance(each, Source)]

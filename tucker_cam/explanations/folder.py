@@ -35,9 +35,9 @@ logger = logging.getLogger("tucker_cam")
 
 def check_writing(
     out: str | Path | None, formats: str | Sequence[str], look: Look, methods: Mapping[str, Callable[..., BaseCAM]]
-) -> Sequence[str]:
+) -> list[str]:
     """Return the formats; ValueError for one, a look or a method's name that cannot be, or no folder to write to."""
-    formats = [formats] if isinstance(formats, str) else formats
+    formats = [formats] if isinstance(formats, str) else [*formats]
     for name in formats:
         check_name("format", name, FORMATS)
     look.check()
