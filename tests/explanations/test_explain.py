@@ -312,6 +312,9 @@ def test_pictures_that_a_program_holds_are_written_and_others_of_their_place_are
     for seed in (0, 1, 1):
         explain(noise(seed=seed), TINY, out=out, formats="npy", progress=False)
         assert_is_map_of(np.load(out / "picture-0_tsm.npy"), seed)
+    for seen in (np.asarray(noise()).reshape(40, 30, 3), noise()):
+        explain(seen, TINY, out=out, formats="npy", progress=False)
+    assert_is_map_of(np.load(out / "picture-0_tsm.npy"), 0)
     explanations = explain(DataLoader(network_inputs(5), batch_size=2), TINY, out=out, progress=False)
     assert not explanations.failures
     assert files_in(out) == [*(f"{i:06}_tsm.png" for i in range(5)), "manifest.json", "picture-0_tsm.npy"]

@@ -37,7 +37,7 @@ class Held:
     def stamp(self) -> Stamp:
         """What tells whether it is another one than that of an earlier run."""
         numbers = np.asarray(self.content.detach().cpu().float() if isinstance(self.content, Tensor) else self.content)
-        return Stamp(zlib.crc32(numbers.tobytes()), numbers.nbytes)
+        return Stamp(zlib.crc32(numbers.tobytes(), zlib.crc32(str(numbers.shape).encode())), numbers.nbytes)
 
     def read(self, frames: int | None = None) -> Image.Image | list[Image.Image] | Tensor:
         return self.content if frames is None or isinstance(self.content, Tensor) else [self.content] * frames
