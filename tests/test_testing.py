@@ -87,3 +87,8 @@ def test_a_method_that_breaks_a_promise_is_told_which(method, promise):
 def test_a_saliency_of_another_shape_is_one_clear_error(function):
     with pytest.raises(TypeError, match=r"expected maps as a tensor, batch x spatial, from Projecting\.saliency"):
         check_cam(projecting(function))
+
+
+def test_maps_that_are_not_finite_are_refused_and_not_drawn_as_empty_ones():
+    with pytest.raises(ValueError, match=r"expected finite maps from Projecting\.saliency, got NaN or Inf"):
+        check_cam(projecting(lambda features: features.mean(1) / 0))

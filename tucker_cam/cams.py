@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ttach import Compose
 
 from tucker_cam.activations import FeatureRecorder, ReshapeTransform, Source, check_maps_of, feature_maps
-from tucker_cam.arguments import check_choice, check_kind, check_parameters, list_of_layers
+from tucker_cam.arguments import all_finite, check_choice, check_kind, check_parameters, list_of_layers
 from tucker_cam.decomposition.gram import rescale_extremes
 from tucker_cam.decomposition.modes import ChannelModes, Engine, channel_modes
 from tucker_cam.decomposition.projection import Combine, combined_map, leading_map
@@ -69,7 +69,7 @@ class LabelFreeCAM(BaseCAM, ABC):
 
     @abstractmethod
     def saliency(self, features: Tensor) -> Tensor:
-        """Turn feature maps, batch x channels x spatial, into maps, batch x spatial, not negative, of any scale."""
+        """Turn features, batch x channels x spatial, into maps, batch x spatial: finite, not negative, of any scale."""
         raise NotImplementedError
 
     def modes(self, input_tensor: Tensor) -> list[ChannelModes]:
@@ -135,6 +135,8 @@ class LabelFreeCAM(BaseCAM, ABC):
                 f"expected maps as a tensor, batch x spatial, from {type(self).__name__}.saliency for features "
                 f"{tuple(features.shape)}, got {shape or type(maps).__name__}"
             )
+        if not all_finite(maps):
+            raise BadValueError(f"expected finite maps from {type(self).__name__}.saliency, got NaN or Inf")
         finished: NDArray[np.float32] = scaled(maps.cpu().double().clamp_min(0)).float().numpy()
         return finished
 
