@@ -70,7 +70,6 @@ class LabelFreeCAM(BaseCAM, ABC):
     @abstractmethod
     def saliency(self, features: Tensor) -> Tensor:
         """Turn features, batch x channels x spatial, into maps, batch x spatial: finite, not negative, of any scale."""
-        raise NotImplementedError
 
     def modes(self, input_tensor: Tensor) -> list[ChannelModes]:
         """Return each target layer's channel modes, of the method's own rank and centring: what is behind the map.
