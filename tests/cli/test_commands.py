@@ -1,5 +1,6 @@
 """What a user types in a terminal, and what it answers."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -219,3 +220,11 @@ def test_help_is_shown_in_an_encoding_that_has_not_all_of_its_signs():
     ended = subprocess.run(command, capture_output=True, check=False, env=environment)
     assert ended.returncode == 0
     assert b"--model" in ended.stdout
+
+
+def test_a_command_leaves_the_logger_as_it_was(monkeypatch):
+    logger = logging.getLogger("tucker_cam")
+    monkeypatch.setattr(logger, "propagate", False)
+    level, handlers = logger.level, [*logger.handlers]
+    assert CliRunner().invoke(app, ["layers", "nowhere"]).exit_code == 2
+    assert (logger.level, logger.propagate, logger.handlers) == (level, False, handlers)

@@ -274,6 +274,7 @@ def spectrum(
 def _user_errors(extra: str, *, goes_on: bool = False) -> Iterator[None]:
     """Print what the library tells of its work, and an error that a user can mend as one line, with exit code 2."""
     logger, handler = logging.getLogger("tucker_cam"), _Say()
+    before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -293,4 +294,5 @@ def _user_errors(extra: str, *, goes_on: bool = False) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
     finally:
         logger.removeHandler(handler)
-        logger.propagate = True
+        level, logger.propagate = before
+        logger.setLevel(level)
