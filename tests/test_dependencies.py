@@ -1,6 +1,7 @@
 """What is imported is declared: in the dependencies what always is, in an extra what its part of the package needs."""
 
 import ast
+import re
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -101,3 +102,18 @@ def test_all_that_is_imported_anywhere_is_declared(folder, extras):
         names = imported(ast.parse(path.read_text(encoding="utf-8")), in_functions=True)
         packages |= {name.partition(".")[0] for name in names}
     assert not undeclared(packages, declared(*extras))
+
+
+def test_imports_go_down_the_table_of_rooms_and_never_up():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1] for row in text.splitlines() if row.startswith("| `")]
+    names = [re.findall(r"`(\w+)(?:\.py|/)`", row) for row in rows]
+
+    def place(module):
+        room = module.split(".")[1] if "." in module else "__init__"
+        return next(index for index, of_row in enumerate(names) if room in of_row)
+
+    for module, path in MODULES.items():
+        for name in imported(ast.parse(path.read_text(encoding="utf-8")), in_functions=True):
+            if name in MODULES:
+                assert place(name) <= place(module), f"{module} imports {name}"

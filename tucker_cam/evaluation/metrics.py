@@ -218,8 +218,8 @@ def road(images: Tensor, maps: Tensor, score: Score, *, percentiles: Sequence[in
     Removed pixels, of each of the `percentiles`, are painted over from their neighbours (Rong et al. 2022, arXiv
     2202.00449), which hides the shape of what was removed. The host's `ROADCombined`. Its noise of 0.01, which can
     halve a score, is drawn for the batch and is always the same, as the order of pixels of one value is: the host would
-    remove all of them at once. The global random state is left as it was. In [-1, 1] for a score in [0, 1], higher is
-    better. A constant map has no order to remove by: NaN.
+    remove all of them at once. The global random state is left as it was. In [-0.5, 0.5] for a score in [0, 1], higher
+    is better. A constant map has no order to remove by: NaN.
     """
     maps = _checked(maps, images=images)
     values = maps.flatten(1)
