@@ -284,16 +284,19 @@ def _undefined_without_object(scores: Tensor, masks: Tensor) -> Tensor:
 
 def _checked(maps: Tensor, masks: Tensor | None = None, *, images: Tensor | None = None) -> Tensor:
     """Return the maps in float32, or say what is wrong with the arguments."""
-    if not isinstance(maps, Tensor) or not maps.is_floating_point() or maps.dim() != 3:
+    if not isinstance(maps, Tensor) or not maps.is_floating_point() or maps.dim() != 3 or 0 in maps.shape:
         raise BadTypeError(f"expected maps of floating point, batch x height x width, got {_described(maps)}")
     low, high = maps.min().item(), maps.max().item()
     # Resizing rounds.
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         raise BadValueError(f"expected finite maps in [0, 1], got values from {low:.4g} to {high:.4g}")
     shape = tuple(maps.shape)
-    if masks is not None and (masks.dtype != torch.bool or masks.shape != shape):
-        mend = "use masks > 0" if masks.shape == shape else "one mask for each image, of its height and width"
+    if masks is not None and not (isinstance(masks, Tensor) and masks.dtype == torch.bool and masks.shape == shape):
+        fits = getattr(masks, "shape", ()) == shape
+        mend = "use masks > 0" if fits else "one mask for each image, of its height and width"
         raise BadTypeError(f"expected masks of bool for maps {shape}, got {_described(masks)}: {mend}")
+    if images is not None and not isinstance(images, Tensor):
+        raise BadTypeError(f"expected images as a torch.Tensor, got {_described(images)}")
     if images is not None and (len(images), *images.shape[-2:]) != shape:
         raise BadValueError(f"expected images of the size of the maps {shape}, got {tuple(images.shape)}")
     return maps.detach().float()
