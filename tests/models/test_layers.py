@@ -194,6 +194,27 @@ def class_maps():
     return Wired(lambda self, x: self.classes(self.features(x)).mean((2, 3)), **parts)
 
 
+def beside(auxiliary):
+    """Return a network with a part for the loss alone after its last layer, or one in which that part is the last."""
+
+    def run(self, x):
+        maps = self.features(x)
+        part = self.part(maps)
+        return self.classes((maps if auxiliary else part).mean((2, 3)))
+
+    parts = {"features": nn.Conv2d(3, 64, 7), "part": nn.Sequential(nn.Conv2d(64, 5, 1), nn.ReLU())}
+    return Wired(run, **parts, classes=nn.Linear(64 if auxiliary else 5, 4))
+
+
+def narrowing_to_no_output():
+    parts = {"features": nn.Conv2d(3, 64, 7), "part": nn.Conv2d(64, 5, 1)}
+    return Wired(lambda self, x: {}.get(self.part(self.features(x))), **parts)
+
+
+def pooled_to_one_size():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(5), nn.Flatten(), nn.Linear(200, 4))
+
+
 def attention():
     parts = {"features": nn.Conv2d(3, 8, 7), "weights": nn.Conv2d(8, 1, 1), "classes": nn.Linear(8, 4)}
 
@@ -221,6 +242,10 @@ def attention():
         pytest.param(lambda: narrowing(nn.Conv2d(64, 8, 1)), "1", id="a head that narrows"),
         pytest.param(class_maps, "features", id="maps of the classes, averaged outside"),
         pytest.param(attention, "features", id="attention of one channel"),
+        pytest.param(lambda: beside(auxiliary=True), "features", id="an auxiliary head"),
+        pytest.param(lambda: beside(auxiliary=False), "part", id="a neck"),
+        pytest.param(narrowing_to_no_output, "part", id="a neck without an output"),
+        pytest.param(pooled_to_one_size, "1", id="a pooling of all maps to one size"),
         pytest.param(
             lambda: narrowing(nn.Sequential(nn.Conv2d(64, 8, 1), nn.BatchNorm2d(8))), "2", id="a block does too"
         ),

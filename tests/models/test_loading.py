@@ -32,7 +32,7 @@ LAYERS = {
     "timm:convnext_tiny": "norm_pre 768x7x7",
     "timm:deit_tiny_distilled_patch16_224": "norm 198x192",
     "timm:swin_tiny_patch4_window7_224": "norm 7x7x768",
-    "torchvision:vgg11": "avgpool 512x7x7",
+    "torchvision:vgg11": "features 512x7x7",
     "torchvision:deeplabv3_mobilenet_v3_large": "backbone.16 960x33x33",
     # 256 levels of the pyramid's three, put together at the middle one.
     DETECTOR: "backbone 768x10x10",

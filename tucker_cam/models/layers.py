@@ -17,10 +17,11 @@ from torch.nn.modules.conv import _ConvNd
 
 from tucker_cam.activations import UNCOMPILED, ReshapeTransform
 from tucker_cam.errors import BadValueError
-from tucker_cam.models.reshape import positions_in, shows, spatial_output
+from tucker_cam.models.reshape import positions_in, shows, spatial_output, tensors_in
 from tucker_cam.models.responses import differing_pictures, follows
 
 _LINEAR = (nn.Linear, _ConvNd)
+_ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 _SQUARE = 224  # a side that most networks take
 _EQUAL = 0.01
 """Of the largest value: means over a map's positions differ by less before and after it is enlarged."""
@@ -99,7 +100,8 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
     What comes after it is a head: a small part that turns maps into numbers; all that follows a backbone which
     returns its maps by name; or a small part that predicts the model's own output, or what that is the mean of. Such a
     one ends in a linear layer that narrows what it took, has the picture's size, or takes several maps; or is like the
-    layer for the classes. A map of one channel weighs others, and is the last only where there is no other.
+    layer for the classes. So is a small one that narrows and on which the output does not depend. A map of one channel
+    weighs others, and an adaptive pooling resizes them: these are the last only where there is no other.
 
     Args:
         model: its train and eval flags are left as they were.
@@ -135,14 +137,17 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
 
 
 def _run_once(model: nn.Module, example: Tensor) -> DryRun:
-    pictures = differing_pictures(example)
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        calls, output = _observe(model, pictures)
+        return _look_at(model, differing_pictures(example))
     finally:
         for module, flag in training.items():
             module.training = flag
+
+
+def _look_at(model: nn.Module, pictures: Tensor) -> DryRun:
+    calls, output = _observe(model, pictures)
     # What is most of the network is no head, but a body with its head.
     most = _size(model) / 2
     small = {name for name, call in calls.items() if _size(call.module) < most}
@@ -156,9 +161,14 @@ def _run_once(model: nn.Module, example: Tensor) -> DryRun:
         for name, call in path[: named[-1] + 1 if named else None]
         if (call.layer or call.role == "queries") and name not in passing and not f"{name}.".startswith(inside)
     ]
-    # One channel weighs the others, as attention does.
-    while len(body) > 1 and body[-1].layer and not body[-1].layer.reshape_transform and body[-1].layer.shape[1] == 1:
-        body.pop()
+    while len(body) > 1 and (last := body[-1].layer) and not last.reshape_transform:
+        if last.shape[1] == 1 or isinstance(last.module, _ADAPTIVE):
+            # One channel weighs the others, as attention does; an adaptive pooling makes one size of all maps.
+            body.pop()
+        elif last.name in small and _narrows(body[-1]) and not _plays_a_part(last.module, model, pictures, output):
+            body = [call for call in body if not (call.layer and f"{call.layer.name}.".startswith(f"{last.name}."))]
+        else:
+            break
     # A part that is never called, whose parent uses its weights itself, as attention does with its projection.
     silent = [name for name, module in model.named_modules() if name not in calls and not any(module.children())]
     target = body[-1].layer if body and body[-1].follows is not False else None
@@ -250,6 +260,26 @@ def _passing_on(small: set[str], calls: dict[str, _Call], output: object, pictur
             if _size(call.module) and predicts:
                 passing.update(makers)
     return passing
+
+
+def _narrows(call: _Call) -> bool:
+    """Tell whether a part puts out fewer channels than it took, as what predicts classes does."""
+    took, put_out = ([each.shape[1] for each in means] for means in (call.took, call.put_out))
+    return bool(took and put_out) and max(put_out) < max(took)
+
+
+def _plays_a_part(layer: nn.Module, model: nn.Module, pictures: Tensor, output: object) -> bool:
+    """Tell whether the output changes with a layer's map; that of an auxiliary head, for the loss, changes nothing."""
+
+    def replaced(module: nn.Module, inputs: object, found: Tensor) -> Tensor:
+        noise = torch.rand(found.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        return found + (found.abs().amax() + 1) * noise.to(found)
+
+    own = tensors_in(output)
+    # A model may fail on noise.
+    with suppress(Exception), torch.no_grad(), UNCOMPILED, layer.register_forward_hook(replaced):
+        return not own or not all(map(torch.equal, own, tensors_in(model(pictures))))
+    return True
 
 
 def _twins(small: set[str], calls: dict[str, _Call]) -> set[str]:

@@ -93,14 +93,21 @@ def positions_in(output: object, pictures: Tensor) -> list[Tensor]:
     """Return all that has positions in an output, at any depth, each with its channels second, tokens as well."""
     return [
         each.movedim(-1, 1) if each.dim() == 3 or _is_channels_last(each, pictures) else each
-        for each in _tensors_in(output)
+        for each in tensors_in(output)
         if _has_positions(each, pictures)
     ]
 
 
 def shows(output: object, pictures: Tensor) -> bool:
     """Tell whether an output is or holds, at any depth, a map or tokens of the picture."""
-    return any(_is_map(each, pictures) for each in _tensors_in(output))
+    return any(_is_map(each, pictures) for each in tensors_in(output))
+
+
+def tensors_in(output: object) -> list[Tensor]:
+    """Return all tensors in an output, at any depth."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [tensor for value in _values(output) for tensor in tensors_in(value)]
 
 
 def _is_map(value: Tensor, pictures: Tensor) -> bool:
@@ -146,12 +153,6 @@ def _is_channels_last(output: Tensor, pictures: Tensor) -> bool:
 def _maps_in(output: object) -> list[Tensor]:
     tensors = [value for value in _values(output) if isinstance(value, Tensor) and value.dim() in (4, 5)]
     return [tensor for tensor in tensors if tensor.shape[2:].numel() > 1]
-
-
-def _tensors_in(output: object) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    return [tensor for value in _values(output) for tensor in _tensors_in(value)]
 
 
 def _values(output: object) -> list[object]:
