@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import networks
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from repositories import make_repositories
+from torch import nn
 from torchvision import transforms
+from transformers import EfficientNetImageProcessor, MobileViTImageProcessor, ViTImageProcessor
 
-from tucker_cam.models import Preprocessing, load_model
+from tucker_cam.models import Network, Preprocessing, load_model
 from tucker_cam.models.network import IMAGENET_MEAN, IMAGENET_STD, imagenet_preprocessing
 
 TINY = "networks:tiny_loaded_model"
@@ -76,3 +79,39 @@ def test_a_loaded_model_is_returned_as_it_is_or_loaded_again_with_what_is_asked_
     assert (other.name, other.layer_names, other.layers[0].shape) == (TINY, ["0"], (1, 8, 24, 24))
     assert load_model(loaded, layers=[-1]).layer_names == ["3"]
     assert load_model(other, layers=[-1]).preprocessing == other.preprocessing
+
+
+def blue_green_red(picture):
+    """Return the input of networks that were trained in Caffe."""
+    return 255 * transforms.functional.to_tensor(picture).flip(0)
+
+
+CAFFE = Network(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), blue_green_red, (0,) * 3, (1 / 255,) * 3)
+RED = Image.new("RGB", (64, 48), (200, 60, 10))
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        MobileViTImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}),
+        EfficientNetImageProcessor(size={"height": 64, "width": 64}),
+        ViTImageProcessor(rescale_factor=1 / 127.5, image_mean=[1] * 3, image_std=[1] * 3),
+        None,
+    ],
+    ids=["blue, green, red", "normalised twice", "scaled otherwise", "of one's own"],
+)
+def test_what_is_shown_of_a_networks_input_has_the_pictures_colours(processor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_repositories()
+    if processor is not None:
+        processor.save_pretrained("microsoft/resnet-50")
+    network = CAFFE if processor is None else load_model("hf:microsoft/resnet-50")
+    np.testing.assert_allclose(255 * network.picture(network.preprocess(RED)).mean((0, 1)), [200, 60, 10], atol=2)
+
+
+@pytest.mark.parametrize("changed", [{"size": 32}, {"crop": False}, {"mean": (0,) * 3}])
+def test_a_preprocessing_that_does_more_to_the_colours_than_the_usual_one_is_not_replaced(changed):
+    whole = replace(CAFFE, preprocess=lambda picture: blue_green_red(picture)[:, 80:170, 80:170])
+    with pytest.raises(ValueError, match="Sequential: its preprocessing does more to the colours"):
+        load_model(whole, **changed)
+    assert load_model(whole, size=32, mean=(0,) * 3, std=(1,) * 3).preprocess.size == 32

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -214,9 +214,22 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
     if hasattr(config, "vision_config"):
         # Of a model of pictures and texts, such as CLIP, the part that sees the picture.
         model = getattr(model, "vision_model", model)
-    normalises = getattr(processor, "do_normalize", False)
-    mean, std = (processor.image_mean, processor.image_std) if normalises else (_NO_MEAN, _NO_STD)
-    return Network(model, partial(_processed, processor), tuple(mean), tuple(std))
+    preprocess = partial(_processed, processor)
+    return Network(model, preprocess, *_normalisation(preprocess))
+
+
+def _normalisation(preprocess: Callable[[Image.Image], Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and the deviation of each channel: processors scale as well, and some normalise twice."""
+    from PIL import Image
+
+    # Another's may fail on these, or normalise each picture by itself.
+    with suppress(Exception):
+        made = [preprocess(Image.new("RGB", (256, 256), (level,) * 3)) for level in (0, 255)]
+        black, white = (each[:, each.shape[1] // 2, each.shape[2] // 2].tolist() for each in made)
+        std = [1 / (high - low) for low, high in zip(black, white, strict=True)]
+        mean = [0 - low * each for low, each in zip(black, std, strict=True)]
+        return tuple(round(each, 6) for each in mean), tuple(round(each, 6) for each in std)
+    return _NO_MEAN, _NO_STD
 
 
 def _parts(config: Any) -> Iterator[Any]:

@@ -24,6 +24,9 @@ from tucker_cam.models.network import Network, Preprocessing, imagenet_preproces
 from tucker_cam.seeding import seeded
 from tucker_cam.text import one_line
 
+_COLOUR = 0.05
+"""Of a normalised colour: resizing and processors round."""
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LoadedModel(Network):
@@ -120,7 +123,7 @@ def load_model(
             ImageNet's usual preprocessing, or a `Network`. Or such an object itself, which is put into eval mode; a
             `LoadedModel` is returned as it is where nothing else is asked for.
         weights: a checkpoint, of ``torch.save`` or ``.safetensors``, as self-supervised projects publish it; the
-            backbone is found in it. No code in it is run.
+            backbone is found in it, and loaded into the module itself. No code in it is run.
         pretrained: download the published weights; without them the weights are random, the same every time. ``demo``
             and a model of yours have none to download, and take no False.
         layers: dotted names of layers to explain, negative indices into all that have a spatial map (-1 is the last),
@@ -172,6 +175,14 @@ def load_model(
     run = _dry_run(spec, network)
     chosen = choose_layers(module, run, layers)
     common_transform(chosen)
+    if device is None and isinstance(model, str) and torch.cuda.is_available():
+        device = "cuda"
+    try:
+        if device is not None:
+            module.to(device)
+    except Exception as error:
+        # Each backend that is not there says so with an error of its own kind.
+        raise BadValueError(f"the model cannot run on {str(device)!r} ({one_line(error)}): use cpu") from error
     name, report = spec, ""
     if weights is not None:
         file = Path(weights)
@@ -182,14 +193,6 @@ def load_model(
         network = replace(network, classifies=network.classifies and not loaded.missing)
     elif not pretrained:
         name = f"{spec} with random weights"
-    if device is None and isinstance(model, str) and torch.cuda.is_available():
-        device = "cuda"
-    try:
-        if device is not None:
-            module.to(device)
-    except Exception as error:
-        # Each backend that is not there says so with an error of its own kind.
-        raise BadValueError(f"the model cannot run on {str(device)!r} ({one_line(error)}): use cpu") from error
     shown = ", ".join(f"{layer.name} {'x'.join(map(str, layer.shape[1:]))}" for layer in chosen)
     return LoadedModel(
         **{field.name: getattr(network, field.name) for field in fields(Network)},
@@ -234,6 +237,11 @@ def _with_preprocessing(
     base = own if isinstance(own, Preprocessing) else Preprocessing(network.example().shape[-1], _crops(own))
     if only_crop and not base.crop:
         return network
+    if base is not own and (mean is None or std is None) and not _same_colours(own, network.mean, network.std):
+        raise BadValueError(
+            f"{spec}: its preprocessing does more to the colours than to normalise them by {network.mean} and "
+            f"{network.std}, so nothing else can stand for it: give a Network with a preprocessing of your own"
+        )
     preprocess = replace(
         base,
         size=base.size if size is None else size,
@@ -258,6 +266,16 @@ def _tries(network: Network, number: int) -> list[Tensor]:
         tries = [network.made_of(picture, "a picture").nan_to_num() for _ in range(number)]
         return tries if tries[0].dim() > 2 else []
     return []
+
+
+def _same_colours(preprocess: Callable[[Any], Tensor], mean: Sequence[float], std: Sequence[float]) -> bool:
+    """Tell whether a preprocessing makes of a colour what this mean and deviation do: no BGR, say."""
+    from PIL import Image
+
+    picture = Image.new("RGB", (256, 256), (200, 60, 10))
+    made = [preprocessed(each, picture, "a red picture") for each in (preprocess, Preprocessing(mean=mean, std=std))]
+    own, usual = (each[:, each.shape[1] // 2, each.shape[2] // 2].float() for each in made)
+    return own.shape == usual.shape and torch.allclose(own, usual, atol=_COLOUR)
 
 
 def _crops(preprocess: Callable[[Any], Tensor]) -> bool:

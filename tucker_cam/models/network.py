@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -130,8 +131,21 @@ class Network:
             )
         if seen.shape[-1] == 1:
             mean, std = mean.mean(), std.mean()
-        picture: NDArray[np.float32] = (seen * std + mean).clamp(0, 1).expand(*seen.shape[:-1], 3).numpy()
+        colours = (seen * std + mean).clamp(0, 1).expand(*seen.shape[:-1], 3)
+        picture: NDArray[np.float32] = (colours.flip(-1) if self._exchanges_colours else colours).numpy()
         return picture
+
+    @cached_property
+    def _exchanges_colours(self) -> bool:
+        """Whether the preprocessing makes blue, green, red of red, green, blue."""
+        from PIL import Image
+
+        with suppress(BadValueError, BadTypeError):
+            red = self.made_of(Image.new("RGB", (256, 256), (255, 0, 0)), "a red picture")
+            means = red.flatten(1).mean(1).tolist()
+            levels = [level * std + mean for level, std, mean in zip(means, self.std, self.mean, strict=False)]
+            return bool(levels[-1] > levels[0])
+        return False
 
     def example(self) -> Tensor:
         """Return what it takes, or the input of a grey picture, as a batch of one where the model is.
