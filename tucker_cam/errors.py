@@ -1,5 +1,6 @@
 """Errors that a user can mend: one kind, and each is also the built-in kind that fits. What failed is a value."""
 
+import re
 from typing import NamedTuple
 
 from tucker_cam.text import one_line
@@ -41,4 +42,4 @@ class Failure(NamedTuple):
     def __str__(self) -> str:
         line = one_line(self.error)
         name = f"{self.name}, {self.method}" if self.method else self.name
-        return line if name in line else f"{name}: {line}"
+        return line if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", line) else f"{name}: {line}"

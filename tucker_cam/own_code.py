@@ -9,7 +9,7 @@ from tucker_cam.errors import BadValueError, MissingPackageError
 
 
 def from_own_module(spec: str) -> Callable[..., object]:
-    """Return what MODULE:NAME names, a class or another callable; the working directory is searched first.
+    """Return what MODULE:NAME names, a class or another callable; the working directory is put on the path.
 
     Raises:
         ValueError: there is no such module or name, it is not callable, or the module's own code failed.

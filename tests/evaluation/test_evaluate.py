@@ -179,6 +179,7 @@ def test_pictures_and_annotations_that_do_not_fit_are_named_counted_and_the_othe
     write_picture(data / "images" / "far.png", size=(40, 30))
     write_boxes(data / "annotations" / "far.xml", (90, 1, 95, 4), size=(40, 30))
     write_picture(data / "images" / "free.png", size=(40, 30))
+    write_boxes(data / "annotations" / "nobodys.xml", (1, 1, 5, 4), size=(40, 30))
     result = run("evaluate", data, "--out", tmp_path / "r.csv", "--method", "tsm")
     assert result.exit_code == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -186,6 +187,8 @@ def test_pictures_and_annotations_that_do_not_fit_are_named_counted_and_the_othe
     for words in ("broken.png: expected a whole picture", "far.xml: expected boxes"):
         assert words in "".join(errors)
     assert "6 pictures scored, 2 skipped" in result.output
+    # Before the work begins.
+    assert result.output.startswith("note: XML files or masks that belong to no picture: 1, ")
     assert "free.png: without boxes" in result.output
     rows = {row["picture"]: row for row in read(tmp_path / "r.csv") if row["method"] == "tsm"}
     assert set(rows) == {f"images/{name}.png" for name in (*range(5), "free")}

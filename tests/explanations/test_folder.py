@@ -419,8 +419,8 @@ def test_a_clip_is_explained_frame_by_frame_and_its_overlay_moves(tmp_path, out)
     with Image.open(out / "clip_tsm.png") as overlay:
         assert (overlay.n_frames, overlay.size) == (4, (24, 16))
     refused = run(*arguments, "--gallery")
-    assert refused.exit_code == 1
-    assert "the gallery shows pictures, not clips or volumes" in refused.stderr
+    assert refused.exit_code == 2
+    assert "expected a network for pictures with gallery" in refused.stderr
 
 
 def test_a_gallery_shows_the_methods_and_pictures_of_all_runs(pictures, out):
@@ -539,12 +539,12 @@ class SizeFiles(MethodFiles):
 
 def test_a_new_format_is_one_class_that_is_gone_on_with_and_removed(pictures, out, monkeypatch):
     monkeypatch.setitem(outputs.FORMATS, "size", SizeFiles)
-    monkeypatch.setattr("tucker_cam.explanations.folder.KINDS", [*outputs.KINDS, SizeFiles])
     arguments = (pictures, *MODEL, "--format", "size", "--out", out)
     assert "11 explained, 0 there already" in run(*arguments).output
     assert (out / "p000_tsm.txt").read_text() == "(24, 24)"
     (out / "p001_tsm.txt").unlink()
     (out / "p000_tsm.txt").write_text("old")
+    (out / "p002_tsm.txt").write_text("")
     Image.new("RGB", (50, 50)).save(pictures / "p000.png")
-    assert "2 explained, 9 there already" in run(*arguments).output
+    assert "3 explained, 8 there already" in run(*arguments).output
     assert (out / "p000_tsm.txt").read_text() == "(24, 24)"

@@ -3,7 +3,8 @@ r"""Saliency maps in, one number for each map out: does the map lie on the objec
 Every function takes a batch of maps $m$, finite, in [0, 1], batch x height x width, and returns one value for each,
 float32. Localisation compares with the object's masks, bool, of the maps' shape, and gives NaN where a mask is empty.
 Faithfulness compares a `Score` of the network's inputs, batch x channels x height x width, with its score of changed
-ones, and gives one value for each score. Whatever is of another kind or shape is a TypeError or a ValueError.
+ones, and gives one value for each score. Maps, masks and images of another kind or shape are a TypeError or a
+ValueError.
 
 Maps that keep more of the picture have an advantage in some (Average Drop) and a drawback in others (energy in the
 mask); `area_matched` takes it away. At the end stands a `Measure` for each column of an evaluation: a new one is a

@@ -99,9 +99,9 @@ def explain(
         progress: show a bar while files are written.
 
     Returns:
-        An iterable that does the work while it is gone through, and again when it is gone through again. A picture that
-        fails is told of by the logger ``tucker_cam`` then, and stands in its `failures`. With `out` these are at first
-        those of the writing.
+        An iterable that does the work while it is gone through, and again when it is gone through again, as often as
+        the pictures can be. A picture that fails is told of by the logger ``tucker_cam`` then, and stands in its
+        `failures`. With `out` these are at first those of the writing.
 
     Raises:
         TypeError, ValueError: what was given holds no pictures; an unknown method, format or look, or a bad size of the
@@ -179,6 +179,10 @@ class Explanations:
             raise BadTypeError("the number of pictures is not known before they were gone through")
         return self._pictures.number + len(self._pictures.failures)
 
+    def __bool__(self) -> bool:
+        """Return True: there is no run without pictures, and else `len` would be asked."""
+        return True
+
     def __iter__(self) -> Iterator[Explanation]:
         self.failures = []
         for failure in self._pictures.failures:
@@ -217,6 +221,8 @@ class Explanations:
             ValueError, OSError: see `explain`.
         """
         explainer = self._explainer
+        if gallery and self.loaded.example().dim() != 4:
+            raise BadValueError("expected a network for pictures with gallery, which shows no clips or volumes")
         if gallery and not explainer.components:
             explainer = replace(explainer, components=True)
         formats = check_writing(folder, formats, explainer.look, explainer.methods)

@@ -15,7 +15,7 @@ from tucker_cam.explanations.explainer import Explainer
 from tucker_cam.explanations.explanation import Explanation, Look
 from tucker_cam.explanations.gallery import write_gallery
 from tucker_cam.explanations.manifest import NOT_OURS, Manifest, folder_of_run, identity, manifests_in, not_of_a_run
-from tucker_cam.explanations.outputs import FORMATS, KINDS, PAGE, STORE, GalleryParts, Output, gallery_entries
+from tucker_cam.explanations.outputs import FORMATS, PAGE, STORE, GalleryParts, Output, gallery_entries
 from tucker_cam.methods import check_name, check_own_names
 from tucker_cam.pictures.ahead import cores, in_batches
 from tucker_cam.pictures.files import is_url
@@ -208,7 +208,8 @@ class FolderWriter:
 
 def remove_files(manifest: Manifest, key: str) -> int:
     """Remove what earlier runs wrote of a picture, which has changed since; return how many files that were."""
-    left = [path for kind in KINDS for path in filter(Path.is_file, kind.left(manifest, key))]
+    kinds: tuple[type[Output], ...] = (*FORMATS.values(), GalleryParts)
+    left = [path for kind in kinds for path in filter(Path.is_file, kind.left(manifest, key))]
     for path in left:
         path.unlink()
     manifest.views.pop(key, None)

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from tucker_cam.errors import BadValueError
-from tucker_cam.explanations.outputs import KINDS, MethodFiles
+from tucker_cam.explanations.outputs import FORMATS, MethodFiles
 from tucker_cam.models import LoadedModel
 from tucker_cam.pictures.held import Picture
 from tucker_cam.pictures.sources import MANIFEST, Stamp, safe_name
@@ -26,7 +26,7 @@ _PACKAGES = ("tucker-cam", "torch", "numpy", "grad-cam", "pillow")
 _RUN = frozenset(["engine", "model", "weights", "layers", "aug_smooth", "preprocessing"])
 _LONGEST_FOLDER = 100
 # Ours end so, and no folder of a picture's name may.
-_SUFFIXES = (".json", ".html", ".zarr", *(kind.suffix for kind in KINDS if issubclass(kind, MethodFiles)))
+_SUFFIXES = (".json", ".html", ".zarr", *(kind.suffix for kind in FORMATS.values() if issubclass(kind, MethodFiles)))
 
 
 class Manifest:

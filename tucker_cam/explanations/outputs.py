@@ -51,8 +51,8 @@ class Output(ABC):
         """Return the files of this picture: where they are, or will be."""
 
     def has(self, key: str) -> bool:
-        """Tell whether all of them are there."""
-        return all(path.is_file() for path in self.paths(key))
+        """Tell whether all of them are there; after a power failure a file can be empty."""
+        return all(path.is_file() and path.stat().st_size for path in self.paths(key))
 
     @abstractmethod
     def write(self, explanation: Explanation) -> None:
@@ -215,8 +215,6 @@ class GalleryParts(Output):
     def write(self, explanation: Explanation) -> None:
         from tucker_cam.explanations.gallery import gallery_entry
 
-        if explanation.network_input.dim() != 3:
-            raise BadValueError("the gallery shows pictures, not clips or volumes")
         key = explanation.source.key
         # A method that failed is missed in the next run.
         name, path = self.manifest.names[key], self._path(key, explanation.maps)
@@ -250,4 +248,3 @@ def gallery_entries(manifest: Manifest, title: str, page: Path) -> Iterator[dict
 
 FORMATS: dict[str, type[Output]] = {"overlay": Overlays, "npy": ArrayFiles, "zarr": ZarrStore}
 """By the name that a user asks for."""
-KINDS: tuple[type[Output], ...] = (*FORMATS.values(), GalleryParts)
