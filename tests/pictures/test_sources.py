@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 from annotated import write_picture
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -162,6 +163,18 @@ def test_a_table_that_was_written_again_is_read_again(tmp_path):
     written([30])
     with pytest.raises(OSError, match="the table has changed"):
         sources[1].read()
+
+
+def test_a_tiff_of_16_bits_in_which_0_is_white_or_with_planes_is_not_read_as_another_picture(tmp_path):
+    greys = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "negative.tif", greys, photometric="miniswhite")
+    np.testing.assert_allclose(np.asarray(open_picture(tmp_path / "negative.tif"))[..., 0], 255 - greys / 257, atol=1)
+    tifffile.imwrite(tmp_path / "planes.tif", np.stack([greys] * 3), photometric="rgb", planarconfig="separate")
+    with pytest.raises(OSError, match=r"planes.tif: expected the colours of a pixel together, found planes"):
+        open_picture(tmp_path / "planes.tif")
+    planes = np.stack([greys // 257] * 3).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "bytes.tif", planes, photometric="rgb", planarconfig="separate")
+    assert np.array_equal(np.asarray(open_picture(tmp_path / "bytes.tif")), planes.transpose(1, 2, 0))
 
 
 def test_a_clip_is_read_as_so_many_frames_evenly_spread(tmp_path):

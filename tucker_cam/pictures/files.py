@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, PLANAR_CONFIGURATION
 
 from tucker_cam.errors import BadFileError
 from tucker_cam.text import one_line
@@ -83,14 +84,18 @@ def _decoding(name: str) -> Iterator[None]:
 
 
 def _upright_rgb(picture: Image.Image, name: str) -> Image.Image:
-    """Return a picture as RGB, turned as its EXIF data says; OSError for one of 32 bits a channel."""
+    """Return a picture as RGB, turned as its EXIF data says; OSError for what Pillow has not the right numbers of."""
     if picture.mode == "F" or (picture.mode == "I" and picture.format in ("TIFF", None)):
         # Nothing in the picture says which of its numbers are black and white.
         raise BadFileError(f"{name}: expected a picture of 8 or 16 bits a channel, found one of 32: convert it")
+    tags = getattr(picture, "tag_v2", {})
+    if tags.get(PLANAR_CONFIGURATION) == 2 and len(bits := tags.get(BITSPERSAMPLE, ())) > 1 and max(bits) > 8:
+        raise BadFileError(f"{name}: expected the colours of a pixel together, found planes of 16 bits: convert it")
     upright = ImageOps.exif_transpose(picture)
     if upright.mode.startswith("I"):
-        # Pillow would cut 16-bit greys off at 255 instead of scaling them.
-        upright = Image.fromarray((np.asarray(upright) / 257).clip(0, 255).astype(np.uint8))
+        # Pillow would cut 16-bit greys off at 255 instead of scaling them, and takes white for black in some TIFFs.
+        grey = (np.asarray(upright) / 257).clip(0, 255).astype(np.uint8)
+        upright = Image.fromarray(255 - grey if tags.get(PHOTOMETRIC_INTERPRETATION) == 0 else grey)
     return upright.convert("RGB")
 
 
