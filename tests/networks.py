@@ -1,5 +1,6 @@
 """Tiny seeded networks, one for each habit of a model that a label-free method has to put up with."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from operator import itemgetter
 
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 from torchvision import transforms
 
-from tucker_cam.models import Network
+from tucker_cam.models import Network, load_model
 
 
 def images(batch=2, size=32):
@@ -75,6 +76,11 @@ def small_volume_cnn():
         conv=nn.Conv3d(1, 6, 3, padding=1),
         head=nn.Linear(6, 2),
     )
+
+
+def loaded_in_a_thread():
+    loading = ThreadPoolExecutor(1).submit(load_model, "torchvision:resnet18", pretrained=False)
+    return loading.result(timeout=60).model
 
 
 def tiny_loaded_model():

@@ -18,5 +18,6 @@ def test_a_failure_keeps_its_error_and_says_once_whose_it_is():
     assert Failure("a.png", error).error is error
     assert str(Failure("a.png", error)) == "a.png: too small"
     assert str(Failure("b.png", error)) == "b.png: a.png: too small"
-    assert str(Failure("a", BadValueError("bad"))) == "a: bad"
+    assert str(Failure("b/a.png", BadValueError("/c/b/a.png: bad"))) == "/c/b/a.png: bad"
+    assert str(Failure("a", BadValueError("expected a picture, got a: bad"))) == "a: expected a picture, got a: bad"
     assert str(Failure("b.png", KeyError())) == "b.png: KeyError"

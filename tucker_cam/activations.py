@@ -267,7 +267,7 @@ def check_maps_of(features: Tensor, images: Tensor, source: Source) -> None:
         )
     # Tokens were laid out for pictures of some proportions.
     aspect, (height, width) = getattr(source.reshape_transform, "aspect", None), images.shape[-2:]
-    if isinstance(aspect, float) and aspect != height / width:
+    if aspect is not None and aspect != height / width:
         raise BadValueError(
             f"expected images {aspect:g} times as high as wide, for which {source.name} was made, got {height} x "
             f"{width}: find the layer with a batch of these, as explain does with a torch.nn.Module"

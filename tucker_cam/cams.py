@@ -134,9 +134,10 @@ class LabelFreeCAM(BaseCAM, ABC):
                 f"expected maps as a tensor, batch x spatial, from {type(self).__name__}.saliency for features "
                 f"{tuple(features.shape)}, got {shape or type(maps).__name__}"
             )
+        maps = maps.cpu().double()
         if not all_finite(maps):
             raise BadValueError(f"expected finite maps from {type(self).__name__}.saliency, got NaN or Inf")
-        finished: NDArray[np.float32] = scaled(maps.cpu().double().clamp_min(0)).float().numpy()
+        finished: NDArray[np.float32] = scaled(maps.clamp_min(0)).float().numpy()
         return finished
 
     def _recorded(self, activations: Tensor | NDArray[np.floating[Any]], layer: nn.Module) -> Tensor:

@@ -42,4 +42,5 @@ class Failure(NamedTuple):
     def __str__(self) -> str:
         line = one_line(self.error)
         name = f"{self.name}, {self.method}" if self.method else self.name
-        return line if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", line) else f"{name}: {line}"
+        # The line may begin with the whole path, of which the name is the end.
+        return line if re.match(rf"(.*/)?{re.escape(name)}[:,] ", line) else f"{name}: {line}"

@@ -206,13 +206,18 @@ def beside(auxiliary):
     return Wired(run, **parts, classes=nn.Linear(64 if auxiliary else 5, 4))
 
 
-def narrowing_to_no_output():
+def narrowing_to(answer):
     parts = {"features": nn.Conv2d(3, 64, 7), "part": nn.Conv2d(64, 5, 1)}
-    return Wired(lambda self, x: {}.get(self.part(self.features(x))), **parts)
+    return Wired(lambda self, x: answer(self.part(self.features(x)).mean((2, 3))), **parts)
 
 
 def pooled_to_one_size():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(5), nn.Flatten(), nn.Linear(200, 4))
+
+
+def pooled_sum():
+    parts = {"first": nn.Conv2d(3, 8, 3), "short": nn.Conv2d(3, 8, 3), "pool": nn.AdaptiveAvgPool2d(5)}
+    return Wired(lambda self, x: self.pool(self.first(x) + self.short(x)).sum((2, 3)), **parts)
 
 
 def attention():
@@ -244,7 +249,12 @@ def attention():
         pytest.param(attention, "features", id="attention of one channel"),
         pytest.param(lambda: beside(auxiliary=True), "features", id="an auxiliary head"),
         pytest.param(lambda: beside(auxiliary=False), "part", id="a neck"),
-        pytest.param(narrowing_to_no_output, "part", id="a neck without an output"),
+        pytest.param(lambda: narrowing_to(lambda found: None), "part", id="a neck without an output"),
+        pytest.param(lambda: narrowing_to(lambda found: found.argmax(1)), "part", id="a neck of classes alone"),
+        pytest.param(
+            lambda: narrowing_to(lambda found: torch.zeros(3, 4)), "part", id="a neck and numbers that are the same"
+        ),
+        pytest.param(pooled_sum, "pool", id="a pooling of a sum"),
         pytest.param(pooled_to_one_size, "1", id="a pooling of all maps to one size"),
         pytest.param(
             lambda: narrowing(nn.Sequential(nn.Conv2d(64, 8, 1), nn.BatchNorm2d(8))), "2", id="a block does too"

@@ -111,6 +111,10 @@ def test_threads_that_load_at_once_get_what_each_would_alone():
             assert all(torch.equal(value, alone[name][key]) for key, value in found.model.state_dict().items())
 
 
+def test_a_function_of_ones_own_may_load_models_in_threads():
+    assert load_model("networks:loaded_in_a_thread").layer_names == ["layer4"]
+
+
 @pytest.mark.parametrize(
     ("family", "package"), [(family, package) for family in FAMILIES.values() for package in family.packages]
 )

@@ -12,7 +12,7 @@ from PIL import Image
 from repositories import make_repositories
 from torch import nn
 from torchvision import transforms
-from transformers import EfficientNetImageProcessor, MobileViTImageProcessor, ViTImageProcessor
+from transformers import BitImageProcessor, EfficientNetImageProcessor, MobileViTImageProcessor, ViTImageProcessor
 
 from tucker_cam.models import Network, Preprocessing, load_model
 from tucker_cam.models.network import IMAGENET_MEAN, IMAGENET_STD, imagenet_preprocessing
@@ -96,9 +96,10 @@ RED = Image.new("RGB", (64, 48), (200, 60, 10))
         MobileViTImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}),
         EfficientNetImageProcessor(size={"height": 64, "width": 64}),
         ViTImageProcessor(rescale_factor=1 / 127.5, image_mean=[1] * 3, image_std=[1] * 3),
+        BitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}),
         None,
     ],
-    ids=["blue, green, red", "normalised twice", "scaled otherwise", "of one's own"],
+    ids=["blue, green, red", "normalised twice", "scaled otherwise", "the usual", "of one's own"],
 )
 def test_what_is_shown_of_a_networks_input_has_the_pictures_colours(processor, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -107,6 +108,19 @@ def test_what_is_shown_of_a_networks_input_has_the_pictures_colours(processor, t
         processor.save_pretrained("microsoft/resnet-50")
     network = CAFFE if processor is None else load_model("hf:microsoft/resnet-50")
     np.testing.assert_allclose(255 * network.picture(network.preprocess(RED)).mean((0, 1)), [200, 60, 10], atol=2)
+
+
+def test_a_network_of_bytes_and_one_that_normalises_each_picture_show_its_colours():
+    as_bytes = replace(CAFFE, preprocess=transforms.functional.pil_to_tensor)
+    np.testing.assert_allclose(255 * as_bytes.picture(as_bytes.preprocess(RED))[0, 0], [200, 60, 10], atol=1)
+
+    def standardised(picture):
+        pixels = transforms.functional.to_tensor(picture)
+        return (pixels - pixels.mean((1, 2), keepdim=True)) / (pixels.std((1, 2), keepdim=True) + 1e-6)
+
+    network = replace(CAFFE, preprocess=standardised, mean=(0.3, 0.4, 0.5), std=(0.2,) * 3)
+    shown = network.picture(standardised(PICTURE))
+    assert np.corrcoef(shown[..., 0].ravel(), np.asarray(PICTURE)[..., 0].ravel())[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("changed", [{"size": 32}, {"crop": False}, {"mean": (0,) * 3}])

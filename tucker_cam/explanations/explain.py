@@ -180,7 +180,7 @@ class Explanations:
         return self._pictures.number + len(self._pictures.failures)
 
     def __bool__(self) -> bool:
-        """Return True: there is no run without pictures, and else `len` would be asked."""
+        """Return True; else `len` would be asked, which need not be known."""
         return True
 
     def __iter__(self) -> Iterator[Explanation]:

@@ -51,12 +51,17 @@ class Output(ABC):
         """Return the files of this picture: where they are, or will be."""
 
     def has(self, key: str) -> bool:
-        """Tell whether all of them are there; after a power failure a file can be empty."""
-        return all(path.is_file() and path.stat().st_size for path in self.paths(key))
+        """Tell whether all of them are there."""
+        return all(map(_is_whole, self.paths(key)))
 
     @abstractmethod
     def write(self, explanation: Explanation) -> None:
         """Write the files of a picture; OSError or ValueError if they cannot be written."""
+
+
+def _is_whole(path: Path) -> bool:
+    """Tell whether there is such a file; after a power failure one can be empty."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 class MethodFiles(Output):
@@ -182,7 +187,7 @@ class ZarrStore(Output):
         return [self.path / method / "c" / str(self.manifest.places[key]) for method in self.methods]
 
     def has(self, key: str) -> bool:
-        return all(any(map(Path.is_file, folder.rglob("0"))) for folder in self.paths(key))
+        return all(any(map(_is_whole, folder.rglob("0"))) for folder in self.paths(key))
 
     def write(self, explanation: Explanation) -> None:
         for method, saliency in explanation.maps.items():

@@ -214,22 +214,31 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
     if hasattr(config, "vision_config"):
         # Of a model of pictures and texts, such as CLIP, the part that sees the picture.
         model = getattr(model, "vision_model", model)
-    preprocess = partial(_processed, processor)
-    return Network(model, preprocess, *_normalisation(preprocess))
+    return Network(model, partial(_processed, processor), *_normalisation(processor))
 
 
-def _normalisation(preprocess: Callable[[Image.Image], Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and the deviation of each channel: processors scale as well, and some normalise twice."""
+def _normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and the deviation of each channel: what a processor says of itself, or does beside that.
+
+    Some scale otherwise, or normalise twice.
+    """
+    import torch
     from PIL import Image
 
-    # Another's may fail on these, or normalise each picture by itself.
+    normalises = getattr(processor, "do_normalize", False)
+    declared = [processor.image_mean, processor.image_std] if normalises else [_NO_MEAN, _NO_STD]
+    said = torch.tensor(declared, dtype=torch.float64)
+    # One may fail on these, or normalise each picture by itself.
     with suppress(Exception):
-        made = [preprocess(Image.new("RGB", (256, 256), (level,) * 3)) for level in (0, 255)]
-        black, white = (each[:, each.shape[1] // 2, each.shape[2] // 2].tolist() for each in made)
-        std = [1 / (high - low) for low, high in zip(black, white, strict=True)]
-        mean = [0 - low * each for low, each in zip(black, std, strict=True)]
-        return tuple(round(each, 6) for each in mean), tuple(round(each, 6) for each in std)
-    return _NO_MEAN, _NO_STD
+        plain = [Image.new("RGB", (256, 256), (level,) * 3) for level in (0, 255)]
+        black, white = (_processed(processor, each).double().flatten(1) for each in plain)
+        place = (white - black).sum(0).abs().argmax()  # elsewhere may be padding
+        std = 1 / (white - black)[:, place]
+        does = torch.stack([(0 - black[:, place]) * std, std])
+        if does.isfinite().all() and not torch.allclose(does, said, atol=1e-4):
+            said = does
+    mean, deviation = said.tolist()
+    return tuple(mean), tuple(deviation)
 
 
 def _parts(config: Any) -> Iterator[Any]:

@@ -162,11 +162,12 @@ def _look_at(model: nn.Module, pictures: Tensor) -> DryRun:
         if (call.layer or call.role == "queries") and name not in passing and not f"{name}.".startswith(inside)
     ]
     while len(body) > 1 and (last := body[-1].layer) and not last.reshape_transform:
-        if last.shape[1] == 1 or isinstance(last.module, _ADAPTIVE):
+        before = [call for call in body if not (call.layer and f"{call.layer.name}.".startswith(f"{last.name}."))]
+        if last.shape[1] == 1 or (isinstance(last.module, _ADAPTIVE) and _takes_from(body[-1], body[-2])):
             # One channel weighs the others, as attention does; an adaptive pooling makes one size of all maps.
             body.pop()
-        elif last.name in small and _narrows(body[-1]) and not _plays_a_part(last.module, model, pictures, output):
-            body = [call for call in body if not (call.layer and f"{call.layer.name}.".startswith(f"{last.name}."))]
+        elif last.name in small and _narrows(body[-1]) and before and _is_beside(body[-1], before[-1], model, pictures):
+            body = before
         else:
             break
     # A part that is never called, whose parent uses its weights itself, as attention does with its projection.
@@ -268,18 +269,40 @@ def _narrows(call: _Call) -> bool:
     return bool(took and put_out) and max(put_out) < max(took)
 
 
-def _plays_a_part(layer: nn.Module, model: nn.Module, pictures: Tensor, output: object) -> bool:
-    """Tell whether the output changes with a layer's map; that of an auxiliary head, for the loss, changes nothing."""
+def _takes_from(call: _Call, before: _Call) -> bool:
+    """Tell whether a part took what the one before put out, and not the sum of several, say."""
+    return len(call.took) == len(before.put_out) == 1 and _same(call.took[0], before.put_out[0])
 
-    def replaced(module: nn.Module, inputs: object, found: Tensor) -> Tensor:
-        noise = torch.rand(found.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-        return found + (found.abs().amax() + 1) * noise.to(found)
 
-    own = tensors_in(output)
+def _is_beside(call: _Call, before: _Call, model: nn.Module, pictures: Tensor) -> bool:
+    """Tell whether noise on a part changes nothing, and on the one before it does: it is an auxiliary head, for a loss.
+
+    Of an output without numbers, classes say, nobody can tell.
+    """
+
+    def numbers(*noisy: nn.Module) -> list[Tensor]:
+        with torch.no_grad(), UNCOMPILED, ExitStack() as hooks:
+            for module in noisy:
+                # Ahead of the model's own hooks, one of which may be what hands the maps on.
+                hook = module.register_forward_hook(lambda module, inputs, found: _with_noise(found), prepend=True)
+                hooks.enter_context(hook)
+            return [each.clone() for each in tensors_in(model(pictures.clone())) if each.is_floating_point()]
+
     # A model may fail on noise.
-    with suppress(Exception), torch.no_grad(), UNCOMPILED, layer.register_forward_hook(replaced):
-        return not own or not all(map(torch.equal, own, tensors_in(model(pictures))))
-    return True
+    with suppress(Exception):
+        own = numbers()
+        same, same_before = (all(map(torch.equal, own, numbers(each.module))) for each in (call, before))
+        return same and not same_before
+    return False
+
+
+def _with_noise(found: Any) -> Any:
+    if isinstance(found, (list, tuple)):
+        return type(found)(map(_with_noise, found))
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        return found
+    noise = torch.rand(found.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return found + (found.abs().amax() + 1) * noise.to(found)
 
 
 def _twins(small: set[str], calls: dict[str, _Call]) -> set[str]:

@@ -138,13 +138,15 @@ class Network:
     @cached_property
     def _exchanges_colours(self) -> bool:
         """Whether the preprocessing makes blue, green, red of red, green, blue."""
+        import torch
         from PIL import Image
 
         with suppress(BadValueError, BadTypeError):
-            red = self.made_of(Image.new("RGB", (256, 256), (255, 0, 0)), "a red picture")
-            means = red.flatten(1).mean(1).tolist()
-            levels = [level * std + mean for level, std, mean in zip(means, self.std, self.mean, strict=False)]
-            return bool(levels[-1] > levels[0])
+            plain = [Image.new("RGB", (256, 256), colour) for colour in ("red", "blue")]
+            # Their difference: a mean is in both.
+            red, blue = (self.made_of(each, "a plain picture").float().flatten(1).mean(1).cpu() for each in plain)
+            change = (red - blue) * torch.tensor(self.std, device="cpu")
+            return bool(change[-1] > 0 > change[0])
         return False
 
     def example(self) -> Tensor:
