@@ -1,19 +1,27 @@
-"""How upright EigenCAM's maps are by other routes to the same singular vector, and how much the first value holds."""
+"""How upright EigenCAM's maps are by other routes to the same singular vector, and how much the first value holds.
+
+    python -m benchmarks.polarity FOLDER_WITH_BOXES
+
+Of the demo network. Writes benchmarks/results/polarity.md. Needs the `test` extra.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import scipy.linalg
 import torch
+import typer
 from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.reporting import table
 from tucker_cam import features
 from tucker_cam.decomposition.projection import leading_map
+from tucker_cam.evaluation.controls import control_maps
 from tucker_cam.evaluation.spectrum import spectrum
 from tucker_cam.models import LoadedModel, load_model
 from tucker_cam.pictures.annotations import find_samples, network_view
@@ -33,14 +41,16 @@ BACKENDS: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
 LAYOUTS = {"column-major (the host's)": np.asfortranarray, "row-major": np.ascontiguousarray}
 
 
-def measure_polarity(features: Tensor, masks: Tensor) -> dict[str, float]:
-    """Return the share of pictures on which EigenCAM's projection is higher on the object than beside it.
+def upright(features: Tensor, masks: Tensor) -> dict[str, list[bool]]:
+    """Return whether EigenCAM's projection is higher on the object than beside it, of each picture that has both.
 
     Args:
         features: batch x channels x height x width.
         masks: bool, batch x height x width, of the features' size.
     """
-    upright: dict[str, list[bool]] = {}
+    found: dict[str, list[bool]] = {}
+    size = (features.shape[2], features.shape[3])
+    gaussian = control_maps("centre-gaussian", pictures=["any"], size=size, resolution=size)[0].flatten().numpy()
     for image, mask in zip(features, masks.flatten(1).numpy(), strict=True):
         if mask.all() or not mask.any():
             continue
@@ -52,9 +62,10 @@ def measure_polarity(features: Tensor, masks: Tensor) -> dict[str, float]:
             for layout, arrange in LAYOUTS.items()
         }
         projections["TSM"] = leading_map(image[None])[0].flatten().numpy()
+        projections["centre-gaussian"] = gaussian
         for name, projection in projections.items():
-            upright.setdefault(name, []).append(bool(projection[mask].mean() > projection[~mask].mean()))
-    return {name: float(np.mean(each)) for name, each in upright.items()}
+            found.setdefault(name, []).append(bool(projection[mask].mean() > projection[~mask].mean()))
+    return found
 
 
 def features_of(folder: Path, limit: int | None, loaded: LoadedModel) -> tuple[Tensor, Tensor]:
@@ -77,15 +88,28 @@ def median_and_quartiles(values: NDArray[np.float64]) -> str:
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def polarity_tables(folder: Path, limit: int | None) -> list[str]:
-    """Return both tables of the demo network on pictures with boxes or masks."""
+def main(
+    folder: Annotated[Path, typer.Argument(help="Pictures with boxes or masks.")],
+    limit: Annotated[int | None, typer.Option(help="So many pictures, drawn at random.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("benchmarks/results"),
+) -> None:
+    """Write both tables of the demo network."""
+    torch.set_num_threads(1)
     loaded = {layer: load_model("demo", layers=[layer]) for layer in LAYERS}
-    polarity = {layer: measure_polarity(*features_of(folder, limit, loaded[layer])) for layer in LAYERS}
-    shares = {layer: spectrum(folder, loaded[layer], limit=limit, progress=False).shares for layer in LAYERS}
-    upright = {name: [f"{polarity[layer][name]:.1%}" for layer in LAYERS] for name in polarity["bn2"]}
-    first = {name: [median_and_quartiles(shares[layer][name][:, 0]) for layer in LAYERS] for name in shares["bn2"]}
-    return [
-        "## Upright or upside down, EfficientNet-Lite0 on raccoons",
-        table("pictures on which the map is upright", list(LAYERS), upright),
+    found = {layer: upright(*features_of(folder, limit, loaded[layer])) for layer in LAYERS}
+    spectra = {layer: spectrum(folder, loaded[layer], limit=limit, progress=False).shares for layer in LAYERS}
+    columns = [f"{layer}: upright, of {len(found[layer]['TSM'])} pictures" for layer in LAYERS]
+    shares = {name: [f"{np.mean(found[layer][name]):.1%}" for layer in LAYERS] for name in found[LAYERS[0]]}
+    first = {
+        name: [median_and_quartiles(spectra[layer][name][:, 0]) for layer in LAYERS] for name in spectra[LAYERS[0]]
+    }
+    parts = [
+        table("EfficientNet-Lite0", columns, shares),
         table("share of the first singular value, median and quartiles", list(LAYERS), first),
     ]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "polarity.md").write_text("\n\n".join(parts) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -29,7 +29,6 @@ from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from benchmarks.polarity import polarity_tables
 from benchmarks.reporting import environment, interval, table
 from tucker_cam.cams import LabelFreeCAM
 from tucker_cam.decomposition.projection import leading_map
@@ -321,8 +320,6 @@ def main(
     parts.append("## Time beside the forward pass, CPU ms a picture in a batch of 8")
     cost = {each: [f"{times[name][each]:.2f}" for name in chosen] for each in times[chosen[0]]}
     parts.append(table("method", [NETWORKS[name].title for name in chosen], cost))
-    if raccoons is not None:
-        parts += polarity_tables(raccoons, limit)
     write_rows(out / "quality.csv.gz", found)
     if ecssd is not None:
         draw_all(out / "quality.png", summaries)

@@ -16,6 +16,7 @@ from mkdocs.structure.files import File, Files
 _RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 _FETCHING_SCRIPT = re.compile(r"<script[^>]*>(?:(?!</script>).)*cdnjs(?:(?!</script>).)*</script>", flags=re.DOTALL)
 _SHORT_CODE = re.compile(r"<code>([^<]{1,30})</code>")
+_NOTEBOOK_LINK = re.compile(r'href="\.\./([\w-]+)\.md(#[^"]*)?"')
 _EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 
 
@@ -27,7 +28,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Draw the equations of a page, docstrings included, and mark the code that stays on a line."""
+    """Draw a page's equations, docstrings included, mark the code that stays on a line, mend a notebook's links."""
+    html = _NOTEBOOK_LINK.sub(r'href="../../\1/\2"', html)
     return _SHORT_CODE.sub(r'<code class="short">\1</code>', _EQUATION.sub(_mathml, html))
 
 

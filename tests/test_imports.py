@@ -57,6 +57,12 @@ def test_each_public_name_is_found_in_a_new_process():
     assert "torch" in imported_by("import tucker_cam; assert all(getattr(tucker_cam, n) for n in tucker_cam.__all__)")
 
 
+def test_where_a_package_of_an_extra_is_missing_its_install_command_is_said():
+    program = "import sys; sys.modules['skimage'] = None; from tucker_cam import evaluate"
+    ended = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert "evaluate needs the package skimage: pip install '.[evaluation]'" in ended.stderr.splitlines()[-1]
+
+
 def test_a_name_that_there_is_not_is_no_attribute():
     with pytest.raises(AttributeError, match="no attribute 'ECAM'"):
         tucker_cam.ECAM  # noqa: B018

@@ -50,7 +50,19 @@ def __getattr__(name: str) -> object:
     """Import a public name where it is first asked for: PyTorch and the host take seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home = _HOMES[name]
+    try:
+        value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+    except ModuleNotFoundError as error:
+        if not home.startswith("evaluation"):
+            raise
+        from tucker_cam.errors import MissingPackageError
+        from tucker_cam.extras import install
+
+        package = str(error.name).partition(".")[0]
+        raise MissingPackageError(
+            f"{name} needs the package {package}: {install('evaluation')}", name=package
+        ) from error
     return value
 
 

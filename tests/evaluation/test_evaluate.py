@@ -113,6 +113,8 @@ def test_a_measure_has_a_number_for_each_picture(data):
     for wrong, shape in ((torch.zeros(()), r"\(\)"), (torch.zeros(1, 1), r"\(1, 1\)")):
         with pytest.raises(BadValueError, match=rf"shape \(1,\) from the measure own, got {shape}"):
             evaluate(data, MODEL, "tsm", metrics=Measure("own", lambda judged, wrong=wrong: wrong))
+    with pytest.raises(BadValueError, match=r"the measure own failed \(ZeroDivisionError: "):
+        evaluate(data, MODEL, "tsm", metrics=Measure("own", lambda judged: 1 / 0))
     with pytest.raises(BadValueError, match="better as one of 'higher', 'lower', '', got 'up'"):
         Measure("own", torch.zeros, better="up")
 

@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tucker_cam.activations import output_and_features
-from tucker_cam.errors import BadTypeError, BadValueError, Failure
+from tucker_cam.errors import BadTypeError, BadValueError, Failure, TuckerCamError
 from tucker_cam.evaluation.controls import CONTROLS, control_maps
 from tucker_cam.evaluation.metrics import Judged, Measure, Score
 from tucker_cam.evaluation.results import Row
 from tucker_cam.explanations.border import BorderCheck
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import LoadedModel, Network
+from tucker_cam.text import one_line
 
 Builder = Callable[..., BaseCAM]
 """A method's class, or what makes its object: called with the model, its layers and a reshape_transform."""
@@ -132,7 +133,13 @@ def compare(
 
 def _numbers(measure: Measure, judged: Judged) -> Tensor:
     """Return what a measure finds, a number for each picture, and where it has a score for each of these."""
-    found = torch.as_tensor(measure.function(judged)).float().cpu()
+    try:
+        found = torch.as_tensor(measure.function(judged)).float().cpu()
+    except TuckerCamError:
+        raise
+    except Exception as error:
+        # One of the user's own.
+        raise BadValueError(f"the measure {measure.name} failed ({type(error).__name__}: {one_line(error)})") from error
     count = len(judged.names)
     wanted = (count, len(judged.score_names)) if measure.score else (count,)
     if found.shape != wanted:
