@@ -24,6 +24,11 @@ def one_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def kind_and_line(error: BaseException) -> str:
+    """Return what kind of error it is, and its first line: of strangers' code, whose messages need both."""
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
 def counted(pictures: int) -> str:
     """Return a number of pictures in words."""
     return "1 picture" if pictures == 1 else f"{pictures} pictures"

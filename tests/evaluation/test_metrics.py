@@ -187,11 +187,7 @@ def test_the_score_is_the_probability_beside_the_embeddings_similarity(layer):
         (lambda: metrics.energy_in_mask(MAP.numpy(), MASK), TypeError, "batch x height x width, got ndarray"),
         (lambda: metrics.energy_in_mask(MAP[0], MASK), TypeError, "batch x height x width, got torch.float32, (4, 4)"),
         (lambda: metrics.energy_in_mask(MAP, MASK.float()), TypeError, "masks > 0"),
-        (
-            lambda: metrics.energy_in_mask(MAP, MASK.tolist()),
-            TypeError,
-            "of bool, for maps (1, 4, 4), got list",
-        ),
+        (lambda: metrics.energy_in_mask(MAP, MASK.tolist()), TypeError, "of bool, for maps (1, 4, 4), got list"),
         (lambda: metrics.mean_saliency(MAP[:0]), TypeError, "got torch.float32, (0, 4, 4)"),
         (lambda: metrics.road(MAP[:, None].numpy(), MAP, torch.mean), TypeError, "a torch.Tensor, got ndarray"),
         (lambda: metrics.energy_in_mask(MAP, MASK[:, :2]), TypeError, "(1, 4, 4), got torch.bool, (1, 2, 4)"),

@@ -16,7 +16,7 @@ from tucker_cam.evaluation.results import Row
 from tucker_cam.explanations.border import BorderCheck
 from tucker_cam.explanations.maps import OnePass
 from tucker_cam.models import LoadedModel, Network
-from tucker_cam.text import one_line
+from tucker_cam.text import kind_and_line
 
 Builder = Callable[..., BaseCAM]
 """A method's class, or what makes its object: called with the model, its layers and a reshape_transform."""
@@ -139,7 +139,7 @@ def _numbers(measure: Measure, judged: Judged) -> Tensor:
         raise
     except Exception as error:
         # One of the user's own.
-        raise BadValueError(f"the measure {measure.name} failed ({type(error).__name__}: {one_line(error)})") from error
+        raise BadValueError(f"the measure {measure.name} failed ({kind_and_line(error)})") from error
     count = len(judged.names)
     wanted = (count, len(judged.score_names)) if measure.score else (count,)
     if found.shape != wanted:

@@ -292,8 +292,8 @@ def _checked(maps: Tensor, masks: Tensor | None = None, *, images: Tensor | None
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         raise BadValueError(f"expected finite maps in [0, 1], got values from {low:.4g} to {high:.4g}")
     shape = tuple(maps.shape)
-    if masks is not None and not (isinstance(masks, Tensor) and masks.dtype == torch.bool and masks.shape == shape):
-        fits = isinstance(masks, Tensor) and masks.shape == shape
+    fits = isinstance(masks, Tensor) and masks.shape == shape
+    if masks is not None and not (fits and masks.dtype == torch.bool):
         mend = "use masks > 0" if fits else "one mask for each image, of its height and width"
         raise BadTypeError(f"expected masks, a torch.Tensor of bool, for maps {shape}, got {_described(masks)}: {mend}")
     if images is not None and not isinstance(images, Tensor):

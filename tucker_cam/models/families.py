@@ -20,7 +20,7 @@ from tucker_cam.errors import BadFileError, BadTypeError, BadValueError, Missing
 from tucker_cam.extras import install
 from tucker_cam.models.network import Network
 from tucker_cam.own_code import from_own_module
-from tucker_cam.text import one_line
+from tucker_cam.text import kind_and_line, one_line
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -86,7 +86,7 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
                 f"{spec} could not be had ({one_line(error)}); with random weights, pretrained=False or "
                 "--no-pretrained, models of timm and torchvision need no download"
             ) from error
-        raise BadValueError(f"{spec} could not be built ({type(error).__name__}: {one_line(error)})") from error
+        raise BadValueError(f"{spec} could not be built ({kind_and_line(error)})") from error
     if not isinstance(built, (nn.Module, Network)):
         raise BadTypeError(
             f"expected a torch.nn.Module or a tucker_cam.models.Network from {spec}, got {type(built).__name__}"

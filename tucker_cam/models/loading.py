@@ -22,7 +22,7 @@ from tucker_cam.models.families import build_network, family_of
 from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common_transform, dry_run
 from tucker_cam.models.network import Network, Preprocessing, imagenet_preprocessing, preprocessed
 from tucker_cam.seeding import seeded
-from tucker_cam.text import one_line
+from tucker_cam.text import kind_and_line, one_line
 
 _COLOUR = 0.05
 """Of a normalised colour: resizing and processors round."""
@@ -308,6 +308,5 @@ def _dry_run(spec: str, network: Network) -> DryRun:
         # Whatever a model raises that takes something else than a picture: text, several pictures, another size.
         size = "x".join(map(str, example.shape[1:]))
         raise BadValueError(
-            f"{spec}: expected a network that takes one picture of {size}, and it failed on it "
-            f"({type(error).__name__}: {one_line(error)})"
+            f"{spec}: expected a network that takes one picture of {size}, and it failed on it ({kind_and_line(error)})"
         ) from error
