@@ -31,6 +31,7 @@ from torch import Tensor
 
 from benchmarks.reporting import environment, interval, table
 from tucker_cam.cams import LabelFreeCAM
+from tucker_cam.decomposition.modes import channel_modes
 from tucker_cam.decomposition.projection import leading_map
 from tucker_cam.evaluation.comparison import saliency_maps
 from tucker_cam.evaluation.controls import CONTROLS
@@ -91,7 +92,17 @@ class CentredTSM(LabelFreeCAM):
         return leading_map(features - features.mean(tuple(range(2, features.dim())), keepdim=True))
 
 
-CHOSEN: dict[str, Any] = {**METHODS, "tsm-centred": CentredTSM}
+class SignedEigenCAM(LabelFreeCAM):
+    r"""$\max(0, \pm u_1^\top F_c)$, brighter where the features are strong: EigenCAM, to see what a sign rule does."""
+
+    def saliency(self, features: Tensor) -> Tensor:
+        projection = channel_modes(features.double(), center=True).maps[:, 0]
+        energy = features.double().square().sum(1)
+        agreement = (projection * energy).flatten(1).sum(1)  # a projection of centred features has no mean
+        return (projection * agreement.sign()[:, None, None]).clamp_min(0)
+
+
+CHOSEN: dict[str, Any] = {**METHODS, "tsm-centred": CentredTSM, "eigencam-signed": SignedEigenCAM}
 
 
 class NetworkAtLayer(NamedTuple):

@@ -5,13 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import skimage.data
+import torch
 from annotated import write_boxes
+from networks import passing_on
 from PIL import Image
 from typer.testing import CliRunner
 
+from benchmarks.quality import SignedEigenCAM
 from benchmarks.reporting import read_samples
+from benchmarks.signs import signs
 from tucker_cam.cli import app
 from tucker_cam.evaluation.controls import CONTROLS
 from tucker_cam.methods import METHODS
@@ -54,12 +59,24 @@ def test_the_speed_benchmark_runs_and_reports_every_method(tmp_path):
         assert plot.width > 1000
 
 
+def test_eigencam_is_signed_by_the_rule_that_the_signs_are_counted_for():
+    maps = torch.relu(torch.randn(8, 6, 5, 7, generator=torch.Generator().manual_seed(0)) + 0.3)
+    model = passing_on()
+    with SignedEigenCAM(model, [model.layer]) as cam:
+        found = cam(maps)
+    for image, actual in zip(maps.double().flatten(2).mT.numpy(), found, strict=True):
+        centred = image - image.mean(0)
+        projection = centred @ np.linalg.svd(centred, full_matrices=False)[2][0]
+        expected = np.maximum(0, signs(centred, image)["correlates with the features' energy"] * projection)
+        np.testing.assert_allclose(actual.ravel(), expected / expected.max(), atol=1e-5)
+
+
 @pytest.mark.nightly
 def test_the_quality_benchmark_runs_and_reports_every_method_and_control(annotated, tmp_path):
     pictures = ["--raccoons", annotated, "--photographs", annotated, "--network", "lite0"]
     run("quality", *pictures, "--rows", tmp_path / "rows", "--out", tmp_path / "out", "--processes", "1")
     written = (tmp_path / "out" / "scores.md").read_text()
-    methods = {*METHODS, "tsm-centred", "gradcam", *CONTROLS}
+    methods = {*METHODS, "tsm-centred", "eigencam-signed", "gradcam", *CONTROLS}
     for head in ("EfficientNet-Lite0, bn2; raccoons, 2 pictures", "EfficientNet-Lite0, bn2; ImageNet photographs, 2"):
         table = written[written.index(f"| {head}") :].partition("\n\n")[0]
         assert methods <= set(re.findall(r"^\| ([a-z-]+) \|", table, re.MULTILINE))
