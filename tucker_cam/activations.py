@@ -1,4 +1,4 @@
-"""What a forward hook saw in, finite float feature maps out: batch x channels x spatial, on the device they were made.
+"""Turns what a forward hook saw into finite float feature maps, batch x channels x spatial, on the same device.
 
 A label-free method needs nothing else from the model: no gradient, no output, no copy.
 """
@@ -24,7 +24,7 @@ ReshapeTransform = Callable[[Any], Tensor]
 
 
 class Source(NamedTuple):
-    """Where feature maps come from. All modules are gone through for the name, so only where a message needs it."""
+    """Where feature maps come from. Finding the name visits all modules, so it is done only when a message needs it."""
 
     model: object
     layer: object
@@ -41,7 +41,7 @@ class Source(NamedTuple):
 
 
 class _Recorded(NamedTuple):
-    """What a layer put out, and how often it had been written to by then; None where it is a copy."""
+    """A layer's output, and how often it had been written to when it was recorded; None for a copy."""
 
     features: Tensor
     version: int | None
@@ -51,8 +51,8 @@ class _Recorded(NamedTuple):
         return self.version is not None and self.features._version != self.version
 
 
-class _Running(local):  # of which the compiler, unlike of thread numbers, can make sense
-    """The images of this thread's forward pass and what it has recorded so far; None while there is none."""
+class _Running(local):  # the compiler understands this, but not the number of a thread
+    """The images of this thread's forward pass and what was recorded so far; None if no pass is running."""
 
     images: _Recorded | None = None
     recorded: dict[nn.Module, _Recorded] | None = None
@@ -62,9 +62,9 @@ class _Running(local):  # of which the compiler, unlike of thread numbers, can m
 
 
 class _Uncompiled:
-    """Runs models as they were written: what `torch.compile` made of them skips hooks.
+    """Runs models uncompiled, because what `torch.compile` makes of them skips hooks.
 
-    The compiler's stance is one for all threads, so the last to leave sets it back.
+    All threads share the compiler's stance, so the last one to leave resets it.
     """
 
     def __init__(self) -> None:
@@ -73,9 +73,9 @@ class _Uncompiled:
     def __enter__(self) -> None:
         with self._lock:
             self._inside += 1
-            # Where the compiler is not loaded nothing is compiled, and to load it takes seconds.
+            # If the compiler is not loaded, nothing is compiled; loading it takes seconds.
             if "torch._dynamo" in sys.modules:
-                # It keeps its stance where the caller is being compiled as well, and then it sees the hooks.
+                # If the caller itself is being compiled, the stance cannot change, but then hooks are seen.
                 with suppress(RuntimeError):
                     self._stance.enter_context(torch.compiler.set_stance("force_eager"))
 
@@ -87,22 +87,22 @@ class _Uncompiled:
 
 
 UNCOMPILED = _Uncompiled()
-# The layers whose output was seen to be rewritten.
+# Layers whose output was found to be rewritten by a later module.
 _REWRITTEN: WeakSet[nn.Module] = WeakSet()
 
 
 class FeatureRecorder:
-    """Records what each target layer puts out while the model runs.
+    """Records the output of each target layer while the model runs.
 
-    It stands where the host's `ActivationsAndGradients` stood, under the same names, and differs from it in three
-    ways. The recorded maps are what the layer put out, also where a module works in place after it; they stay on the
-    model's device; and they come in the order of `target_layers`, the first call of each, where the host's come in the
-    order of execution.
+    It replaces the host's `ActivationsAndGradients`, with the same attribute names, and differs from it in three ways.
+    The recorded maps are the layer's own output, even if a later module works in place. They stay on the model's
+    device. And they are in the order of `target_layers`, with the first call of each layer; the host's are in the order
+    of execution.
 
-    No layer's output is copied, unless it was seen to be rewritten: PyTorch counts how often a tensor is written to.
-    Then the model runs once more, and that layer's output is copied from then on, by every recorder. It is copied from
-    the start where the counter or a second run cannot tell: under `inference_mode`, in training mode, of images that
-    are no tensor or that the model itself rewrites.
+    An output is copied only if it is rewritten later, which PyTorch's count of writes to a tensor shows. In that case
+    the model runs once more, and from then on every recorder copies that layer's output. It is copied from the start if
+    the count or a second run could not tell: under `inference_mode`, in training mode, and for images that are not a
+    tensor or that the model itself rewrites.
 
     Attributes:
         activations: after a call, the feature maps of each target layer.
@@ -122,7 +122,7 @@ class FeatureRecorder:
         try:
             for layer in dict.fromkeys(self.target_layers):
                 self.handles.append(layer.register_forward_hook(self.save_activation))
-        except Exception:  # a part that was traced takes none
+        except Exception:  # a scripted module accepts no hooks
             self.release()
             raise
 
@@ -160,11 +160,11 @@ class FeatureRecorder:
         return Source(self.model, layer, self.reshape_transform)
 
     def clear(self) -> None:
-        """Let go of the recorded feature maps."""
+        """Drop the recorded feature maps."""
         self.activations = []
 
     def release(self) -> None:
-        """Let go of the recorded feature maps and take the hooks off the model."""
+        """Drop the recorded feature maps and remove the hooks from the model."""
         self.clear()
         while self.handles:
             self.handles.pop().remove()
@@ -176,8 +176,8 @@ class FeatureRecorder:
         self.release()
 
     def save_activation(self, layer: nn.Module, inputs: object, output: object) -> None:
-        """Record what a layer put out; the hook."""
-        # It also fires when somebody else runs the model, as SESS or another thread does: not ours to record.
+        """Record a layer's output; this is the hook."""
+        # The hook also fires when SESS or another thread runs the model; that is not recorded.
         recorded = self._running.recorded
         if recorded is not None and layer not in recorded:
             features = output if self.reshape_transform is None else self.reshape_transform(output)
@@ -188,7 +188,7 @@ class FeatureRecorder:
                 recorded[layer] = _Recorded(features, features._version)
 
     def _may_be_kept(self, features: Tensor) -> bool:
-        """Tell whether it shows if these features are rewritten, and the images are there for another run then."""
+        """Return whether a later write to these features would show, and the images allow a second run then."""
         images = self._running.images
         if images is None or images.is_rewritten or features.is_inference():
             return False
@@ -201,20 +201,20 @@ def features(
     images: Tensor,
     reshape_transform: ReshapeTransform | None = None,
 ) -> list[Tensor]:
-    """Run the model once, without gradients, and return what its layers put out; no hook stays behind.
+    """Run the model once, without gradients, and return the outputs of some of its layers; no hook stays behind.
 
     Args:
-        model: in the mode in which it is.
+        model: it stays in the mode that it is in.
         layers: modules that the model calls.
         images: batch x channels x spatial, on the model's device.
         reshape_transform: turns a layer's output into batch x channels x spatial, as for the CAM classes.
 
     Returns:
-        For each layer batch x channels x spatial, on the model's device, at least float32, as the layer put it out:
-        not a copy, where no module rewrites it. Non-finite numbers count as zero, with a warning.
+        For each layer its output, batch x channels x spatial, on the model's device, at least float32. It is not a copy
+        unless a later module rewrites it. Non-finite numbers become zero, with a warning.
 
     Raises:
-        TypeError, ValueError: a layer puts out no feature maps, or is not reached.
+        TypeError, ValueError: a layer's output is not feature maps, or the layer is not reached.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
@@ -228,16 +228,16 @@ def features(
 def output_and_features(
     model: nn.Module, layers: Sequence[nn.Module], images: Tensor, reshape_transform: ReshapeTransform | None
 ) -> tuple[Any, list[Tensor]]:
-    """Return the model's output too; all else as `features`."""
+    """Do the same as `features`, but also return the model's output."""
     with FeatureRecorder(model, layers, reshape_transform) as recorder, torch.no_grad():
         return recorder(images), recorder.activations
 
 
 def feature_maps(features: object, source: Source) -> Tensor:
-    """Return what came from a source as feature maps: detached, finite, at least float32.
+    """Return features from a source as feature maps: detached, finite, at least float32.
 
-    Other numbers count as zero, with a warning that names the images; what is no feature maps raises as
-    `check_features` does.
+    Non-finite numbers become zero, with a warning that names the images. If the features are not feature maps, the
+    errors are those of `check_features`.
     """
     return _finite(check_features(features, source).detach(), source)
 
@@ -258,14 +258,14 @@ def _finite(features: Tensor, source: Source) -> Tensor:
 
 
 def check_maps_of(features: Tensor, images: Tensor, source: Source) -> None:
-    """Raise ValueError unless these are one set of feature maps for each image, with the images' spatial axes."""
+    """Raise ValueError unless there is one set of feature maps for each image, with the images' spatial axes."""
     if features.dim() != images.dim():
         raise BadValueError(
             f"expected {source}, with the spatial axes of the images {tuple(images.shape)}, got "
             f"{tuple(features.shape)}: choose a layer before they are pooled, and for tokens, or to fold other axes, "
             "pass a reshape_transform"
         )
-    # Tokens were laid out for pictures of some proportions.
+    # Tokens are laid out for pictures of one aspect ratio.
     aspect, (height, width) = getattr(source.reshape_transform, "aspect", None), images.shape[-2:]
     if aspect is not None and aspect != height / width:
         raise BadValueError(

@@ -1,7 +1,7 @@
-"""The methods as pytorch-grad-cam's users know them: classes that stand where `EigenCAM` stood.
+"""The methods as classes for users of pytorch-grad-cam, which take the place of `EigenCAM`.
 
-Each is one projection of the feature maps; the host scales the map to [0, 1] and to the picture's size, averages
-target layers and smooths by test-time augmentation. No other module subclasses it.
+Each class projects the feature maps. The host then scales the map to [0, 1] and to the picture's size, averages target
+layers and smooths by test-time augmentation. No other module subclasses the host's `BaseCAM`.
 """
 
 import warnings
@@ -24,25 +24,25 @@ from tucker_cam.decomposition.projection import Combine, combined_map, leading_m
 from tucker_cam.decomposition.rank import Rank, check_rank
 from tucker_cam.errors import BadTypeError, BadValueError
 
-# What a map may be off, as a share of its largest value: less than this is no contrast.
+# The error that a map may have, as a share of its largest value: less than this is no contrast.
 _MAP_TOLERANCE = 1e-5
 _SIZE_OF_THE_IMAGES = BaseCAM.get_target_width_height
 
 
 class LabelFreeCAM(BaseCAM, ABC):
-    """A saliency method that reads feature maps only: no label, no gradient, no model output.
+    """A saliency method that reads only feature maps: no label, no gradient, no model output.
 
-    Subclasses say how feature maps become one map in `saliency`. The object keeps nothing but the features and the
-    output of its last call: it may be used again on other images, and beside others on the same model.
+    Subclasses turn feature maps into one map in `saliency`. The object keeps only the features and the output of its
+    last call, so it can be used again on other images, and beside other objects on the same model.
 
     A call returns float32 NumPy, batch x height x width (or batch x depth x height x width for volumes), in [0, 1].
-    `targets` and `eigen_smooth` are accepted and play no part; `aug_smooth` works as the host's. The model's output is
-    kept in `outputs`, never read, and may be anything. A call raises TypeError or ValueError for images and feature
-    maps that have no map; what the model itself raises comes through as it is.
+    `targets` and `eigen_smooth` are accepted and ignored; `aug_smooth` works as in the host. The model's output is kept
+    in `outputs`, is never read, and can be anything. A call raises TypeError or ValueError for images or feature maps
+    that it cannot make maps of. Errors that the model itself raises come through unchanged.
 
-    The maps are brought to the images' size, so there must be one set of feature maps for each image. Where
-    `get_target_width_height` is replaced, by a subclass or on the object, the images may be whatever the model takes,
-    and each set of feature maps becomes a map.
+    The maps are scaled to the images' size, so there must be one set of feature maps for each image. If a subclass or a
+    user replaces `get_target_width_height`, the images can be anything that the model takes, and each set of feature
+    maps becomes a map.
     """
 
     rank: Rank = None
@@ -60,7 +60,7 @@ class LabelFreeCAM(BaseCAM, ABC):
         own_constructor = type(self).__init__ is not LabelFreeCAM.__init__
         layers = _listed(target_layers, stacklevel=4 if own_constructor else 3)
         _check_construction(model, reshape_transform, tta_transforms)
-        # No layers for the host's own recorder, in whose place ours stands.
+        # The host's own recorder gets no layers, because ours replaces it.
         super().__init__(
             model, [], reshape_transform, uses_gradients=False, tta_transforms=tta_transforms, detach=False
         )
@@ -72,10 +72,10 @@ class LabelFreeCAM(BaseCAM, ABC):
         """Turn features, batch x channels x spatial, into maps, batch x spatial: finite, not negative, of any scale."""
 
     def modes(self, input_tensor: Tensor) -> list[ChannelModes]:
-        """Return each target layer's channel modes, of the method's own rank and centring: what is behind the map.
+        """Return the channel modes behind the map, one for each target layer, with the method's own rank and centring.
 
         Args:
-            input_tensor: images, as for a call, which raises the same errors.
+            input_tensor: images, as for a call; the errors are those of a call too.
         """
         self._check_images(input_tensor)
         self._warn_of_training()
@@ -93,7 +93,7 @@ class LabelFreeCAM(BaseCAM, ABC):
         self._check_images(input_tensor)
         self._warn_of_training()
         with torch.no_grad():
-            # An empty list, since the host reads the model's output to choose targets where it is given None.
+            # An empty list: given None, the host reads the model's output to choose targets.
             targets = [] if targets is None else targets
             maps: NDArray[np.float32] = super().forward(input_tensor, targets, eigen_smooth)
         return maps
@@ -101,7 +101,7 @@ class LabelFreeCAM(BaseCAM, ABC):
     def forward_augmentation_smoothing(
         self, input_tensor: Tensor, targets: list[Any] | None = None, eigen_smooth: bool = False
     ) -> NDArray[np.float32]:
-        self._check_images(input_tensor)  # which are transformed before forward sees them
+        self._check_images(input_tensor)  # before they are transformed: forward sees them only afterwards
         maps: NDArray[np.float32] = super().forward_augmentation_smoothing(input_tensor, targets, eigen_smooth)
         return maps
 
@@ -109,7 +109,7 @@ class LabelFreeCAM(BaseCAM, ABC):
         self, input_tensor: Tensor, targets: list[Any] | None, eigen_smooth: bool
     ) -> list[NDArray[np.float32]]:
         self._check_feature_maps(input_tensor)
-        # The host's switch: with it get_cam_image is handed NumPy arrays, which is what those who override it expect.
+        # If the host's `detach` is set, get_cam_image gets NumPy arrays, which subclasses that override it expect.
         self.detach = getattr(self.get_cam_image, "__func__", None) is not LabelFreeCAM.get_cam_image
         maps: list[NDArray[np.float32]] = super().compute_cam_per_layer(input_tensor, targets, eigen_smooth)
         return maps
@@ -124,7 +124,7 @@ class LabelFreeCAM(BaseCAM, ABC):
         eigen_smooth: bool = False,
     ) -> NDArray[np.float32]:
         features = self._recorded(activations, target_layer)
-        # Autocast, if the caller has it on, is for the network: here it would round the products to half precision.
+        # The caller's autocast is meant for the network: here it would round products to half precision.
         with torch.autocast(features.device.type, enabled=False):
             maps = self.saliency(features)
         shape = tuple(maps.shape) if isinstance(maps, Tensor) else None
@@ -141,7 +141,7 @@ class LabelFreeCAM(BaseCAM, ABC):
         return finished
 
     def _recorded(self, activations: Tensor | NDArray[np.floating[Any]], layer: nn.Module) -> Tensor:
-        """Return feature maps that are fit for `saliency`: our own recorder's are, and another's are made so."""
+        """Return feature maps that `saliency` can take: those of our own recorder as they are, others after checks."""
         recorder = self.activations_and_grads
         if not isinstance(activations, Tensor):
             activations = torch.from_numpy(np.ascontiguousarray(activations))
@@ -151,7 +151,7 @@ class LabelFreeCAM(BaseCAM, ABC):
 
     def aggregate_multi_layers(self, cam_per_target_layer: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         if len(cam_per_target_layer) > 1:
-            # Maps of different layers may have a flat mean, of which the host would scale the rounding errors.
+            # The mean of several layers' maps may be flat: the host would scale its rounding errors up.
             stacked = torch.from_numpy(np.concatenate(cam_per_target_layer, axis=1))
             cam_per_target_layer = [scaled(stacked.mean(1, keepdim=True)).numpy()]
         maps: NDArray[np.float32] = super().aggregate_multi_layers(cam_per_target_layer)
@@ -197,7 +197,7 @@ class LabelFreeCAM(BaseCAM, ABC):
 
     @property
     def _size_is_the_images(self) -> bool:
-        """Whether maps are brought to the images' size; not where a user put in a `get_target_width_height`."""
+        """Whether maps are scaled to the images' size: not if `get_target_width_height` was replaced."""
         return getattr(self.get_target_width_height, "__func__", None) is _SIZE_OF_THE_IMAGES
 
     def __repr__(self) -> str:
@@ -208,7 +208,7 @@ class LabelFreeCAM(BaseCAM, ABC):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Take the hooks off the model. The host's swallows an IndexError raised in the block; this one does not."""
+        """Remove the hooks. Unlike the host's, this `__exit__` does not swallow an IndexError raised in the block."""
         self.activations_and_grads.release()
 
     def __del__(self) -> None:
@@ -217,24 +217,24 @@ class LabelFreeCAM(BaseCAM, ABC):
             self.activations_and_grads.release()
 
 
-# BaseCAM is named again in the bases of each method, so that BaseCAM.__subclasses__(), of which some make their lists
-# of methods, has them.
+# BaseCAM is named again among the bases of each method, so that BaseCAM.__subclasses__(), from which some programs make
+# their lists of methods, contains them.
 class TSM(LabelFreeCAM, BaseCAM):
     r"""Tucker Saliency Map (arXiv 2410.23072): $|a_1^\top F_{(1)}|$, F not centred.
 
     Args:
-        model: the network; it is put into eval mode, as by every CAM class of the host.
-        target_layers: a list of the layers whose feature maps are explained; their maps are averaged.
+        model: the network. It is put into eval mode, as by every CAM class of the host.
+        target_layers: a list of the layers to explain; their maps are averaged.
         reshape_transform: turns a layer's output into batch x channels x height x width, e.g. for ViT tokens.
         rank: multilinear rank of the Tucker decomposition, see `channel_modes`; None is full rank, as in the paper.
-        engine: "torch", or "tensorly" for TensorLy's own decomposition, one image at a time: slow, the same map.
+        engine: "torch", or "tensorly" for TensorLy's own decomposition, one image at a time: slow, with the same map.
         tta_transforms: a `ttach.Compose` for `aug_smooth=True`; None for the host's own.
 
     Raises:
         TypeError, ValueError: an argument cannot be used; the message says what was expected.
 
     Warns:
-        UserWarning: `target_layers` is no list but a container of several layers, whose maps are averaged.
+        UserWarning: `target_layers` is not a list but a container of several layers, whose maps are averaged.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -266,8 +266,8 @@ class MTSM(LabelFreeCAM, BaseCAM):
     r"""Multivector Tucker Saliency Map (arXiv 2410.23072): $|\sum_i s_i\, a_i^\top F_{(1)}|$, F not centred.
 
     Args:
-        combine: "signed" is the paper's sum, whose vectors need a sign rule (TensorLy's, see `ChannelModes`);
-            "energy" is $\sqrt{\sum_i (s_i\, a_i^\top F_{(1)})^2}$, which needs none and is steadier under noise.
+        combine: "signed" is the paper's sum, whose vectors need a sign rule (TensorLy's, see `ChannelModes`). "energy"
+            is $\sqrt{\sum_i (s_i\, a_i^\top F_{(1)})^2}$, which needs no sign rule and is steadier under noise.
 
     The other arguments are those of `TSM`.
     """
@@ -296,7 +296,7 @@ class MTSM(LabelFreeCAM, BaseCAM):
 class MultivecEigenCAM(LabelFreeCAM, BaseCAM):
     r"""Multivec-EigenCAM (arXiv 2410.23072): $|\sum_i s_i\, u_i^\top F_c|$ from the SVD of the centred unfolding $F_c$.
 
-    `combine` is that of `MTSM`, and so are the errors.
+    For `combine` and the errors see `MTSM`.
     """
 
     center = True
@@ -319,7 +319,7 @@ class MultivecEigenCAM(LabelFreeCAM, BaseCAM):
 
 
 class LaFAM(LabelFreeCAM, BaseCAM):
-    """LaFAM (Karjauv and Albayrak 2024, arXiv 2407.06059): the mean of the channels above its minimum, a peer."""
+    """LaFAM (Karjauv and Albayrak 2024, arXiv 2407.06059): the mean of the channels, minus its minimum."""
 
     def saliency(self, features: Tensor) -> Tensor:
         return _above_minimum(rescale_extremes(features.double())[0].mean(1))
@@ -328,8 +328,8 @@ class LaFAM(LabelFreeCAM, BaseCAM):
 class GAPWeighted(LabelFreeCAM, BaseCAM):
     r"""$|\sum_c \bar F_c F_c|$, each channel weighted by its mean over the positions (global average pooling).
 
-    Exactly one step of power iteration on the positions' Gram matrix from the uniform vector towards TSM's map: a peer
-    that tells what TSM's decomposition adds.
+    This is exactly one step of power iteration on the positions' Gram matrix, from the uniform vector towards TSM's
+    map. It is here for comparison: it shows what TSM's decomposition adds.
     """
 
     def saliency(self, features: Tensor) -> Tensor:
@@ -338,10 +338,10 @@ class GAPWeighted(LabelFreeCAM, BaseCAM):
 
 
 def scaled(maps: Tensor) -> Tensor:
-    """Scale each map to [0, 1]; one whose contrast is rounding errors becomes zeros.
+    """Scale each map to [0, 1]; a map whose contrast is only rounding errors becomes zeros.
 
-    The host's scale_cam_image rounds to float32 before it subtracts the minimum, and divides by the range plus 1e-7:
-    that would show the rounding errors of a map of low contrast, and flatten the maps of weak features.
+    The host's scale_cam_image rounds to float32 before it subtracts the minimum, and divides by the range plus 1e-7.
+    That would show the rounding errors of a map of low contrast, and flatten the maps of weak features.
     """
     above = _above_minimum(maps)
     peaks = above.amax(tuple(range(1, maps.dim())), keepdim=True)
@@ -349,14 +349,14 @@ def scaled(maps: Tensor) -> Tensor:
 
 
 def _above_minimum(maps: Tensor) -> Tensor:
-    """Return each map less its minimum; zeros where its contrast is rounding errors."""
+    """Return each map minus its minimum; zeros if its contrast is only rounding errors."""
     axes = tuple(range(1, maps.dim()))
     lows, peaks = maps.amin(axes, keepdim=True), maps.amax(axes, keepdim=True)
     return torch.where(peaks - lows > _MAP_TOLERANCE * torch.maximum(peaks, -lows), maps - lows, 0)
 
 
 def _listed(target_layers: Iterable[nn.Module], stacklevel: int) -> list[nn.Module]:
-    """Return the layers in a list, as the host iterates over whatever it is given."""
+    """Return the layers in a list; like the host, accept anything that can be iterated over."""
     layers = list_of_layers(target_layers, "target_layers")
     if len(layers) > 1 and not isinstance(target_layers, (list, tuple)):
         warnings.warn(

@@ -1,5 +1,5 @@
-"""Tensors in, tensors out: the mathematics, without a model, a picture or a class.
+"""The mathematics: functions from tensors to tensors, without a model, a picture or a class.
 
-`rank` says what is feasible, `gram` takes the numerical care, `hooi` truncates, `modes` decomposes, `projection` makes
-maps. Of other packages torch, NumPy and TensorLy are imported here, no others.
+`rank` finds the feasible rank, `gram` handles numerical precision, `hooi` truncates, `modes` decomposes, `projection`
+makes maps. The only other packages imported here are torch, NumPy and TensorLy.
 """

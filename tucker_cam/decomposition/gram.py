@@ -1,8 +1,8 @@
-r"""A mode-1 unfolding in, its Gram matrix and the eigenpairs of that out.
+r"""The Gram matrix of a mode-1 unfolding, and its eigenpairs.
 
-An unfolding F is batch x channels x positions. It is *tall* where it has at least as many channels as positions; then
-its Gram matrix is $F^\top F$, over positions, otherwise $F F^\top$, over channels: never larger than min(channels,
-positions) squared.
+An unfolding F is batch x channels x positions. It is *tall* if it has at least as many channels as positions. Then its
+Gram matrix is $F^\top F$, over positions; otherwise it is $F F^\top$, over channels. So the matrix has min(channels,
+positions) rows.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     Means = Float64[Tensor, "batch channels 1"]
     Square = Float[Tensor, "batch n n"]
 
-# Features whose norm is outside of these are scaled first: sums of their squares could leave float32's range, or lose
-# digits to its denormal numbers.
+# Features whose norm is outside these bounds are scaled first: sums of their squares could leave float32's range, or
+# lose digits to its denormal numbers.
 SMALLEST_NORM, LARGEST_NORM = 1e-12, 1e12
-# Others, Apple's MPS for one, have no float64 or no eigendecompositions.
+# Other devices, such as Apple's MPS, have no float64 or no eigendecompositions.
 _DEVICES_THAT_DECOMPOSE = ("cpu", "cuda")
-# Numbers that are turned into float64 at a time, but no fewer rows than these: the copy stays in the processor's cache.
+# How many numbers are converted to float64 at a time, and how many rows at least: the copy stays in the CPU's cache.
 _NUMBERS_AT_A_TIME, _LEAST_ROWS_AT_A_TIME = 2**18, 128
-# The float32 products of fewer rows are not relied on: BLAS sums them one number after the other, and is off by 5e-6.
+# Float32 products of fewer rows are not trusted: BLAS sums them one number after the other, with errors of 5e-6.
 _FEW_ROWS = 16
-# BLAS computes the columns of a float64 product in groups of so many, and a group of one takes as long as a whole one:
-# of 7 x 7 positions, 48 take 0.6 times as long as 49. So all strips but the last end with a group.
+# BLAS computes the columns of a float64 product in groups of this size, and a group of one column takes as long as a
+# full one: 48 of 7 x 7 positions take 0.6 times as long as 49. So every strip except the last ends with a full group.
 _TILE, _MOST_STRIPS = 24, 8
 
 
 def rescale_extremes(
     features: Float[Tensor, "batch channels *spatial"],
 ) -> tuple[Float[Tensor, "batch channels *spatial"], Float[Tensor, " batch"]]:
-    """Return the features with squares that a float can hold, and what each image was divided by.
+    """Return the features, scaled so that a float can hold their squares, and each image's divisor.
 
-    That is 1, but the power of two below its largest magnitude for an image of a norm above 1e12 or below 1e-12.
+    It is 1; for an image whose norm is above 1e12 or below 1e-12, the power of two below its largest magnitude.
     """
     norms = torch.linalg.vector_norm(features, dim=tuple(range(1, features.dim())))
     ordinary = (norms > SMALLEST_NORM) & (norms < LARGEST_NORM)
@@ -62,7 +62,7 @@ def largest_magnitude(features: Float[Tensor, "batch channels *spatial"]) -> Flo
 def unfold(features: Float[Tensor, "batch channels *spatial"]) -> Float[Tensor, "batch channels positions"]:
     """Return the mode-1 unfolding, at least float32, on a device that can decompose it.
 
-    A view where the layout in memory allows one, as NCHW and channels_last do.
+    It is a view if the memory layout allows one, as NCHW and channels_last do.
     """
     features = check_features(features, "features").to(torch.promote_types(features.dtype, torch.float32))
     return (features if features.device.type in _DEVICES_THAT_DECOMPOSE else features.cpu()).flatten(2)
@@ -77,14 +77,14 @@ def as_tall(unfolding: Tensor) -> Tensor:
 
 
 def float32_products_do(unfolding: Tensor) -> bool:
-    """Tell whether products in the unfolding's own precision are a start: float32, summed in blocks, not rounded."""
+    """Return whether the unfolding's own products are precise enough to start with: float32, blocked, not rounded."""
     return unfolding.dtype == torch.float32 and min(unfolding.shape[1:]) >= _FEW_ROWS and not _products_may_be_rounded()
 
 
 def rows_in_float64(unfolding: Unfolding, means: Means | None = None) -> Iterator[Float[Tensor, "batch some short"]]:
-    """Yield the rows of the unfolding as a tall matrix, in float64 and less the channels' means, some at a time.
+    """Yield the rows of the unfolding as a tall matrix, in float64, minus the channels' means, a few at a time.
 
-    They lie in the place of those before them.
+    Each part is written over the one before it.
     """
     tall = as_tall(unfolding)
     batch, length, width = tall.shape
@@ -100,7 +100,7 @@ def rows_in_float64(unfolding: Unfolding, means: Means | None = None) -> Iterato
 def gram_matrix(unfolding: Unfolding, means: Means | None = None) -> Float[Tensor, "batch small small"]:
     r"""Return $F^\top F$, or $F F^\top$ where that is smaller, accumulated in float64.
 
-    It is symmetric: each strip of its rows is multiplied out up to the diagonal.
+    The matrix is symmetric, so each strip of its rows is computed only up to the diagonal.
     """
     small = min(unfolding.shape[1:])
     matrix = unfolding.new_empty(len(unfolding), small, small, dtype=torch.float64)
@@ -125,9 +125,9 @@ def eigenpairs(matrix: Square) -> tuple[Float[Tensor, "batch n"], Square]:
 
 
 def _products_may_be_rounded() -> bool:
-    """Tell whether PyTorch was allowed to round the factors of float32 products, to TF32 or bfloat16."""
+    """Return whether PyTorch may round the factors of float32 products to TF32 or bfloat16."""
     backends = (torch.backends.cuda, torch.backends.mkldnn)
     settings = {getattr(getattr(backend, "matmul", None), "fp32_precision", None) for backend in backends}
-    if None in settings:  # before torch 2.9; since then, this fails where it and the newer settings were used both
+    if None in settings:  # before torch 2.9; since then, the call fails if both it and the newer settings were used
         return torch.get_float32_matmul_precision() != "highest"
     return not settings <= {"none", "ieee"}

@@ -1,12 +1,12 @@
-r"""A mode-1 unfolding and a rank in, the channel part of its truncated Tucker decomposition out.
+r"""The channel part of a truncated Tucker decomposition, by higher-order orthogonal iteration (HOOI).
 
-Higher-order orthogonal iteration (De Lathauwer et al., 2000) as TensorLy's `partial_tucker` does it: the same
-initialisation, order of updates and stopping rule for each image, on the whole batch at once.
+The iteration (De Lathauwer et al., 2000) is that of TensorLy's `partial_tucker`: the same initialisation, order of
+updates and stopping rule for each image, but on the whole batch at once.
 
 A sweep updates the channels' factor $A_1$ from F with its spatial modes projected on $A_2, A_3, \dots$, and then each
-of these from $P = A_1^\top F_{(1)}$ with the others projected. P is all that the spatial updates see of the channels;
-and where there are more channels than positions (F is tall), the Gram matrix $G = F_{(1)}^\top F_{(1)}$ is all that it
-takes to find P, so that no sweep touches the features themselves.
+of these from $P = A_1^\top F_{(1)}$ with the others projected. The spatial updates need only P. If there are more
+channels than positions (F is tall), P follows from the Gram matrix $G = F_{(1)}^\top F_{(1)}$, so no sweep reads the
+features themselves.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
     from tucker_cam.decomposition.gram import Unfolding
 
-# TensorLy's rule: stop after at least three sweeps when the relative error moves by less than this.
+# TensorLy's rule: stop after at least three sweeps, when the relative error changes by less than this.
 _TOLERANCE = 1e-4
 _LEAST_SWEEPS, _MOST_SWEEPS = 3, 100
-# Squared singular values from a float64 Gram matrix are noise below this share of the largest one.
+# Squared singular values from a float64 Gram matrix are noise if they are below this share of the largest one.
 _NEGLIGIBLE = 1e-14
 
 
 class Components(NamedTuple):
-    r"""The channel part of a truncated decomposition, in no order, its signs not fixed.
+    r"""The channel part of a truncated decomposition, in no particular order and without fixed signs.
 
     Attributes:
         values: batch x rank; $s_i$, the norms of the core's mode-1 slices.
         maps: batch x rank x positions; $a_i^\top F_{(1)}$.
-        parts: matrices of which the product is the factor $A_1$ where F is wide; where F is tall it is D, batch x
+        parts: matrices whose product is the factor $A_1$ if F is wide. If F is tall, the product is D, batch x
             positions x rank, with $A_1 = F_{(1)} D$.
     """
 
@@ -56,19 +56,19 @@ def truncated_components(
 ) -> Components:
     """Truncate each image's Tucker decomposition to a feasible rank, one for each mode, in float64.
 
-    Extreme features are rescaled first, if that was not done. An image whose relative error has settled takes no part
-    in further sweeps, so a batch gives what its images give alone.
+    Extreme features are rescaled first, unless that was done already. An image whose relative error has settled leaves
+    the iteration, so a batch gives the same result as its images alone.
     """
     tall = is_tall(unfolding)
     update = _update_from_gram if tall else _update_from_features
-    # All that a sweep reads: G where F is tall, F where it is wide.
+    # All that a sweep reads: G if F is tall, F if it is wide.
     source = gram_matrix(unfolding) if tall else unfolding.double()
     squared_norm = source.diagonal(dim1=-2, dim2=-1).sum(-1) if tall else source.square().sum((1, 2))
     bounded = squared_norm.clamp(SMALLEST_NORM**2, LARGEST_NORM**2)
     if not rescaled and not torch.equal(squared_norm, bounded):
         return truncated_components(rescale_extremes(unfolding)[0], spatial, rank, rescaled=True)
     squared_norm = bounded
-    # TensorLy initialises A_1 too; the first update replaces it unread.
+    # TensorLy also initialises A_1, but the first update replaces it before it is read.
     factors = _initial_factors(source, spatial, rank[1:], tall=tall)
     running = torch.arange(len(source), device=source.device)
     error = torch.zeros_like(squared_norm)
@@ -81,7 +81,7 @@ def truncated_components(
             squares, factors[mode] = _leading_left_vectors(others.movedim(mode + 2, 1).flatten(2), length)
         if sweep < _LEAST_SWEEPS - 1:
             continue
-        # What the last update leaves of the features is the core.
+        # After the last update, the projected features are the core.
         previous, error = error, ((squared_norm - squares.sum(1)).abs() / squared_norm).sqrt()
         if sweep < _LEAST_SWEEPS:
             continue
@@ -89,7 +89,7 @@ def truncated_components(
         if settled.any():
             norms = _project(others, {mode: factors[mode]}).flatten(2).norm(dim=2)
             outcome = [norms, maps, *parts]
-            # What is here of images that have not settled, a later sweep replaces.
+            # A later sweep replaces the entries of images that have not settled.
             for whole, part in zip(found, outcome, strict=False):
                 whole.index_copy_(0, running, part)
             found = found or outcome
@@ -109,7 +109,7 @@ def _initial_factors(source: Tensor, spatial: tuple[int, ...], rank: tuple[int, 
     for mode, length in enumerate(rank):
         if tall:
             before, own, after = prod(spatial[:mode]), spatial[mode], prod(spatial[mode + 1 :])
-            # The Gram matrix of a spatial unfolding, from that of the positions.
+            # The Gram matrix of a spatial unfolding, computed from that of the positions.
             matrix = source.reshape(-1, before, own, after, before, own, after).diagonal(dim1=1, dim2=4)
             matrix = matrix.diagonal(dim1=2, dim2=4).sum((-2, -1))
             factors.append(torch.linalg.eigh(matrix)[1][..., -length:])
@@ -151,12 +151,12 @@ def _leading_left_vectors(
     tall = is_tall(matrix)
     squares, vectors = torch.linalg.eigh(matrix.mT.bmm(matrix) if tall else matrix.bmm(matrix.mT))
     vectors = vectors[..., -rank:]
-    # The strongest first: QR takes each column as it is, less what the ones before it have of it.
+    # The strongest first: QR keeps each column, minus its part along the columns before it.
     return squares[:, -rank:], torch.linalg.qr(matrix @ vectors.flip(-1)).Q if tall else vectors
 
 
 def _kronecker(factors: list[Tensor]) -> Float[Tensor, "batch positions columns"]:
-    """Return the Kronecker product of each image's factors, its rows in the order of the positions."""
+    """Return the Kronecker product of each image's factors, with its rows in the order of the positions."""
     product, *rest = factors
     for factor in rest:
         product = (product[:, :, None, :, None] * factor[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
@@ -166,7 +166,7 @@ def _kronecker(factors: list[Tensor]) -> Float[Tensor, "batch positions columns"
 def _project(tensor: Tensor, factors: dict[int, Tensor]) -> Tensor:
     """Multiply each image's tensor, channels x spatial, by the transposed factors of these spatial modes.
 
-    The last mode comes first: it lies in memory as a product needs it, and leaves less to move for the others.
+    The last mode comes first: its memory layout suits a product, and afterwards there is less to move for the others.
     """
     for mode, factor in reversed(factors.items()):
         rows = tensor.movedim(mode + 2, -1)

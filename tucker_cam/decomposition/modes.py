@@ -1,8 +1,8 @@
-"""Feature maps in, their channel modes out: the mode-1 factor of a Tucker decomposition, with its values and maps.
+"""The channel modes of feature maps: the mode-1 factor of a Tucker decomposition, with its values and maps.
 
-The terms are those of Kolda and Bader, *Tensor Decompositions and Applications* (SIAM Review, 2009): the mode-1
-unfolding lists one row per channel and one column per position; a full-rank Tucker decomposition is the
-higher-order SVD (De Lathauwer et al., 2000), a truncated one is found by higher-order orthogonal iteration (HOOI).
+The terms are those of Kolda and Bader, *Tensor Decompositions and Applications* (SIAM Review, 2009). The mode-1
+unfolding has one row for each channel and one column for each position. A full-rank Tucker decomposition is the
+higher-order SVD (De Lathauwer et al., 2000); a truncated one is found by higher-order orthogonal iteration (HOOI).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ChannelModes(NamedTuple):
             magnitude in each column is positive (TensorLy's u-based ``svd_flip``).
         values: batch x rank, descending, not negative; $s_i$, the Frobenius norm of the core's i-th mode-1 slice. At
             full rank these are the singular values of the mode-1 unfolding.
-        maps: batch x rank x spatial; $a_i^\top F_{(1)}$, what each direction shows in the picture, signed.
+        maps: batch x rank x spatial; $a_i^\top F_{(1)}$, where in the picture each direction is strong, signed.
     """
 
     vectors: Tensor
@@ -52,29 +52,29 @@ def channel_modes(
 ) -> ChannelModes:
     r"""Decompose each image's feature maps and return their mode-1 (channel) factor.
 
-    At full multilinear rank all factors but the first are square and orthogonal, so the mode-1 factor is exactly the
-    left singular basis of the unfolding, $F_{(1)} = A_1\,\mathrm{diag}(s)\,V^\top$: the thin SVD gives it without a
-    channels x channels matrix. At a lower rank HOOI finds it, with TensorLy's initialisation, order of updates and
-    stopping rule for each image, but on the whole batch at once and, where there are more channels than positions,
+    At full multilinear rank all factors except the first are square and orthogonal, so the mode-1 factor is exactly the
+    left singular basis of the unfolding, $F_{(1)} = A_1\,\mathrm{diag}(s)\,V^\top$. The thin SVD gives it without a
+    channels x channels matrix. At a lower rank HOOI finds the factor, with TensorLy's initialisation, order of updates
+    and stopping rule for each image, but on the whole batch at once and, if there are more channels than positions,
     on the Gram matrix of the positions.
 
     Args:
         features: batch x channels x spatial (one axis or more), floating point, finite. Float16 and bfloat16 are
             computed, and returned, in float32; the arithmetic is done in float64.
-        rank: None for full multilinear rank; an int for all modes, one int for each of (channels, *spatial), a float
-            for that share of the tensor's number of parameters, or "same" for as many, as TensorLy's
-            `validate_tucker_rank` has them; clipped to what is feasible.
+        rank: None for full multilinear rank. Otherwise as in TensorLy's `validate_tucker_rank`: an int for all modes,
+            one int for each of (channels, *spatial), a float for that share of the tensor's number of parameters, or
+            "same" for as many parameters. The rank is clipped to what is feasible.
         center: subtract each channel's spatial mean first, as PCA does.
-        engine: "torch", or "tensorly" for TensorLy's own `tucker`, one image at a time: slow, and the same.
+        engine: "torch", or "tensorly" for TensorLy's own `tucker`, one image at a time: slow, with the same result.
 
     Returns:
-        The modes, with the dtype (at least float32) and device of `features`; a number beyond that dtype is Inf. A
-        truncated decomposition is ordered by the values too; TensorLy's column order can differ where two values are
+        The modes, with the dtype (at least float32) and device of `features`; a number too large for it is Inf. A
+        truncated decomposition is ordered by the values too. TensorLy's column order can differ if two values are
         closer than its stopping rule.
 
     Raises:
         TypeError: `features` is no floating point tensor, or `rank` is of another kind.
-        ValueError: no spatial axis, an empty axis, non-finite numbers, a rank or an engine that there is not.
+        ValueError: no spatial axis, an empty axis, non-finite numbers, an impossible rank or an unknown engine.
 
     Example:
         >>> features = torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]])
@@ -104,7 +104,7 @@ def channel_modes(
         components = truncated_components(unfolding, spatial, ranks, rescaled=True)
         values, order = components.values.sort(dim=1, descending=True)
         directions = components.directions.take_along_dim(order[:, None, :], dim=2)
-        # Orthonormal but for rounding; where the features lack rank, QR puts in what is missing.
+        # Orthonormal except for rounding; if the features lack rank, QR fills in the missing columns.
         vectors = torch.linalg.qr(unfolding @ directions if is_tall(unfolding) else directions).Q
     signs, _ = fixed_signs(vectors)
     vectors = vectors * signs[:, None, :]
@@ -117,13 +117,13 @@ def channel_modes(
 def fixed_signs(
     vectors: Float[Tensor, "batch channels rank"],
 ) -> tuple[Float[Tensor, "batch rank"], Float[Tensor, "batch rank"]]:
-    """Return what makes each column's entry of largest magnitude positive, +1 or -1: the first entry's where two tie.
+    """Return the sign, +1 or -1, that makes each column's entry of largest magnitude positive: of ties, the first.
 
-    A singular vector is defined up to its sign. Multiplying by this makes it unique, as TensorLy's ``svd_flip`` does
-    (which returns 0, not 1, for a column of zeros).
+    A singular vector is defined only up to its sign. Multiplying it by this sign makes it unique, as TensorLy's
+    ``svd_flip`` does (which returns 0, not 1, for a column of zeros).
 
     Returns:
-        The signs, and by how much each column's largest entry leads the largest of the other sign.
+        The signs, and by how much each column's largest entry exceeds the largest one of the other sign.
     """
     largest, smallest = vectors.amax(1), vectors.amin(1)
     signs = torch.where(largest + smallest < 0, -1.0, 1.0).to(vectors.dtype)
@@ -137,9 +137,9 @@ def fixed_signs(
 def _tensorly_factor(
     features: Float[Tensor, "batch channels *spatial"], rank: tuple[int, ...] | None
 ) -> tuple[Float[Tensor, "batch channels rank"], Float[Tensor, "batch rank"]]:
-    """Run TensorLy's `tucker` on each image, and order what it found by the values."""
+    """Run TensorLy's `tucker` on each image, and order the result by the values."""
     factors, norms = [], []
-    # Its relative error of an image of zeros is 0 / 0; it stops after the fewest sweeps then.
+    # For an image of zeros its relative error is 0 / 0, and it stops after the fewest sweeps.
     with tl.backend_context("numpy", local_threadsafe=True), np.errstate(invalid="ignore"):
         for image in features.detach().cpu().numpy():
             core, (factor, *_) = tucker(image, rank=full_rank(image.shape) if rank is None else rank)

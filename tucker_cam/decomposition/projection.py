@@ -1,7 +1,7 @@
-r"""Feature maps in, one saliency map for each image out: the equations of TSM, MTSM and Multivec-EigenCAM.
+r"""The equations of TSM, MTSM and Multivec-EigenCAM: from feature maps to one saliency map for each image.
 
-A truncated decomposition is projected as the paper writes it, on the mode-1 factor. At full rank the same maps follow
-from the Gram matrix of the unfolding alone: with $F_{(1)} = A\,\mathrm{diag}(s)\,V^\top$, each component
+With a truncated rank the features are projected on the mode-1 factor, as the paper writes it. At full rank the same
+maps follow from the Gram matrix of the unfolding alone: with $F_{(1)} = A\,\mathrm{diag}(s)\,V^\top$, each component
 $a_i^\top F_{(1)} = s_i v_i^\top$ is an eigenvector of $G = F_{(1)}^\top F_{(1)}$, and $s_i^2$ its eigenvalue.
 """
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from tucker_cam.decomposition.gram import Means, Unfolding
 
 Combine = Literal["signed", "energy"]
-# Of the largest projection: in float32 one is off by less.
+# As a share of the largest projection: errors in float32 are smaller.
 _LEAST_LEAD = 1e-6
-# Of the first squared value: a component below it moves no map by 1e-5, whatever its sign.
+# As a share of the first squared value: a component below it changes no map by 1e-5, whatever its sign.
 _NEGLIGIBLE = 1e-6
 
 
@@ -45,16 +45,16 @@ def leading_map(
 ) -> Float[Tensor, " batch *spatial"]:
     r"""Project each image on its first channel direction: the Tucker Saliency Map.
 
-    $|a_1^\top F_{(1)}|$, with $a_1$ the first column of the mode-1 factor (arXiv 2410.23072). The features are finite
-    and not centred, the options those of `channel_modes`. The map is neither negative nor normalised, and no
-    gradient flows through it; features whose norm is above 1e12 or below 1e-12 are divided by a power of two first.
+    $|a_1^\top F_{(1)}|$, with $a_1$ the first column of the mode-1 factor (arXiv 2410.23072). The features must be
+    finite and are not centred; for the options see `channel_modes`. The map is not negative and not normalised, and no
+    gradient flows through it. Features whose norm is above 1e12 or below 1e-12 are divided by a power of two first.
 
     Example:
         >>> leading_map(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]])).round(decimals=6)
         tensor([[0., 0., 4.]], dtype=torch.float64)
     """
     spatial = features.shape[2:]
-    with torch.inference_mode():  # small operations take an eighth less time than under no_grad
+    with torch.inference_mode():  # small operations are an eighth faster than under no_grad
         if engine != "torch":
             maps = _modes(features, rank=rank, engine=engine).maps[:, 0].abs()
         elif (ranks := feasible_rank(rank, tuple(features.shape[1:]))) is None:
@@ -63,7 +63,7 @@ def leading_map(
             components = truncated_components(unfold(features), spatial, ranks)
             strongest = components.values.argmax(1)[:, None, None]
             maps = components.maps.take_along_dim(strongest, dim=1).abs()
-    return maps.reshape(len(features), *spatial).clone()  # outside, so that it is an ordinary tensor
+    return maps.reshape(len(features), *spatial).clone()  # outside, so that the result is an ordinary tensor
 
 
 def combined_map(
@@ -77,9 +77,9 @@ def combined_map(
     r"""Sum the projections on all channel directions: MTSM, and with `center` Multivec-EigenCAM.
 
     ``signed``: $|\sum_i s_i\, a_i^\top F_{(1)}|$ (arXiv 2410.23072), with TensorLy's sign for each $a_i$.
-    ``energy``: $\sqrt{\sum_i (s_i\, a_i^\top F_{(1)})^2}$, this project's own, for which no sign matters.
+    ``energy``: $\sqrt{\sum_i (s_i\, a_i^\top F_{(1)})^2}$, this project's own, on which the signs have no influence.
 
-    `center` subtracts each channel's spatial mean first. See `leading_map` for all else.
+    `center` subtracts each channel's spatial mean first. For everything else see `leading_map`.
 
     Example:
         >>> combined_map(torch.tensor([[[3.0, 0.0, 0.0], [0.0, 0.0, -4.0]]]))
@@ -99,7 +99,7 @@ def combined_map(
 
 
 def _modes(features: Float[Tensor, "batch channels *spatial"], **options: Any) -> ChannelModes:
-    """Return `channel_modes` in float64: rounded, a map of low contrast would show it."""
+    """Return `channel_modes` in float64, because rounding would be visible in a map of low contrast."""
     rescaled, _ = rescale_extremes(unfold(features))
     return channel_modes(rescaled.double().reshape(features.shape), **options)
 
@@ -107,8 +107,8 @@ def _modes(features: Float[Tensor, "batch channels *spatial"], **options: Any) -
 def _signed_sum(unfolding: Unfolding, means: Means | None) -> Float[Tensor, "batch positions"]:
     r"""$|\sum_i s_i a_i^\top F|$: tall, $|V\,\mathrm{diag}(s^2)\,\sigma|$; wide, $|w^\top F|$ with $w = A\,s\,\sigma$.
 
-    The signs $\sigma$ hang on which entry of a vector is the largest, so the Gram matrix is float64 throughout: from a
-    float32 one, a map of real features came out wrong by 5e-3.
+    The signs $\sigma$ depend on which entry of a vector is the largest, so the Gram matrix is float64 throughout: with
+    float32, a map of real features was wrong by 5e-3.
     """
     values, vectors = eigenpairs(gram_matrix(unfolding, means))
     if is_tall(unfolding):
@@ -125,11 +125,11 @@ def _signs(
     values: Float[Tensor, "batch rank"],
     vectors: Float[Tensor, "batch rank positions"],
 ) -> Float[Tensor, "batch rank"]:
-    """Return the sign of each $F v_i$; in float64 where its largest entry's lead in float32 may be a rounding error."""
+    """Return the sign of each $F v_i$; in float64 if its largest entry's lead in float32 may be a rounding error."""
     if not float32_products_do(unfolding):
         return _signs_in_float64(unfolding, means, vectors)
     features = unfolding
-    if means is not None:  # in two steps: rounded, a mean is off by more than these features may be
+    if means is not None:  # in two steps, because the error of a rounded mean would be too large
         rounded = means.to(unfolding.dtype)
         features = (unfolding - rounded).sub_((means - rounded).to(unfolding.dtype))
     projections = vectors.to(unfolding.dtype) @ features.mT
@@ -138,7 +138,7 @@ def _signs(
     in_doubt = narrow & (values > _NEGLIGIBLE * values[:, :1])
     images = in_doubt.any(1)
     if images.any():
-        # As many components of each image as are in doubt in the one with most of them.
+        # From each image, as many components as are in doubt in the image that has most of them.
         most = int(in_doubt.sum(1).max())
         components = in_doubt[images].byte().topk(most, dim=1).indices
         chosen = vectors[images].gather(1, components[..., None].expand(-1, -1, vectors.shape[2]))
@@ -159,7 +159,7 @@ def _signs_in_float64(
 def _energy(unfolding: Unfolding, means: Means | None) -> Float[Tensor, "batch positions"]:
     r"""$\sqrt{\sum_i (s_i\,a_i^\top f_n)^2} = \sqrt{\sum_i s_i^4 v_{ni}^2}$ is the length of row n of $G$.
 
-    So no decomposition is needed. Where the features are wide, $K = F F^\top$ is smaller than G, and
+    So no decomposition is needed. If the features are wide, $K = F F^\top$ is smaller than G, and
     $|F^\top f_n|^2 = f_n^\top K f_n$.
     """
     matrix = gram_matrix(unfolding, means)

@@ -1,4 +1,4 @@
-"""A Tucker rank as TensorLy's users write it in, one feasible rank for each mode out."""
+"""Turns a Tucker rank, as users of TensorLy write it, into one feasible rank for each mode."""
 
 from collections.abc import Sequence
 from math import inf, prod
@@ -13,7 +13,7 @@ Rank = int | float | Sequence[int] | Literal["same"] | None
 
 
 def check_rank(rank: Rank) -> None:
-    """Raise TypeError or ValueError for a rank that fits no tensor, whatever its shape."""
+    """Raise TypeError or ValueError for a rank that no tensor can have."""
     if rank is None or (isinstance(rank, str) and rank == "same"):
         return
     sequence = isinstance(rank, (tuple, list))
@@ -29,12 +29,12 @@ def check_rank(rank: Rank) -> None:
 
 
 def feasible_rank(rank: Rank, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the rank of each mode that a tensor of this shape can have; None where that is the full rank.
+    """Return the rank of each mode that a tensor of this shape can have; None if that is the full rank.
 
-    The rank of a mode is at most the length of its axis, and at most the product of the other ranks; larger ones are
-    clipped to that.
+    The rank of a mode is at most the length of its axis, and at most the product of the other ranks. Larger ranks are
+    clipped.
 
-    The shape is channels x spatial, of one image; see `channel_modes` for the rank and the errors.
+    The shape is that of one image, channels x spatial. For the rank and the errors see `channel_modes`.
 
     Example:
         >>> feasible_rank((100, 4, 9), (1280, 7, 7))
