@@ -1,8 +1,8 @@
-"""How other a map looks where TSM, or another method of ours, is put in for EigenCAM and nothing else is changed.
+"""How different a map looks when TSM, or another method of ours, replaces EigenCAM and nothing else changes.
 
     python -m benchmarks.drop_in
 
-The demo network at `bn2`, and the seven colour photographs that scikit-image carries. Writes
+It uses the demo network at `bn2`, and the seven colour photographs in scikit-image. Writes
 benchmarks/results/drop_in.md. Needs the `test` extra.
 """
 
@@ -31,7 +31,7 @@ PHOTOGRAPHS = (
     "rocket.jpg",
 )
 SHOWN = ("eigencam", "tsm", "mtsm", "mtsm-energy", "multivec-eigencam")
-# What many scripts take for "salient" in an 8-bit map.
+# What many scripts consider "salient" in an 8-bit map.
 THRESHOLD = 64 / 255
 
 

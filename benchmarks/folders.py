@@ -1,12 +1,12 @@
-"""What explaining a folder costs beside running the network over it, and what is left of it when it is killed.
+"""What explaining a folder costs compared with running the network over it, and whether a killed run loses anything.
 
     python -m benchmarks.folders            # some minutes; writes benchmarks/results/folders.{json,md}
     python -m benchmarks.folders --quick    # seconds; few pictures, to see that the script works
 
-4,000 small pictures, maps only, one thread and one process that reads. They are cut into rounds; in each, a plain loop
-of a DataLoader and the network's forward pass, and `explain`, take the same pictures one after the other, in turn
-first. The forward pass is the same in both, and on a busy machine it varies by more than all that stands beside it: so
-that is timed by itself as well. Then the command runs on all pictures, is killed again and again, and ends.
+4,000 small pictures, maps only, one thread and one process that reads. They are divided into rounds. In each round a
+plain loop of a DataLoader and the network's forward pass, and `explain`, take the same pictures; which comes first
+alternates. The forward pass is the same in both, and on a busy machine it varies by more than everything else, so it
+is also timed separately. Then the command runs on all pictures, is killed again and again, and ends.
 """
 
 from __future__ import annotations

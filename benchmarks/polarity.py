@@ -1,8 +1,8 @@
-"""How upright EigenCAM's maps are by other routes to the same singular vector, and how much the first value holds.
+"""How often EigenCAM's maps are upright when other libraries compute the same vector, and the first value's share.
 
     python -m benchmarks.polarity FOLDER_WITH_BOXES
 
-Of the demo network. Writes benchmarks/results/polarity.md. Needs the `test` extra.
+It uses the demo network. Writes benchmarks/results/polarity.md. Needs the `test` extra.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from tucker_cam.evaluation.spectrum import spectrum
 from tucker_cam.models import LoadedModel, load_model
 from tucker_cam.pictures.annotations import find_samples, network_view
 
-# The last block's output, which has negative values, and what the head makes of it.
+# The last block's output, which has negative values, and the output of the head's first layers.
 LAYERS = ("blocks.6", "bn2")
-# Ways to the first right singular vector of a matrix; the first as the host's `get_2d_projection` asks for it.
+# Ways to compute the first right singular vector of a matrix; the first is that of the host's `get_2d_projection`.
 BACKENDS: dict[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
     "NumPy": lambda matrix: np.linalg.svd(matrix)[2][0],
     "SciPy, gesdd": lambda matrix: scipy.linalg.svd(matrix, lapack_driver="gesdd")[2][0],

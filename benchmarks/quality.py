@@ -2,11 +2,11 @@
 
     python -m benchmarks.quality --ecssd FOLDER --raccoons FOLDER --photographs FOLDER --augnet imgsim/model.pth
 
-Networks: EfficientNet-Lite0, Lite1 and Lite2 after the head, supervised on ImageNet; and AugNet, a ResNet-50 trained on
+Networks: EfficientNet-Lite0, Lite1 and Lite2 at `bn2`, supervised on ImageNet; and AugNet, a ResNet-50 trained on
 ImageNet without labels, at its last and its last but one stage. Pictures: ECSSD with pixel masks, raccoons with boxes,
-and ImageNet photographs without either. What is not given is left out. Rows go to `--rows` as soon as they are known,
-so that the same command goes on where it was stopped. Writes benchmarks/results/quality.{csv.gz,md,png} and
-quality-examples.png. Needs the `benchmarks` extra.
+and ImageNet photographs without either. Sets that are not given are left out. Rows are written to `--rows` as soon as
+they are known, so the same command resumes a run that was stopped. Writes
+benchmarks/results/quality.{csv.gz,md,png}, scores.md and quality-examples.png. Needs the `benchmarks` extra.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ LOCALISATION, DROP, BOTH = ("localisation",), ("drop",), ("localisation", "drop"
 
 
 class Pictures(NamedTuple):
-    """A set of pictures, the option that says where it is, what is measured on it, and on how many drawn at random."""
+    """A set of pictures: the option that names its folder, what is measured on it, and on how many random pictures."""
 
     title: str
     option: str
@@ -60,7 +60,7 @@ class Pictures(NamedTuple):
 
 SETS = {
     "ecssd": Pictures("ECSSD", "ecssd", LOCALISATION),
-    # Two forward passes for each method and picture: a fifth of the pictures.
+    # This takes two forward passes for each method and picture, so only a fifth of the pictures is used.
     "ecssd-drop": Pictures("ECSSD", "ecssd", DROP, 200),
     "raccoons": Pictures("raccoons", "raccoons", BOTH),
     "photographs": Pictures("ImageNet photographs", "photographs", DROP),
@@ -132,7 +132,7 @@ DEMO = "lite0"
 
 
 def score(cell: tuple[str, str, Path], weights: Path | None, rows: Path, limit: int | None) -> tuple[Any, ...]:
-    """Score a network on a set of pictures; return rows, their number, the annotations, and summaries by baseline."""
+    """Score a network on a set of pictures; return rows, number of pictures, annotations, and summaries by baseline."""
     network, data, folder = cell
     torch.set_num_threads(1)
     with threadpool_limits(1):
@@ -150,7 +150,7 @@ def score(cell: tuple[str, str, Path], weights: Path | None, rows: Path, limit: 
 
 
 def milliseconds(network: str, folder: Path, weights: Path | None) -> dict[str, float]:
-    """Return the CPU time of each method beside the forward pass of eight pictures, a picture, in ms."""
+    """Return the CPU time of each method and of the forward pass, in ms for a picture, in a batch of eight."""
     torch.set_num_threads(1)
     loaded = NETWORKS[network].load(weights)
     samples, annotations, _ = find_samples(folder, limit=8)
@@ -185,7 +185,7 @@ def values_table(head: str, found: Summaries) -> str:
 
 
 def differences_table(head: str, by_baseline: Mapping[str, Summaries]) -> str:
-    """Return the paired differences of each method from EigenCAM and from TSM, bold where the interval excludes 0."""
+    """Return the paired differences of each method from EigenCAM and from TSM, bold if the interval excludes 0."""
     names = [name for name in COMPARED if name in by_baseline["tsm"]["tsm"]]
     columns = [(name, baseline) for name in names for baseline in by_baseline]
     rows: dict[str, list[str]] = {}
@@ -209,7 +209,9 @@ GLANCE = {
 
 def glance_table(found: Mapping[tuple[str, str], Summaries]) -> str:
     """Return one table of ECSSD: IoU at the best cut and area-matched drops, of a supervised network and of AugNet."""
-    methods = sorted(found[DEMO, "ecssd"], key=lambda method: method in CONTROLS)
+    # EigenCAM by another sign is left to scores.md: in the README a table has at most 15 rows.
+    shown = [method for method in found[DEMO, "ecssd"] if method != "eigencam-signed"]
+    methods = sorted(shown, key=lambda method: method in CONTROLS)
     rows = {
         method: [
             interval(of_method[name].value, percent="drop" in name)
@@ -235,7 +237,7 @@ def write_rows(path: Path, cells: Mapping[tuple[str, str], Any]) -> None:
 
 
 def draw_all(path: Path, found: Mapping[tuple[str, str], Summaries]) -> None:
-    """Draw the measures that are compared, a panel each, methods down and networks by colour, on ECSSD."""
+    """Draw a panel for each measure that is compared, on ECSSD: a row for each method, a colour for each network."""
     networks = [network for network, data in found if data == "ecssd"]
     panels = {name: "ecssd-drop" if "drop" in name else "ecssd" for name in COMPARED if name != "max_f_beta"}
     figure = Figure(figsize=(13, 6.5), layout="constrained")
@@ -268,7 +270,7 @@ def draw_all(path: Path, found: Mapping[tuple[str, str], Summaries]) -> None:
 def draw_examples(path: Path, rows: Sequence[Any], folder: Path) -> None:
     """Draw the demo network's maps of the best, the median and the worst picture of TSM by its best cut.
 
-    The photographs are not ours to publish: the maps are drawn by themselves, with the object's outline.
+    The photographs are not ours to publish, so the maps are drawn without them, with the object's outline.
     """
     loaded = NETWORKS[DEMO].load(None)
     samples, annotations, _ = find_samples(folder)

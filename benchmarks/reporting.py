@@ -1,4 +1,4 @@
-"""What every benchmark says of itself: the machine it ran on, and its tables as Markdown."""
+"""What all benchmarks share: a description of the machine, and tables as Markdown."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def environment(seed: int) -> dict[str, object]:
 
 
 def write_samples(path: Path, results: object) -> None:
-    """Write what the tables were made of as compressed JSON, the same bytes for the same results."""
+    """Write the results behind the tables as compressed JSON, the same bytes for the same results."""
     path.write_bytes(gzip.compress(json.dumps(results, separators=(",", ":")).encode(), mtime=0))
 
 

@@ -1,10 +1,10 @@
 """Do label-free maps show what a network learnt without labels? Trained here in minutes, with an untrained control.
 
-A small CNN learns to tell by how much a scene was turned (RotNet, Gidaris et al. 2018, arXiv 1803.07728): a coloured
-digit, upright before the turn, on a texture without a direction. Only the digit tells. Its mask is known, so on scenes
-with unseen digits every label-free method is scored: where it points, and how well what it shows keeps the embedding.
-The same network before training is the control (Adebayo et al. 2018, arXiv 1810.03292): maps that are as good on it
-show the picture, not what was learnt.
+A small CNN learns to tell by how much a scene was rotated (RotNet, Gidaris et al. 2018, arXiv 1803.07728). A scene is a
+coloured digit, upright before the rotation, on a texture without a direction, so only the digit shows the rotation. Its
+mask is known. On scenes with unseen digits every label-free method is scored: where it points, and how much of the
+embedding it keeps. The same network before training is the control (Adebayo et al. 2018, arXiv 1810.03292): maps that
+are as good on it show the picture, not what was learnt.
 
     python -m benchmarks.selfsupervised --save rotnet
     tucker-cam explain rotnet/scene-*.png --model benchmarks.selfsupervised:rotation_network --weights rotnet/network.pt

@@ -1,4 +1,4 @@
-"""How upright EigenCAM's maps are by several rules for the sign of its vector: the tables of docs/upstream.md.
+"""How often EigenCAM's maps are upright with several sign rules for its vector: the tables of docs/upstream.md.
 
     python -m benchmarks.signs FOLDER_WITH_MASKS --augnet imgsim/model.pth
 
@@ -23,13 +23,13 @@ from benchmarks.polarity import features_of
 from benchmarks.reporting import table
 from tucker_cam.models import load_model
 
-# The photographs that come with scikit-image itself.
+# The photographs that scikit-image itself contains.
 PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "clock", "coffee", "coins", "grass", "gravel")
 PHOTOGRAPHS += ("hubble_deep_field", "immunohistochemistry", "moon", "retina", "rocket")
 
 
 def signs(centred: NDArray[np.float64], features: NDArray[np.float64]) -> dict[str, float]:
-    """Return what each rule multiplies the projection, as NumPy gives it, by. Arguments are positions x channels."""
+    """Return the sign by which each rule multiplies NumPy's projection. The arguments are positions x channels."""
     vector = np.linalg.svd(centred, full_matrices=False)[2][0]
     projection = centred @ vector
     energy = (features**2).sum(1)
@@ -43,7 +43,7 @@ def signs(centred: NDArray[np.float64], features: NDArray[np.float64]) -> dict[s
 
 
 def upright(features: torch.Tensor, masks: torch.Tensor) -> dict[str, list[bool]]:
-    """Tell for each rule and picture whether the map is higher on the object than beside it."""
+    """Return for each rule and picture whether the map is higher on the object than beside it."""
     found: dict[str, list[bool]] = {}
     for image, mask in zip(features.double().flatten(2).mT.numpy(), masks.flatten(1).numpy(), strict=True):
         if mask.all() or not mask.any():
@@ -59,9 +59,9 @@ def upright(features: torch.Tensor, masks: torch.Tensor) -> dict[str, list[bool]
 
 
 def follows_the_sum(layer: str) -> dict[str, list[bool]]:
-    """Tell for each rule whether the projection of weighted activations correlates with their sum over the channels.
+    """Return for each rule whether the projection of weighted activations correlates with their sum over the channels.
 
-    That sum is the map that `eigen_smooth` smooths, evidence for the predicted class, and negative where it is against.
+    That sum is the map that `eigen_smooth` smooths: evidence for the predicted class, negative where it is against it.
     """
     loaded = load_model("demo", layers=[layer])
     recorder = ActivationsAndGradients(loaded.model, loaded.target_layers, None)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.speed            # minutes; writes benchmarks/results/speed.{json.gz,md,png}; --quick: seconds
 
-Every round times each method once, in turn, so that a slow spell of the machine meets all of them; what takes little is
-called again and again, as timeit does, so that it does not pay for what was before it. On the CPU it is this process's
-time that counts. Methods that loop over the images in Python (the host's and TensorLy's) are timed on one image, and
-scaled, where a batch would take seconds. Peak memory is read as Linux tells it. Needs the `test` extra.
+Every round times each method once, in turn, so that a slow spell of the machine affects all of them. Fast methods are
+called repeatedly, as timeit does, so that the call before does not affect them. On the CPU, this process's CPU time is
+measured. If a batch would take seconds, methods that loop over the images in Python (the host's and TensorLy's) are
+timed on one image and scaled. Peak memory is what Linux reports. Needs the `test` extra.
 """
 
 from __future__ import annotations
