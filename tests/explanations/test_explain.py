@@ -208,7 +208,7 @@ def test_clips_are_explained():
         (noise(), {"out": "memory://maps"}, ValueError, "a folder of this machine, a URL only with Ray"),
         (torch.zeros(0, 3, 24, 24), {}, ValueError, "an empty batch"),
         ({"a.png"}, {}, TypeError, "got str: explain takes pictures and paths in a list"),
-        (noise(), {"methods": {"../x": TSM}}, ValueError, "a method's name that a file's can hold"),
+        (noise(), {"methods": {"../x": TSM}}, ValueError, "a method's name that can be part of a file name"),
         (noise(), {"engine": "ray", "gallery": True}, ValueError, "with Ray, which writes Parquet"),
         (noise(), {"engine": "ray", "alpha": 0.1}, ValueError, "with Ray, which writes Parquet"),
         (noise(), {"engine": "ray"}, ValueError, "expected paths or URLs with Ray"),

@@ -1,1 +1,1 @@
-"""Pictures, a model and methods in, explanations out."""
+"""Turns pictures, a model and methods into explanations."""

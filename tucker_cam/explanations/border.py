@@ -1,7 +1,7 @@
-"""A layer's feature maps of several pictures in, whether they show where the pictures end, not what is in them, out.
+"""Tells whether a layer's feature maps of several pictures show where the pictures end, not what is in them.
 
-A convolution sees padding at the border. Where that makes the strongest features, TSM's largest values lie along the
-border of every picture, and its map marks the background: what no sign rule can tell.
+A convolution sees padding at the border. If the padding causes the strongest features, TSM's largest values lie along
+the border of every picture, and its map marks the background. No sign rule can detect this.
 """
 
 import logging
@@ -16,18 +16,18 @@ from tucker_cam.decomposition.projection import leading_map
 logger = logging.getLogger("tucker_cam")
 _FEWEST, _MOST = 8, 64
 _SIDES = 3
-"""An object at the border, or in a corner, lights one side or two."""
+"""An object at the border or in a corner makes only one or two sides bright."""
 _USUAL = 0.6
-"""Of the pictures. On 50 of ECSSD's first half it was 0.94 at AugNet's `layer3`, which shows the background, 0.18 at
-its `layer4`, and 0.00 at the last layer of EfficientNet-Lite0."""
+"""The share of pictures from which a layer is an artefact. On 50 of ECSSD's first half it was 0.94 at AugNet's
+`layer3`, which shows the background, 0.18 at its `layer4`, and 0.00 at the last layer of EfficientNet-Lite0."""
 
 
 class BorderStatistics(NamedTuple):
-    """Where maps are strong, a number for each, batch; a ring is the outermost cells.
+    """Where maps are strong, with one value for each map of a batch; the ring is a map's outermost cells.
 
-    `maximum`: the share of the largest values that lie on the ring. `chance`: what it is by chance, the same for all.
-    `brighter`: whether the ring is brighter, in the mean, than what it encloses. `around`: whether three of its four
-    sides are, or all.
+    `maximum`: the share of the largest values that lie on the ring. `chance`: the same by chance, one value for all
+    maps. `brighter`: whether the ring is brighter on average than the cells inside. `around`: whether at least three of
+    its four sides are brighter.
     """
 
     maximum: Tensor
@@ -37,7 +37,7 @@ class BorderStatistics(NamedTuple):
 
 
 def border_statistics(maps: Tensor) -> BorderStatistics:
-    """Look at maps, batch x height x width, of at least 3 x 3 cells.
+    """Return where maps, batch x height x width and at least 3 x 3 cells each, are strong.
 
     Example:
         >>> ring = torch.ones(1, 4, 4)
@@ -61,7 +61,7 @@ def border_statistics(maps: Tensor) -> BorderStatistics:
 
 
 class BorderCheck:
-    """Looks at a layer's feature maps, batch after batch, and says once if they show the borders of the pictures."""
+    """Looks at a layer's feature maps, batch by batch, and warns once if they show the borders of the pictures."""
 
     def __init__(self, layer: str) -> None:
         self.layer = layer
@@ -69,18 +69,18 @@ class BorderCheck:
         self._said = False
 
     def look_at(self, maps: Tensor) -> None:
-        """Take TSM's maps of a batch; those of 3 x 3 positions or fewer, and of clips, have no border to speak of."""
+        """Add TSM's maps of a batch; those of clips, or with a side of 3 positions or fewer, are left out."""
         if _has_border(maps.shape[1:]):
             self.statistics.append(border_statistics(maps))
 
     @property
     def is_artefact(self) -> bool:
-        """Whether on most of the pictures, eight at least, the map is strong all around and not where something is."""
+        """Whether most maps are strong all around the border, not at an object; False for fewer than eight pictures."""
         around = [bool(each) for of_batch in self.statistics for each in of_batch.around]
         return len(around) >= _FEWEST and sum(around) >= _USUAL * len(around)
 
     def warn_of(self, features: Tensor) -> None:
-        """Take the features of a batch, up to some number of pictures, and log one line where they are an artefact."""
+        """Add the features of a batch, until enough pictures are seen, and log one warning if they are an artefact."""
         seen = sum(len(each.around) for each in self.statistics)
         if self._said or seen >= _MOST or not _has_border(features.shape[2:]):
             return

@@ -1,7 +1,7 @@
-"""Pictures in, Parquet tables of maps out: the same work on a Ray cluster, by a pool of actors.
+"""Explains pictures on a Ray cluster, with a pool of actors, and writes the maps as Parquet tables.
 
-Ray Data runs it and writes the tables, here or on any file system fsspec knows; the tables themselves tell a later run
-what is done. What one run has written, another never changes: of two at once, neither can destroy the other's.
+Ray Data runs the work and writes the tables, locally or to any file system that fsspec knows. A later run reads from
+the tables what is done. No run changes what another has written, so two at once cannot destroy each other's results.
 """
 
 import json
@@ -55,21 +55,21 @@ class Work:
 def explain_on_ray(
     pictures: Sequence[Source], work: Work, out: str, *, batch_size: int | None, workers: int | None
 ) -> tuple[LoadedModel, list[Failure]]:
-    """Explain the pictures that the tables in `out` have not yet; return the model, and what failed.
+    """Explain the pictures that the tables in `out` do not hold yet; return the model and the failures.
 
     A table has a row for each picture and method: ``saliency``, the map row by row, float32 in [0, 1], and its
-    ``shape``. The batches are those of a single machine with the same `batch_size`, and so are the maps. Every node
-    reads the pictures, and writes to `out`.
+    ``shape``. The batches, and therefore the maps, are the same as on a single machine with the same `batch_size`.
+    Every node reads pictures and writes to `out`.
 
     Raises:
-        ValueError: no actor is to do the work; another run is writing to `out`, or it holds what is not of a run.
+        ValueError: `workers` is 0; another run is writing to `out`; or `out` holds files that are not of a run.
         OSError: `out` could not be written.
     """
     if workers == 0:
         raise BadValueError("expected at least one actor to explain the pictures, got workers=0")
     filesystem, root = url_to_fs(out)
     filesystem.makedirs(root, exist_ok=True)
-    # Elsewhere there is no lock that all file systems keep.
+    # There is no lock that works on every other file system.
     with only_run(Path(root, MANIFEST)) if isinstance(filesystem, LocalFileSystem) else nullcontext():
         loaded = work.load()
         logger.info(loaded.description)
@@ -101,7 +101,7 @@ def _failures(
     done: Collection[tuple[str, str]],
     errors: Mapping[tuple[str, str], str],
 ) -> list[Failure]:
-    """Return one of a picture without any map, or one for each method that has none."""
+    """Return one failure for a picture without any map, or one for each method that failed on it."""
     missing = [name for name in methods if (picture.key, name) not in done]
     reasons = {name: errors[picture.key, name] for name in missing if (picture.key, name) in errors}
     if missing and not reasons:
@@ -135,7 +135,7 @@ def _run(
 
 
 class _Actor:
-    """Explains the pictures of one batch after the other; Ray keeps it, and so its model, for many."""
+    """Explains the pictures batch by batch; Ray keeps the actor, and therefore its model, for many batches."""
 
     def __init__(self, work: Work) -> None:
         self.explainer = Explainer(work.load(), work.methods, work.aug_smooth)
@@ -180,7 +180,7 @@ def _claim_folder(filesystem: Any, root: str, run: Mapping[str, Any]) -> str:
     folder = place_of_run(root, run, manifests)
     if folder in manifests:
         return folder
-    # Tables are read: they must be a run's.
+    # Tables in the folder would be read, so they must belong to a run.
     if tables := filesystem.glob(f"{folder}/{TABLES}*.parquet"):
         raise not_of_a_run(tables[0])
     unfinished, path = f"{folder}/.{MANIFEST}.unfinished", f"{folder}/{MANIFEST}"
@@ -194,10 +194,10 @@ def _claim_folder(filesystem: Any, root: str, run: Mapping[str, Any]) -> str:
 
 
 class _Tables(NamedTuple):
-    """The tables of a folder; which pictures and methods they hold, and why not others; and which are broken.
+    """The tables of a folder: the pictures and methods that they hold, the errors of others, and the broken tables.
 
-    Why a picture has no map at all stands under a method without a name.
-    Broken ones stay where they are: a run may still be writing them.
+    The error of a picture that has no map at all is under an empty method name. Broken tables stay where they are: a
+    run may still be writing them.
     """
 
     paths: list[str]
@@ -207,8 +207,8 @@ class _Tables(NamedTuple):
 
 
 def _read_tables(filesystem: Any, folder: str, *, known: Collection[str] = ()) -> _Tables:
-    """Read all tables but those that are known."""
-    # Ray writes them behind its back.
+    """Read all tables except the known ones."""
+    # Ray has written tables that the file system's cache does not know.
     filesystem.invalidate_cache()
     tables = _Tables(sorted({*filesystem.glob(f"{folder}/{TABLES}*.parquet")}.difference(known)), set(), {}, [])
     columns = ["picture", "method", "error"]

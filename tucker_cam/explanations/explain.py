@@ -1,4 +1,4 @@
-"""Whatever holds pictures, a model and methods in, one explanation after the other out, or files in a folder."""
+"""Explains pictures with a model and methods; yields the explanations one by one, or writes them to a folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tucker_cam.pictures.held import Collection, Pictures, collect
 from tucker_cam.pictures.sources import Source
 from tucker_cam.text import counted, printable
 
-# Of a long run, what a notebook shows.
+# How many explanations of a long run a notebook shows.
 _MOST_SHOWN = 24
 logger = logging.getLogger("tucker_cam")
 
@@ -62,26 +62,26 @@ def explain(
     engine: Literal["torch", "ray"] = "torch",
     progress: bool = True,
 ) -> Explanations:
-    """Explain pictures by label-free methods, with one forward pass of each batch for all of them.
+    """Explain pictures with label-free methods, which share one forward pass for each batch.
 
     Args:
-        pictures: a file, a folder, a glob, a URL or a Parquet file; a PIL image; an array height x width x 3, or
-            in grey height x width (uint8, or floating point in [0, 1]); a list of these; a batch of network inputs,
-            batch x channels x height x width; or an iterable of such batches, a DataLoader say, of which the first part
-            of a tuple is taken.
-        model: a name or a module as for `load_model`, or what that returns. The layers of a module that takes no
-            picture of 224 x 224 are found with the first of the network inputs.
-        methods: names as on the command line; or classes of the host's kind, by a name of yours.
-        out: a folder to write to, in this call; what an earlier one has written there stays, and what another model
-            or layer has is not mixed with it: it gets a folder below. Pictures that this program holds are called by
-            their places, ``picture-0``, network inputs ``000000``, and others of their place are written over. With
-            ``ray`` it may be a URL.
-        formats: of ``overlay`` (PNG), ``npy`` and ``zarr`` (maps, float32).
-        gallery: write ``gallery.html`` too, one page with all pictures.
-        view: of overlays where `Explanation.overlay` is asked for nothing else, as `colormap` and `alpha`: see `Look`.
-        colormap: see `view`.
-        alpha: see `view`.
-        weights: see `load_model`, as for all down to `device`.
+        pictures: a file, a folder, a glob, a URL or a Parquet file; a PIL image; an array, height x width x 3, or
+            height x width if it is grey (uint8, or floating point in [0, 1]); a list of these; a batch of network
+            inputs, batch x channels x height x width; or an iterable of such batches, for example a DataLoader. If a
+            batch is a tuple, its first item is taken.
+        model: a name or a module, as for `load_model`, or the object that `load_model` returns. If a module takes no
+            picture of 224 x 224, its layers are found with the first of the network inputs.
+        methods: names as on the command line; or a dict from names of your choice to classes based on `BaseCAM`.
+        out: a folder to write to during this call. What an earlier call wrote there stays; results of another model or
+            layer go into a subfolder, so that they are not mixed. Pictures in memory are named by their position,
+            ``picture-0``, and network inputs ``000000``: results of another picture at that position are overwritten.
+            With ``ray``, `out` may be a URL.
+        formats: any of ``overlay`` (PNG), ``npy`` and ``zarr`` (maps, float32).
+        gallery: also write ``gallery.html``, one page with all pictures.
+        view: what overlays are drawn on: see `Look`. This and the next two are the defaults of `Explanation.overlay`.
+        colormap: see `Look`.
+        alpha: see `Look`.
+        weights: see `load_model`, as for the other arguments down to `device`.
         pretrained: see `load_model`.
         layers: see `load_model`.
         size: see `load_model`.
@@ -90,24 +90,24 @@ def explain(
         std: see `load_model`.
         device: see `load_model`.
         aug_smooth: average over flips and brightness.
-        components: find the single components of MTSM too.
-        limit: take a random sample of so many pictures, the same every time, or the first of batches.
-        batch_size: how many pictures go through the network together; None for 8, or on a GPU what it holds.
-        workers: processes that read pictures ahead, as of a DataLoader; None for one fewer than there are cores. With
-            ``ray`` the actors.
+        components: also find the single components of MTSM.
+        limit: how many pictures to take: a random sample, the same every time; of batches, the first ones.
+        batch_size: how many pictures go through the network together; None for 8, or on a GPU for what it holds.
+        workers: processes that read pictures ahead, as in a DataLoader; None for one fewer than there are cores. With
+            ``ray``, the number of actors.
         engine: what does the work that is written to `out`: this process, or a Ray cluster, which writes Parquet.
         progress: show a bar while files are written.
 
     Returns:
-        An iterable that does the work while it is gone through, and again when it is gone through again, as often as
-        the pictures can be. A picture that fails is told of by the logger ``tucker_cam`` then, and stands in its
-        `failures`. With `out` these are at first those of the writing.
+        An iterable that explains the pictures while you iterate over it, and does so again on every further iteration,
+        if the pictures can be iterated over again. A picture that fails is logged by the logger ``tucker_cam`` and
+        added to `failures`. With `out`, `failures` first holds what failed while the files were written.
 
     Raises:
-        TypeError, ValueError: what was given holds no pictures; an unknown method, format or look, or a bad size of the
-            batch; another run is writing to `out`.
-        ModuleNotFoundError, OSError: see `load_model`, ValueError and TypeError too; OSError also if `out` cannot be
-            written.
+        TypeError, ValueError: there are no pictures; a method, format or look is unknown; the batch size is invalid; or
+            another run is writing to `out`. See also `load_model`.
+        ModuleNotFoundError: see `load_model`.
+        OSError: `out` cannot be written; see also `load_model`.
 
     Example:
         >>> from numpy import uint8, zeros
@@ -143,7 +143,7 @@ def explain(
         given = [each for part in collection.parts() for each in part]
         sources = [each for each in given if isinstance(each, Source)]
         if len(sources) < len(given):
-            raise BadValueError("expected paths or URLs with Ray, whose nodes read them, got what this program holds")
+            raise BadValueError("expected paths or URLs with Ray, whose nodes read them, got pictures in memory")
         from tucker_cam.explanations.cluster import Work, explain_on_ray
 
         work = Work(load, chosen, aug_smooth)
@@ -160,12 +160,12 @@ def explain(
 
 
 class Explanations:
-    """One explanation after the other; the work is done while this is gone through.
+    """The explanations of pictures, as an iterable; the work is done while you iterate over it.
 
     Attributes:
         loaded: the model, with its layers.
-        failures: the pictures that could not be read or explained, or not by one of the methods, as far as it was gone
-            through the last time.
+        failures: the pictures that could not be read or explained, or on which one of the methods failed, as far as the
+            last iteration got.
     """
 
     def __init__(self, explainer: Explainer, pictures: Collection, batch_size: int, workers: int | None) -> None:
@@ -174,13 +174,13 @@ class Explanations:
         self._explainer, self._pictures, self._batch_size, self._workers = explainer, pictures, batch_size, workers
 
     def __len__(self) -> int:
-        """Return how many pictures there are, those that fail included; TypeError where that is not known."""
+        """Return the number of pictures, including those that fail; TypeError if it is not known."""
         if self._pictures.number is None:
-            raise BadTypeError("the number of pictures is not known before they were gone through")
+            raise BadTypeError("the number of pictures in batches is not known: count them while you iterate")
         return self._pictures.number + len(self._pictures.failures)
 
     def __bool__(self) -> bool:
-        """Return True; else `len` would be asked, which need not be known."""
+        """Return True; without this method Python would call `len`, which may not be known."""
         return True
 
     def __iter__(self) -> Iterator[Explanation]:
@@ -209,10 +209,10 @@ class Explanations:
         gallery: bool = False,
         progress: bool = True,
     ) -> None:
-        """Write them, and go on where an earlier call or run was stopped; what fails is in `failures`.
+        """Write the explanations, resuming where an earlier run was stopped; what fails is in `failures`.
 
         Args:
-            folder: see `explain`, whose `out` it is.
+            folder: see `out` of `explain`.
             formats: see `explain`.
             gallery: see `explain`.
             progress: show a bar.
@@ -237,7 +237,7 @@ class Explanations:
 
     def _repr_html_(self) -> str:
         """Show the first explanations in a notebook."""
-        # Of a copy: that they are looked at changes nothing of the failures.
+        # A copy, so that showing the explanations does not change the failures.
         shown = copy(self)
         pictures = "".join(explanation._repr_html_() for explanation in islice(shown, _MOST_SHOWN))
         failed = "".join(f"<p>{escape(printable(str(failure)))}</p>" for failure in shown.failures)

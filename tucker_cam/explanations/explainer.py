@@ -1,4 +1,4 @@
-"""Pictures in, their explanations out: read ahead, through the network in batches, by all methods together."""
+"""Explains pictures: reads them ahead, and runs each batch through the network once for all methods."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,8 +29,8 @@ class ReadBatch(NamedTuple):
     """What was read of a batch of pictures.
 
     Attributes:
-        inputs: the network's, or the errors for which there are none; one tensor, where all are of one size.
-        sizes: the pictures' own, width and height; None for what came as a network's input, or not at all.
+        inputs: the network inputs, with an error for each that could not be made; one tensor if all have one size.
+        sizes: the pictures' own width and height; None if a network input was given or the picture cannot be read.
     """
 
     inputs: Sequence[Tensor | Exception] | Tensor
@@ -43,10 +43,10 @@ class Explainer:
 
     Attributes:
         loaded: the model.
-        methods: classes of the host's kind, by name.
+        methods: callables that make the CAM objects, by the method's name.
         aug_smooth: average over flips and brightness, as the host does.
-        components: find the single components of MTSM too.
-        look: of the overlays.
+        components: also find the single components of MTSM.
+        look: how overlays are drawn by default.
     """
 
     loaded: LoadedModel
@@ -57,21 +57,21 @@ class Explainer:
 
     @cached_property
     def border(self) -> BorderCheck:
-        """Is shown the features, to warn of a layer that shows where the pictures end."""
+        """The check that sees all features, and warns of a layer that shows where the pictures end."""
         return BorderCheck(self.loaded.layer_names[-1])
 
     def explain_all(
         self, batches: Sequence[Sequence[Picture]], workers: int | None = 0
     ) -> Iterator[list[tuple[Picture, Explanation | Exception]]]:
-        """Yield each batch's explanations, or the errors for which there are none; for the rest see `read_ahead`."""
-        # The model itself stays in this process.
+        """Yield, for each batch, every picture with its explanation or its error; see also `read_ahead`."""
+        # The processes that read need no model: it stays in this one.
         network = Network(torch.nn.Identity(), self.loaded.preprocess, frames=self.loaded.frames)
         read = read_ahead(batches, partial(read_batch, network=network), workers)
         for batch, of_batch in zip(batches, read, strict=True):
             yield list(zip(batch, self.explain(batch, of_batch), strict=True))
 
     def explain(self, pictures: Sequence[Picture], read: ReadBatch) -> list[Explanation | Exception]:
-        """Explain a batch of pictures; those whose inputs are of one size go through the network together."""
+        """Explain a batch of pictures; those whose inputs have the same size go through the network together."""
         results: list[Any] = [*read.inputs]
         for these in of_one_size({index: each for index, each in enumerate(results) if isinstance(each, Tensor)}):
             found = together_or_alone(partial(self._explain, pictures=pictures, read=read), [*these])
@@ -108,11 +108,11 @@ class Explainer:
 
     @cached_property
     def batch_size(self) -> int:
-        """How many pictures the device takes at once: on a GPU, what fills half of its free memory."""
+        """How many pictures go through the network at once: on a GPU, as many as fill half of its free memory."""
         if self.loaded.device.type != "cuda":
             return CPU_BATCH
         example = self.loaded.example()
-        # A copy: what it sees of grey tells nothing of the layer.
+        # A copy, so that the border check of this object does not see the grey picture.
         trial, grey, read = replace(self), Held("grey", example[0]), ReadBatch(example, [None])
         trial._explain([0], [grey], read)
         torch.cuda.reset_peak_memory_stats(example.device)
@@ -124,13 +124,13 @@ class Explainer:
 
 
 def read_batch(pictures: Sequence[Picture], network: Network) -> ReadBatch:
-    """Read pictures and preprocess them for a network; a process hands over one tensor, and not one by one."""
+    """Read and preprocess pictures; inputs of one size are stacked, so that a process hands over a single tensor."""
     read = [_read_input(picture, network) for picture in pictures]
     inputs, sizes = [each for each, _ in read], [size for _, size in read]
     try:
         return ReadBatch(torch.stack(inputs), sizes)  # type: ignore[arg-type]
     except (TypeError, RuntimeError):
-        # An error of a picture that cannot be read; another size.
+        # A picture could not be read, or the sizes differ.
         return ReadBatch(inputs, sizes)
 
 

@@ -1,4 +1,4 @@
-"""What was found out about one picture: its maps, what they are drawn on, and how they are shown."""
+"""The explanation of one picture: its maps, what they are drawn on, and how they are shown."""
 
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from tucker_cam.pictures.held import Picture, first_frame
 from tucker_cam.pictures.view import View, view_of
 from tucker_cam.text import printable
 
-# What the network did not see keeps this much of its brightness.
+# Parts that the network did not see keep this share of their brightness.
 _DIMMED = 0.4
 _SHOWN_HEIGHT = 240
 _COLORMAPS = {
@@ -35,10 +35,10 @@ class Look(NamedTuple):
     """How a map is drawn.
 
     Attributes:
-        view: ``picture`` draws it at its place in the user's own picture, whole and at its own size, with what the
-            network did not see dimmed; ``network`` over what the network saw.
-        colormap: of OpenCV, such as ``jet``, the host's, or ``viridis``.
-        alpha: the map's weight over the picture's, in [0, 1].
+        view: ``picture`` draws the map at its place in your own picture, which is shown whole and at its own size, with
+            the parts that the network did not see dimmed; ``network`` draws it over what the network saw.
+        colormap: an OpenCV colormap, such as ``jet``, which the host uses, or ``viridis``.
+        alpha: the weight of the map over the picture, in [0, 1].
     """
 
     view: Literal["picture", "network"] = "picture"
@@ -46,7 +46,7 @@ class Look(NamedTuple):
     alpha: float = 0.5
 
     def check(self) -> None:
-        """Raise ValueError unless there is such a look."""
+        """Raise ValueError if a part of the look is invalid."""
         check_name("view", self.view, ("picture", "network"))
         check_name("colormap", self.colormap, _COLORMAPS)
         if not (isinstance(self.alpha, Real) and 0 <= self.alpha <= 1):
@@ -62,19 +62,19 @@ DEFAULT_LOOK = Look()
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
-    r"""What was found out about one picture.
+    r"""The maps of one picture, and what is needed to draw them.
 
     Attributes:
-        source: where it is from.
-        size: the picture's own, width and height; None where the network's input was given.
-        network_input: what it became, channels x (time x) height x width.
-        network: that took it.
+        source: where the picture is from.
+        size: the picture's own width and height; None if a network input was given.
+        network_input: the input that the network took, channels x (time x) height x width.
+        network: the network.
         maps: by method, float32 in [0, 1], height x width as the network saw it (time x height x width for clips).
-        components: MTSM's strongest components $a_i^\top F_{(1)}$ at the last of the layers, count x its positions,
-            signed; none unless asked for.
-        values: all singular values, descending; none unless asked for.
-        look: of its overlays, where nothing else is asked for.
-        failures: of the methods that have no map here.
+        components: MTSM's strongest components $a_i^\top F_{(1)}$ at the last of the layers, signed, count x the
+            layer's positions; empty unless asked for.
+        values: all singular values, descending; empty unless asked for.
+        look: how overlays are drawn by default.
+        failures: one for each method that has no map of this picture.
     """
 
     source: Picture
@@ -93,21 +93,21 @@ class Explanation:
 
     @cached_property
     def picture(self) -> Image.Image:
-        """As the user has it, upright and whole, read again; of a clip its first frame.
+        """Your own picture, upright and whole, read again; of a clip, its first frame.
 
-        Where only the network's input was given it is that, with its normalisation undone.
+        If only a network input was given, it is that input with its normalisation undone.
         """
         picture = first_frame(self.source.read(self.network.frames))
         return Image.fromarray(np.uint8(np.rint(255 * self.seen))) if picture is None else picture
 
     @cached_property
     def view(self) -> View | None:
-        """Where in the picture the network looked; None where that is no box of it."""
+        """The part of the picture that the network looked at; None if that part is not a box."""
         return view_of(self.network.preprocess, self.size, self.network.frames)
 
     @cached_property
     def seen(self) -> NDArray[np.float32]:
-        """What the network saw, height x width x 3 in [0, 1]; of a clip its first frame."""
+        """What the network saw, height x width x 3 in [0, 1]; of a clip, its first frame."""
         saw = self.network.picture(self.network_input)
         return saw if saw.ndim == 3 else saw[0]
 
@@ -122,14 +122,14 @@ class Explanation:
         """Draw a map over the picture; of a clip, over its first frame.
 
         Args:
-            method: its name; None for the first.
-            view: see `Look`, as for the next two; None for that of `look`.
-            colormap: see `view`.
-            alpha: see `view`.
+            method: the name of a method; None for the first one.
+            view: see `Look`; None for the view of `look`.
+            colormap: see `Look`; None for the colormap of `look`.
+            alpha: see `Look`; None for the alpha of `look`.
 
         Raises:
             KeyError: there is no map of this method.
-            ValueError: there is no such look.
+            ValueError: the view, colormap or alpha is invalid.
         """
         look = Look(
             self.look.view if view is None else view,
@@ -141,7 +141,7 @@ class Explanation:
         return self.drawn(saliency if saliency.ndim == 2 else saliency[0], look)
 
     def drawn(self, saliency: NDArray[np.float32], look: Look) -> Image.Image:
-        """Return a map, height x width as the network saw it, over the picture."""
+        """Draw a map, height x width as the network saw it, over the picture."""
         if look.view == "network" or self.view is None:
             return look.draw(self.seen, saliency)
         (x, y, width, height), size = self.view, self.picture.size
@@ -161,12 +161,12 @@ class Explanation:
         return f"<Explanation of {self.name}: {', '.join(self.maps)}>"
 
     def _repr_html_(self) -> str:
-        """Return the picture beside its overlays, for a notebook: nothing is fetched."""
+        """Return HTML of the picture beside its overlays, for a notebook; the HTML fetches nothing."""
         figures = ""
         try:
             shown = {printable(self.name): self.picture} | {method: self.overlay(method) for method in self.maps}
         except BadValueError as error:
-            # A network's input of other channels than a picture's.
+            # A network input whose channels are not those of a picture.
             return f"<p>{escape(f'{self!r}: {error}')}</p>"
         for title, image in shown.items():
             small = image.copy()
@@ -179,7 +179,7 @@ class Explanation:
 
 
 def data_uri(image: Image.Image, form: str, **options: int) -> str:
-    """Return an image as a page holds it in itself."""
+    """Return an image as a data URI, which a page can contain."""
     buffer = BytesIO()
     image.save(buffer, format=form, optimize=True, **options)
     return f"data:image/{form.lower()};base64,{b64encode(buffer.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""Explanations in, files in a folder out: what is there is gone on with, and what others wrote is left alone."""
+"""Writes explanations to a folder: resumes an earlier run, and never touches files that others wrote."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,9 +26,9 @@ from tucker_cam.progress import progress
 from tucker_cam.text import counted
 from tucker_cam.writing import only_run
 
-# Threads, but no more than there are cores: they wait for each other then, and the network for them.
+# The most threads, but never more than cores: else they wait for each other, and the network waits for them.
 _MOST_WRITERS = 4
-# Of a stream, whose names are not known before, so many pictures are listed in the manifest at a time.
+# The names in a stream are not known in advance: this many pictures are added to the manifest at a time.
 _PART = 256
 logger = logging.getLogger("tucker_cam")
 
@@ -36,14 +36,14 @@ logger = logging.getLogger("tucker_cam")
 def check_writing(
     out: str | Path | None, formats: str | Sequence[str], look: Look, methods: Mapping[str, Callable[..., BaseCAM]]
 ) -> list[str]:
-    """Return the formats; ValueError for one, a look or a method's name that cannot be, or no folder to write to."""
+    """Return the formats and make the folder; ValueError if a format, look, method's name or the folder is invalid."""
     formats = [formats] if isinstance(formats, str) else [*formats]
     for name in formats:
         check_name("format", name, FORMATS)
     look.check()
     for name in methods:
         if safe_name(name) != name or "/" in name:
-            raise BadValueError(f"expected a method's name that a file's can hold, got {name!r}")
+            raise BadValueError(f"expected a method's name that can be part of a file name, got {name!r}")
     if out is not None:
         check_own_names(methods)
         if is_url(str(out)):
@@ -51,17 +51,17 @@ def check_writing(
         out = Path(out)
         if out.exists() and not out.is_dir():
             raise BadValueError(f"{out}: expected a folder for what is written, found a file")
-        # What takes long comes later.
+        # Made before the work that takes long.
         out.mkdir(parents=True, exist_ok=True)
     return formats
 
 
 @dataclass
 class FolderWriter:
-    """Writes explanations into a folder; the arguments are those of `explain`.
+    """Writes explanations to a folder; the arguments are those of `explain`.
 
-    A map does not depend on where an earlier run was interrupted: batches are cut alike in every run. What no manifest
-    lists is neither taken for a map nor overwritten.
+    Batches are cut in the same way in every run, so a map does not depend on where an earlier run was interrupted.
+    Files that no manifest lists are neither taken for maps nor overwritten.
 
     Attributes:
         failures: what could not be read, explained or written.
@@ -76,10 +76,10 @@ class FolderWriter:
     failures: list[Failure] = field(default_factory=list)
 
     def write(self, pictures: Collection, *, shown: bool) -> None:
-        """Write what is missing, with a bar or without one, and say at the end what came out.
+        """Write the missing files, with a progress bar if it is `shown`, and log a summary at the end.
 
         Raises:
-            ValueError: another run is writing to the folder, or its manifest or store is none.
+            ValueError: another run is writing to the folder, or its manifest or Zarr store is broken.
             OSError: the folder cannot be written to, or a reading process was killed.
         """
         with only_run(self.out / MANIFEST):
@@ -88,7 +88,7 @@ class FolderWriter:
             if manifest.is_new and manifest.folder != self.out:
                 logger.info(f"note: {self.out} holds the results of another run: these go beside them")
             self._claim(manifest)
-            # What could not be found counts, as in the number of explanations.
+            # Pictures that could not be found are counted too, as in the length of `Explanations`.
             self.failures += pictures.failures
             count, there = len(pictures.failures), 0
             with progress("explaining", pictures.number, shown=shown) as advance:
@@ -103,7 +103,7 @@ class FolderWriter:
         )
 
     def _claim(self, manifest: Manifest) -> None:
-        """Write the manifest of a new folder, so that whatever a killed run leaves is known to be of a run."""
+        """Write the manifest before other files, so that what a killed run leaves is known to belong to a run."""
         if manifest.is_new:
             manifest.folder.mkdir(exist_ok=True)
             for name in (STORE, PAGE):
@@ -113,7 +113,7 @@ class FolderWriter:
         manifest.write()
 
     def _write_part(self, pictures: Sequence[Picture], manifest: Manifest, advance: Callable[[int], None]) -> int:
-        """Write what is missing of some pictures, and return of how many nothing was."""
+        """Write the missing files of some pictures; return how many pictures had none missing."""
         earlier = dict(manifest.stamps)
         manifest.add(pictures)
         kinds = [FORMATS[name] for name in self.formats] + ([GalleryParts] if self.gallery else [])
@@ -143,7 +143,7 @@ class FolderWriter:
         there = [picture for picture in pictures if missing.get(picture.key) == []]
         network = self.explainer.loaded
         for picture in there:
-            # A run that was killed has written a picture's files, and not where in it the network looked.
+            # A killed run may have written a picture's files but not where in it the network looked.
             if picture.key not in manifest.views:
                 with suppress(OSError):
                     size = size_of(picture.read(network.frames))
@@ -181,7 +181,7 @@ class FolderWriter:
                     else:
                         self.failures += found.failures
                         writing.append(writers.submit(write, picture, found))
-                # No more than two batches are held.
+                # At most two batches are held in memory.
                 for written in before:
                     written.result()
                 advance(len(batch))
@@ -189,7 +189,7 @@ class FolderWriter:
                 written.result()
 
     def _write_gallery(self) -> str:
-        """Write the page of all runs in the folder, and return what is said of it."""
+        """Write the page of all runs in the folder, and return what the summary says about it."""
         try:
             folders = [path.parent for path in manifests_in(self.out)]
             runs = [Manifest(folder, None) for folder in folders if (folder / ".gallery").is_dir()]
@@ -207,7 +207,7 @@ class FolderWriter:
 
 
 def remove_files(manifest: Manifest, key: str) -> int:
-    """Remove what earlier runs wrote of a picture, which has changed since; return how many files that were."""
+    """Remove the files that earlier runs wrote for a picture that has changed since; return their number."""
     kinds: tuple[type[Output], ...] = (*FORMATS.values(), GalleryParts)
     left = [path for kind in kinds for path in filter(Path.is_file, kind.left(manifest, key))]
     for path in left:

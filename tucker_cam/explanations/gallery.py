@@ -1,4 +1,4 @@
-"""Pictures with their maps in, one HTML page out that needs neither server nor network to be looked at."""
+"""Writes pictures and their maps to one HTML page, which needs neither a server nor a network."""
 
 import json
 import re
@@ -23,9 +23,9 @@ from tucker_cam.writing import complete_or_absent
 _PICTURE_SIDE = 224
 _MAP_SIDE = 56
 _JPEG_QUALITY = 75
-# A palette's entries are stored with every map: more than 64 would double its bytes and look the same.
+# Every map stores its palette: more than 64 entries would double its bytes and look the same.
 _MAP_LEVELS = 64
-# Odd, so that zero has an entry of its own.
+# An odd number, so that zero has an entry of its own.
 _COMPONENT_LEVELS = 63
 _TOP_SHARE = 0.1
 _FOR_SCRIPT = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&"})
@@ -38,11 +38,11 @@ def gallery_entry(
     components: NDArray[np.float32],
     values: NDArray[np.float32],
 ) -> dict[str, Any]:
-    r"""Shrink a picture, its maps and its components to what the page shows of them: text, numbers and data URIs.
+    r"""Reduce a picture, its maps and its components to what the page shows: text, numbers and data URIs.
 
     The components are $a_i^\top F_{(1)}$, each coloured on its own scale, blue below and red above zero; there may be
     none. The values are all $s_i$, descending, and a ``share`` is $s_i / \sum_j s_j$. ``energy_in_top`` is the share of
-    a map's sum that its highest 10 % of pixels hold. What is not finite counts as 0.
+    a map's sum that its highest 10 % of pixels hold. NaN and Inf count as 0.
     """
     height, width = picture.shape[:2]
     finite = _finite(values)
@@ -61,7 +61,7 @@ def gallery_entry(
 
 
 def write_gallery(path: Path, title: str, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Write the page; of the entries, as of `gallery_entry`, only one is held in memory.
+    """Write the page from entries made by `gallery_entry`, holding only one of them in memory at a time.
 
     Raises:
         OSError: the file cannot be written.
@@ -81,7 +81,7 @@ def write_gallery(path: Path, title: str, entries: Iterable[Mapping[str, Any]]) 
 def _method(array: NDArray[np.float32]) -> dict[str, Any]:
     saliency = _finite(array).clip(0, 1)
     held = np.concatenate([[0.0], np.sort(saliency, axis=None)[::-1].cumsum()])
-    # Interpolated, since a tenth of the pixels is seldom a whole number of them.
+    # Interpolated, since a tenth of the pixels is seldom a whole number.
     top = np.interp(_TOP_SHARE * saliency.size, np.arange(len(held)), held)
     return {
         "map": _sequential_map(saliency),

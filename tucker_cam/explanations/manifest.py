@@ -1,7 +1,7 @@
-"""A folder of results and what a run computes in, the list of what is there out: of which model, pictures and files.
+"""Keeps the manifest of a folder of results, which lists the model, the pictures and the files of a run.
 
-One folder holds the results of one run, which may have been stopped and gone on with. What another model, layer or
-engine makes goes into a folder beside them, which the same command finds again.
+One folder holds the results of one run, which may have been stopped and resumed. Results of another model, layer or
+engine go into a subfolder, which the same command finds again.
 """
 
 import json
@@ -21,21 +21,21 @@ from tucker_cam.pictures.view import View
 from tucker_cam.writing import complete_or_absent
 
 NOT_OURS = Stamp(-1, None)
-"""Stands in a manifest for a picture whose files were there before, and are somebody else's."""
+"""The stamp of a picture whose files were there before and belong to somebody else."""
 _PACKAGES = ("tucker-cam", "torch", "numpy", "grad-cam", "pillow")
 _RUN = frozenset(["engine", "model", "weights", "layers", "aug_smooth", "preprocessing"])
 _LONGEST_FOLDER = 100
-# Ours end so, and no folder of a picture's name may.
+# The endings of our own files, which no folder in a picture's name may have.
 _SUFFIXES = (".json", ".html", ".zarr", *(kind.suffix for kind in FORMATS.values() if issubclass(kind, MethodFiles)))
 
 
 class Manifest:
-    """``manifest.json``: what the files in a folder are: of which model and layers, made with which versions.
+    """``manifest.json``: the model and layers that a folder's files are of, and the versions that made them.
 
-    It also keeps the pictures' names, so that a later run, with more pictures or fewer, gives each the same one again;
-    when each was written and its size, so that one that changed since is explained again; and where in it the network
-    looked. All of this is by the picture's key. `run` is its `identity`, or None for what the manifest says, which is a
-    ValueError if it is none.
+    For each picture, by its key, it also keeps a name, so that a later run with more or fewer pictures uses the same
+    name again; the time of writing and the size, so that a picture that has changed is explained again; and where in
+    the picture the network looked. `run` is the run's `identity`, or None to take it from the manifest. ValueError if
+    the file is not a manifest.
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any] | None) -> None:
@@ -66,7 +66,7 @@ class Manifest:
             raise BadValueError("two pictures of one name")
 
     def add(self, pictures: Iterable[Picture]) -> None:
-        """Note each picture as it is now, under a name of its own; the second ``cat`` becomes ``cat-2``."""
+        """Record each picture as it is now, under a unique name; the second ``cat`` becomes ``cat-2``."""
         taken = set(self.names.values())
         last: dict[str, int] = {}
         for picture in pictures:
@@ -81,11 +81,11 @@ class Manifest:
                 taken.add(name)
 
     def see(self, key: str, view: View | None) -> None:
-        """Note where in a picture the network looked, to a hundredth of a pixel."""
+        """Record where in a picture the network looked, to a hundredth of a pixel."""
         self.views[key] = None if view is None else [round(edge, 2) for edge in view]
 
     def write(self) -> None:
-        """Write the manifest; OSError if it cannot be."""
+        """Write the manifest; OSError if that fails."""
         pictures = {key: {"name": name, **self.stamps[key]._asdict()} for key, name in self.names.items()}
         for key, view in self.views.items():
             pictures[key]["view"] = view
@@ -107,29 +107,29 @@ def identity(loaded: LoadedModel, engine: Literal["torch", "ray"], *, aug_smooth
 
 
 def manifests_in(out: Path) -> list[Path]:
-    """Return the manifests of a folder and of those one below it."""
+    """Return the manifests of a folder and of the folders directly below it."""
     return [path for path in (out / MANIFEST, *sorted(out.glob(f"*/{MANIFEST}"))) if path.is_file()]
 
 
 def folder_of_run(out: Path, run: Mapping[str, Any]) -> Path:
-    """Return the folder of a run in `out`: that itself, or one below it; see `place_of_run`."""
+    """Return the folder of a run: `out` itself, or one below it; see `place_of_run`."""
     texts = {str(path.parent): path.read_bytes() for path in manifests_in(out)}
     return Path(place_of_run(str(out), run, texts))
 
 
 def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, bytes]) -> str:
-    """Return where the results of a run are, or go: `out`, or a folder below it that is named by model and layers.
+    """Return where the results of a run are or go: `out`, or a folder below it named after the model and layers.
 
-    The manifests are the texts of those in `out` and below it, by their folders; ValueError if one is none.
+    `manifests` are the texts of the manifests in `out` and below it, by folder; ValueError if one is not a manifest.
     """
     contents = {place: read_manifest(text, place) for place, text in manifests.items()}
-    if out not in contents:  # and folders below it are of other runs
+    if out not in contents:  # folders below it belong to other runs
         return out
     for place, content in contents.items():
         if run.items() <= content.items():
             return place
     taken = contents[out]
-    # What a run left that failed before its first picture is nobody's.
+    # A run that failed before its first picture left only a manifest: another run may replace it.
     if taken["engine"] == run["engine"] and taken.get("pictures") == {}:
         return out
     model = re.sub(r"[^\w.+-]+", "-", run["model"])
@@ -141,25 +141,25 @@ def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, bytes
 
 
 def read_manifest(manifest: bytes, folder: str) -> dict[str, Any]:
-    """Return the content of an earlier run's manifest; ValueError if it is none."""
+    """Return the content of an earlier run's manifest; ValueError if it is not a manifest."""
     try:
         content: dict[str, Any] = json.loads(manifest)
         if not content.keys() >= _RUN:
-            raise BadValueError("not all is said")
+            raise BadValueError("entries are missing")
         for names in (content["layers"], content.get("methods", [])):
-            "".join(names)  # a TypeError where they are no names
+            "".join(names)  # a TypeError if they are not names
     except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise _no_manifest(folder) from error
     return content
 
 
 def not_of_a_run(taken: Path | str) -> BadValueError:
-    """Return the error of a folder that holds what no manifest knows."""
+    """Return the error for a folder that holds a file that no manifest lists."""
     return BadValueError(f"{taken} is there already, and not of a run in this folder: choose another one")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computed the maps."""
+    """Return the versions of Python and of the packages that computed the maps."""
     return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
 
 
@@ -170,6 +170,6 @@ def _no_manifest(folder: str) -> BadValueError:
 
 
 def _apart_from_ours(name: str) -> str:
-    """Change the parts of a name that would be hidden, and its folders that could be called as a file of ours."""
+    """Change parts of a name that would be hidden, and folders that could have the name of one of our own files."""
     *folders, last = (f"_{part}" if part.startswith(".") else part for part in PurePosixPath(name).parts)
     return "/".join([*(f"{part}_" if part.lower().endswith(_SUFFIXES) else part for part in folders), last])

@@ -1,4 +1,4 @@
-"""Images and several methods in, the maps of each out, of one forward pass for all methods that need no gradient."""
+"""Computes the maps of several methods, with one forward pass for all methods that need no gradient."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,7 +23,7 @@ _SEEDING = Lock()
 def _the_same_start() -> Iterator[None]:
     """Let KPCA-CAM's solver, which draws from NumPy's global generator, start from the same numbers every time.
 
-    That generator is put aside meanwhile, and draws nothing.
+    Meanwhile that generator is set aside, and nothing is drawn from it.
     """
     with _SEEDING:
         before = mtrand.get_bit_generator()
@@ -35,11 +35,11 @@ def _the_same_start() -> Iterator[None]:
 
 
 class OnePass(FeatureRecorder):
-    """Explains a batch of images by several methods, for which, where they need no gradient, the model runs once.
+    """Explains a batch of images by several methods; the model runs once for all methods that need no gradient.
 
-    It is the recorder that all their objects share. Under test-time augmentation, the host's flips and brightness, the
-    model runs once for each transform; `passes` are what it put out, and each target layer's feature maps. The maps are
-    those of the methods' own classes; where a module rewrites a layer's output in place, the host's get it as it was.
+    It is the recorder that all CAM objects share. Under test-time augmentation, the host's flips and brightness, the
+    model runs once for each transform; `passes` holds its outputs and each target layer's feature maps. The maps equal
+    those of the methods' own classes, but the host's get a layer's output as it was before it was rewritten in place.
     """
 
     def __init__(self, loaded: LoadedModel, images: Tensor, *, aug_smooth: bool = False) -> None:
@@ -51,8 +51,8 @@ class OnePass(FeatureRecorder):
     def maps(self, method: Callable[..., BaseCAM]) -> NDArray[np.float32]:
         """Return a method's maps, batch x spatial, float32 in [0, 1].
 
-        One that asks for a class runs the model by itself, and explains the one that it predicts; gradients that are
-        there stay. What the model, or the host, raises comes through.
+        A method that asks for a class runs the model on its own, and explains the predicted class; gradients that the
+        parameters already hold are kept. Errors of the model or the host are passed on.
         """
         self._calls = 0
         cam = method(self.model, self.target_layers, self.reshape_transform)
@@ -61,7 +61,7 @@ class OnePass(FeatureRecorder):
                 return self._of_a_class(cam)
             cam.activations_and_grads.release()
             cam.activations_and_grads = self
-            # Without targets the host would read the output, which need not be a tensor.
+            # Without a list of targets the host would read the output, which need not be a tensor.
             with _the_same_start() if isinstance(cam, KPCA_CAM) else nullcontext():
                 maps: NDArray[np.float32] = cam(self.images, targets=[], aug_smooth=self.aug_smooth)
             return maps
@@ -69,9 +69,9 @@ class OnePass(FeatureRecorder):
             cam.activations_and_grads.release()
 
     def maps_or_errors(self, method: Callable[..., BaseCAM]) -> tuple[NDArray[np.float32], dict[int, Exception]]:
-        """Return a method's maps and, by an image's place, what it raised on that image, whose map is NaN then.
+        """Return a method's maps, and its errors by the image's place; the map of a failed image is NaN.
 
-        What the model raises in the pass that all methods share comes through.
+        Errors of the model in the pass that all methods share are passed on.
         """
         try:
             return self.maps(method), {}
@@ -84,7 +84,7 @@ class OnePass(FeatureRecorder):
         for place in range(len(self.images)):
             this = slice(place, place + 1)
             with OnePass(self.loaded, self.images[this], aug_smooth=self.aug_smooth) as alone:
-                # Else it runs again: a method may read what the model put out.
+                # Other outputs cannot be cut, so the model runs again: a method may read its output.
                 if all(isinstance(output, Tensor) and len(output) == len(self.images) for output, _ in self.passes):
                     alone.passes = [(output[this], [each[this] for each in maps]) for output, maps in self.passes]
                 own, failed = alone.maps_or_errors(method)
@@ -96,7 +96,7 @@ class OnePass(FeatureRecorder):
     def _of_a_class(self, cam: BaseCAM) -> NDArray[np.float32]:
         parameters = list(self.model.parameters())
         before = [parameter.grad for parameter in parameters]
-        # Of a model without gradients the image still has some.
+        # Even where no parameter of the model has a gradient, the image has one.
         images = self.images.clone().requires_grad_(cam.uses_gradients)
         try:
             with torch.set_grad_enabled(cam.uses_gradients):
@@ -107,7 +107,7 @@ class OnePass(FeatureRecorder):
         return maps
 
     def output_and_features(self) -> tuple[Any, list[Tensor]]:
-        """Return what the model puts out for the images themselves, and each target layer's feature maps of them."""
+        """Return the model's output for the unaugmented images, and each target layer's feature maps of them."""
         if self.aug_smooth:
             return self._run_model(self.images)
         if not self.passes:
@@ -115,11 +115,11 @@ class OnePass(FeatureRecorder):
         return self.passes[0]
 
     def __call__(self, images: Any) -> Any:
-        """Run the model only where no earlier object has."""
+        """Return the model's output, and run the model only if no earlier CAM object has done so."""
         if self._calls == len(self.passes):
             self.passes.append(self._run_model(images))
         outputs, features = self.passes[self._calls]
-        # A method of one's own may work in place, and the next one reads the same features.
+        # A user-defined method may work in place, and the next method reads the same features.
         self.activations = [each.clone() for each in features]
         self._calls += 1
         return outputs
@@ -132,9 +132,9 @@ class OnePass(FeatureRecorder):
         return outputs, self.activations
 
     def release(self) -> None:
-        """Do nothing when the host is done with an object: the next one shares the hooks."""
+        """Do nothing when the host has finished with a CAM object: the next one shares the hooks."""
 
     def __exit__(self, *_: object) -> None:
-        # An error that is kept holds this object.
+        # An error that is stored keeps this object in memory.
         self.passes.clear()
         super().release()

@@ -1,4 +1,4 @@
-"""Explanations in, files out: overlays, maps and the gallery, each complete or absent. A kind is one class."""
+"""Writes explanations to files: overlays, maps and the gallery, each complete or absent. Each kind is one class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tucker_cam.methods import METHODS, name_in_files
 from tucker_cam.text import printable
 from tucker_cam.writing import complete_or_absent
 
-# What is heavy is imported where it is used: the command line lists the formats.
+# Heavy packages are imported where they are used: the command line only lists the formats.
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -30,12 +30,12 @@ STORE, PAGE = "maps.zarr", "gallery.html"
 
 
 class Output(ABC):
-    """One kind of file that is made of each explanation. Writing may happen in several threads.
+    """One kind of file that is made for each explanation. Several threads may write at once.
 
     Args:
-        manifest: of the folder; it knows the pictures' names.
-        methods: their names.
-        look: of overlays.
+        manifest: the folder's manifest, which knows the pictures' names.
+        methods: the names of the methods.
+        look: how overlays are drawn.
     """
 
     def __init__(self, manifest: Manifest, methods: Sequence[str], look: Look) -> None:
@@ -44,14 +44,14 @@ class Output(ABC):
     @classmethod
     @abstractmethod
     def left(cls, manifest: Manifest, key: str) -> Iterable[Path]:
-        """Return the files that runs of any methods may have left of a picture, by the manifest's key."""
+        """Return the files that runs with any methods may have left for a picture, given by its key in the manifest."""
 
     @abstractmethod
     def paths(self, key: str) -> Sequence[Path]:
-        """Return the files of this picture: where they are, or will be."""
+        """Return the paths of a picture's files, whether or not they exist yet."""
 
     def has(self, key: str) -> bool:
-        """Tell whether all of them are there."""
+        """Return whether all of a picture's files are there."""
         return all(map(_is_whole, self.paths(key)))
 
     @abstractmethod
@@ -60,7 +60,7 @@ class Output(ABC):
 
 
 def _is_whole(path: Path) -> bool:
-    """Tell whether there is such a file; after a power failure one can be empty."""
+    """Return whether a file is there and not empty, as it can be after a power failure."""
     return path.is_file() and path.stat().st_size > 0
 
 
@@ -93,10 +93,10 @@ class MethodFiles(Output):
 
 
 class Overlays(MethodFiles):
-    """The map over the picture; of a clip an animated one, over what the network saw.
+    """The map over the picture; for a clip, an animation over what the network saw.
 
-    The file says how it was drawn. What was drawn in another look is drawn again, of the pictures and by the methods
-    that are explained; the other overlays stay as they are.
+    The file says how it was drawn. Overlays in another look are drawn again for the pictures and methods of the current
+    run; all other overlays stay as they are.
     """
 
     suffix = ".png"
@@ -121,7 +121,7 @@ class Overlays(MethodFiles):
 
 
 def _look_of(path: Path) -> Look | None:
-    """Return what an overlay says of its look; None where there is none, or one of somebody else's."""
+    """Return the look that an overlay was drawn in; None if there is no overlay, or only somebody else's file."""
     from PIL import Image
 
     from tucker_cam.explanations.explanation import Look
@@ -148,9 +148,9 @@ class ArrayFiles(MethodFiles):
 
 
 class ZarrStore(Output):
-    """``maps.zarr``: for each method one array, pictures x height x width, in the order of the manifest.
+    """``maps.zarr``: one array for each method, pictures x height x width, in the order of the manifest.
 
-    A picture is a chunk of its own, which the store writes whole or not at all; without one it reads as NaN.
+    Each picture is one chunk, which the store writes whole or not at all; a missing chunk reads as NaN.
     """
 
     @classmethod
@@ -164,14 +164,14 @@ class ZarrStore(Output):
         self.path = manifest.folder / STORE
         self.lock = Lock()
         try:
-            # The older format knows a codec that unpickles.
+            # The older format has a codec that unpickles data.
             self.group: Any = zarr.open_group(self.path, mode="a", zarr_format=3, attributes=dict(manifest.run))
             earlier: Any = self.group.attrs.get("pictures", [])
             now = [printable(name) for name in manifest.names.values()]
             if now[: len(earlier)] != earlier:
                 raise BadValueError("its pictures are not in the manifest's order")
             self.group.attrs.update({"pictures": now})
-            # What a killed run was writing.
+            # Left by a killed run.
             for unfinished in self.path.rglob("*.partial"):
                 unfinished.unlink()
             for method, array in self.group.arrays():
@@ -205,7 +205,7 @@ class ZarrStore(Output):
 
 
 class GalleryParts(Output):
-    """``gallery.html``, one page, put together of a part for each picture, which a later run takes up again."""
+    """``gallery.html``: one page, assembled from a part for each picture; a later run uses the parts again."""
 
     @classmethod
     def left(cls, manifest: Manifest, key: str) -> Iterable[Path]:
@@ -221,7 +221,7 @@ class GalleryParts(Output):
         from tucker_cam.explanations.gallery import gallery_entry
 
         key = explanation.source.key
-        # A method that failed is missed in the next run.
+        # Without the methods that failed, so that the next run finds this part missing and tries them again.
         name, path = self.manifest.names[key], self._path(key, explanation.maps)
         entry = gallery_entry(name, explanation.seen, explanation.maps, explanation.components, explanation.values)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,9 +230,9 @@ class GalleryParts(Output):
 
 
 def gallery_entries(manifest: Manifest, title: str, page: Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a run's pictures, each with the methods of all its parts, and their overlays as links.
+    """Yield an entry for each picture of a run, with the methods of all its parts, and links to their overlays.
 
-    The title is put behind each name, and the links start at the page's folder. ValueError if a part is broken.
+    The title is appended to each name; links are relative to the folder `page`. ValueError if a part is broken.
     """
     for key in manifest.names:
         entry: dict[str, Any] = {"methods": {}}
@@ -252,4 +252,4 @@ def gallery_entries(manifest: Manifest, title: str, page: Path) -> Iterator[dict
 
 
 FORMATS: dict[str, type[Output]] = {"overlay": Overlays, "npy": ArrayFiles, "zarr": ZarrStore}
-"""By the name that a user asks for."""
+"""The kinds of files, by the name that a user gives."""
