@@ -1,4 +1,4 @@
-"""How good saliency maps are, with controls: metrics, pictures with boxes or masks, tables, figures, spectra."""
+"""Measures how good saliency maps are, beside controls: metrics, annotated pictures, tables, figures, spectra."""
 
 GROUPS = ("localisation", "drop", "curves", "road")
-"""Of measures, by the name that a user asks for them; here, as the command line lists them without PyTorch."""
+"""The groups of measures, as a user names them; defined here so that they can be listed without PyTorch."""

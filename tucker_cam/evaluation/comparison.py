@@ -1,4 +1,4 @@
-"""A batch of pictures, a network, methods and measures in, one row of values for each picture and method out."""
+"""Scores methods by measures on a batch of pictures: one row of values for each picture and method."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,26 +19,26 @@ from tucker_cam.models import LoadedModel, Network
 from tucker_cam.text import kind_and_line
 
 Builder = Callable[..., BaseCAM]
-"""A method's class, or what makes its object: called with the model, its layers and a reshape_transform."""
+"""A method's class, or a function that makes its object, called with the model, layers and a reshape_transform."""
 
 
 def score_names(network: Network) -> tuple[str, ...]:
-    """Return the names of what `score_of` gives."""
+    """Return the names of the scores that `score_of` gives."""
     return ("probability", "similarity") if network.classifies else ("similarity",)
 
 
 def score_of(loaded: LoadedModel, one_pass: OnePass) -> Score:
-    """Return a score of images by what the network makes of them, against what it makes of a pass's whole ones.
+    """Return a function that scores changed images by how the network sees them, compared with the whole images.
 
-    It gives, batch x `score_names`, of one forward pass: where the network classifies, the softmax probability of the
-    class predicted for the whole image, in [0, 1]; and, which needs no label, the cosine similarity of the embedding
-    with the whole image's, in [-1, 1]. The embedding is the mean over positions of the last layer with a spatial map,
-    whatever layer is explained, so that the scores of two layers compare.
+    In one forward pass, the function computes batch x `score_names`: if the network classifies, the softmax probability
+    of the class predicted for the whole image, in [0, 1]; and, needing no label, the cosine similarity between the
+    embedding and that of the whole image, in [-1, 1]. The embedding is the mean over positions of the last layer with a
+    spatial map, whichever layer is explained, so that scores of different layers can be compared.
     """
     whole, layer = one_pass.images, loaded.last_layer
 
     def run(images: Tensor) -> tuple[Any, list[Tensor]]:
-        # Maps are float32, and so is what they leave of an image in half precision.
+        # A float32 map makes an image in half precision float32 too.
         return output_and_features(loaded.model, [layer.module], images.to(whole.dtype), layer.reshape_transform)
 
     if layer.module is loaded.target_layers[0] and layer.reshape_transform == loaded.reshape_transform:
@@ -65,8 +65,8 @@ def pooled(features: Tensor) -> Tensor:
 def _logits(output: object) -> Tensor:
     if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2:
         raise BadTypeError(
-            "expected logits of two classes or more from the model: if it does not classify, or has one logit for two, "
-            "set classifies=False in its Network"
+            "expected logits of two classes or more from the model: if it does not classify, or has a single logit for "
+            "two classes, set classifies=False in its Network"
         )
     return output.float()
 
@@ -74,9 +74,9 @@ def _logits(output: object) -> Tensor:
 def saliency_maps(
     one_pass: OnePass, names: Sequence[str], methods: Mapping[str, Builder]
 ) -> Iterator[tuple[str, Tensor, dict[int, Exception]]]:
-    """Yield each method, in order, then the controls, with the maps, float32 in [0, 1], on the images' device.
+    """Yield the name, maps and errors of each method, in order, and then of the controls.
 
-    And with what the method raised on some images, by their places, whose maps are NaN.
+    Maps are float32 in [0, 1], on the images' device. Errors are by the image's place, and a failed image's map is NaN.
     """
     images = one_pass.images
     for name, build in methods.items():
@@ -99,7 +99,7 @@ def compare(
 ) -> tuple[list[Row], list[Failure]]:
     """Score the methods, then the controls, on pictures of one size; NaN where a map is not finite.
 
-    A method that fails on a picture has no row of it.
+    A method that fails on a picture has no row for it.
     """
     rows: list[Row] = []
     failures: list[Failure] = []
@@ -113,7 +113,7 @@ def compare(
             broken = ~maps.isfinite().flatten(1).all(1)
             maps = maps.masked_fill(broken[:, None, None], 0)
             judged = Judged(maps, masks, images, names, score, score_names(loaded), whole)
-            # Insertion of both scores, say, comes from the same passes.
+            # Measures that share a function, such as insertion of both scores, share its passes.
             functions = {measure.function: measure for measure in measures}
             found = {function: _numbers(measure, judged) for function, measure in functions.items()}
             values: dict[str, Tensor] = {}
@@ -121,7 +121,7 @@ def compare(
                 of_scores = found[measure.function]
                 one = of_scores[:, judged.score_names.index(measure.score)] if measure.score else of_scores
                 values[measure.name] = one.masked_fill(broken.cpu(), torch.nan)
-            # As numbers stand in the CSV, so that a run that was gone on with sums up to the same.
+            # Rounded as in the CSV, so that a run that was resumed has the same summary.
             rows += [
                 Row(picture, method, {name: float(f"{each[index]:.6g}") for name, each in values.items()})
                 for index, picture in enumerate(names)
@@ -132,13 +132,13 @@ def compare(
 
 
 def _numbers(measure: Measure, judged: Judged) -> Tensor:
-    """Return what a measure finds, a number for each picture, and where it has a score for each of these."""
+    """Return a measure's numbers: one for each picture or, if the measure has a score, one for each of the scores."""
     try:
         found = torch.as_tensor(measure.function(judged)).float().cpu()
     except TuckerCamError:
         raise
     except Exception as error:
-        # One of the user's own.
+        # From a user-defined measure.
         raise BadValueError(f"the measure {measure.name} failed ({kind_and_line(error)})") from error
     count = len(judged.names)
     wanted = (count, len(judged.score_names)) if measure.score else (count,)

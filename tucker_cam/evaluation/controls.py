@@ -1,4 +1,4 @@
-"""Maps that know nothing of the picture, which stand in every table: what is not better than these explains nothing."""
+"""Maps that know nothing of the picture and are in every table: a method that is no better explains nothing."""
 
 import zlib
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ CONTROLS = ("random", "uniform", "centre-gaussian")
 
 
 def control_maps(name: str, *, pictures: Sequence[str], size: tuple[int, int], resolution: tuple[int, int]) -> Tensor:
-    """Return the maps of a control for these names of pictures, float32 in [0, 1], batch x height x width.
+    """Return the maps of a control for pictures of these names, float32 in [0, 1], batch x height x width.
 
-    ``random`` is uniform noise at the resolution of the layer's features, seeded by the picture's name, so that it is
-    the same again in another run, and scaled as the host scales its maps; ``uniform`` is 0.5 everywhere;
-    ``centre-gaussian`` has a deviation of a quarter of each side.
+    ``random`` is uniform noise at the resolution of the layer's features, scaled as the host scales its maps; it is
+    seeded by the picture's name, so that it is the same in every run. ``uniform`` is 0.5 everywhere.
+    ``centre-gaussian`` has a standard deviation of a quarter of each side.
 
     Example:
         >>> control_maps("uniform", pictures=["cat.jpg"], size=(1, 3), resolution=(1, 1))

@@ -1,4 +1,4 @@
-"""Pictures, a model, methods and metrics in, the scores of all methods and controls out: as rows, CSV and figures."""
+"""Scores methods and controls on pictures by several metrics; the scores become rows, CSV and figures."""
 
 from __future__ import annotations
 
@@ -51,30 +51,30 @@ def evaluate(
 ) -> Evaluation:
     """Score methods on pictures, beside EigenCAM and controls that know nothing of the picture.
 
-    Where the network classifies, the host's GradCAM and SegEigenCAM for the predicted class are scored for reference.
+    If the network classifies, the host's GradCAM and SegEigenCAM for the predicted class are scored for reference.
 
     Args:
-        data: a folder of pictures, see `find_samples`; or batches of network inputs, batch x channels x height x
-            width, or of tuples of these and masks, bool, batch x height x width, from a DataLoader say: their pictures
-            are named "000000" and so on.
-        model: as for `explain`. A module by itself is taken not to classify: `Network(module, classifies=True)` says
-            that it does.
-        methods: names as on the command line; or classes of the host's kind, by a name of yours. All by default.
-        metrics: of "localisation", "drop", "curves" and "road", and measures of yours.
-        annotations: score only pictures of the folder with these; see `find_samples`.
-        limit: take a random sample of so many pictures of the folder, or the first of the batches.
-        out: a CSV in which each batch's rows are as soon as they are known; a run that was stopped goes on. Rows that
-            are there stay, also those of a picture that has changed since.
+        data: a folder of pictures, see `find_samples`; or batches of network inputs, batch x channels x height x width,
+            for example from a DataLoader, each alone or in a tuple with masks, bool, batch x height x width. The
+            pictures of batches are named "000000" and so on.
+        model: as for `explain`. A bare module is assumed not to classify: `Network(module, classifies=True)` says that
+            it does.
+        methods: as for `explain`; by default all label-free methods.
+        metrics: any of "localisation", "drop", "curves" and "road", and your own `Measure` records.
+        annotations: score only pictures of the folder that have these; see `find_samples`.
+        limit: how many pictures to take: a random sample of the folder, or the first ones of the batches.
+        out: a CSV file that gets each batch's rows as soon as they are known, and from which a stopped run is resumed.
+            Rows that are already there stay, including those of pictures that have changed since.
         batch_size: how many pictures go through the network together.
         workers: see `explain`.
         progress: show a bar.
-        loading: see `load_model`; one layer is scored.
+        loading: see `load_model`; only one layer can be scored.
 
     Raises:
-        TypeError, ValueError: an unknown method, metric, model, layer or device; no pictures, or none that can be
-            scored; or results of another run in `out`.
+        TypeError, ValueError: a method, metric, model, layer or device is unknown; there are no pictures, or none that
+            can be scored; or `out` holds results of another run.
         ModuleNotFoundError: the model's package is missing.
-        OSError: its weights could not be had, `data` cannot be read, or `out` cannot be written.
+        OSError: the model's weights could not be loaded, `data` cannot be read, or `out` cannot be written.
 
     Example:
         >>> from torch import nn, rand
@@ -84,7 +84,7 @@ def evaluate(
         ['eigencam', 'tsm', 'random', 'uniform', 'centre-gaussian']
     """
     given = methods_named(METHODS if methods is None else methods)
-    # EigenCAM is what the others are compared with.
+    # The other methods are compared with EigenCAM.
     chosen: dict[str, Builder] = {BASELINE: METHODS[BASELINE], **given}
     check_own_names(given, CONTROLS)
     wanted = [metrics] if isinstance(metrics, (str, Measure)) else [*metrics]
@@ -99,7 +99,7 @@ def evaluate(
     if inputs.annotations == "none":
         if wanted == ["localisation"]:
             raise BadValueError(
-                "expected masks or boxes for the metric localisation, found none: of batches, tuples of images and "
+                "expected masks or boxes for the metric localisation, found none: make batches tuples of images and "
                 "masks, batch x height x width"
             )
         wanted = [each for each in wanted if each != "localisation"]
@@ -158,7 +158,7 @@ def evaluate(
 def check_output(
     path: Path, *, data: Path | None = None, formats: Sequence[str] = (), header: Sequence[str] = ()
 ) -> None:
-    """Refuse, before the work of hours, a file that is none, in `data`, ends or begins otherwise; make its folder."""
+    """Refuse an output of the wrong kind, place, ending or header before hours of work; make its folder."""
     if formats and path.suffix.lower() not in formats:
         raise BadValueError(f"{path}: expected a file ending in {', '.join(formats)}")
     if data is not None and path.resolve().is_relative_to(data.resolve()):
@@ -174,10 +174,10 @@ def check_output(
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Evaluation:
-    """What the measures say of each method on each picture.
+    """The scores of each method on each picture.
 
-    `failures` are the pictures that could not be read or scored, or not by one of the methods that were asked for;
-    `remarks` say what is odd about others.
+    `failures` are the pictures that could not be read or scored, or on which one of the requested methods failed;
+    `remarks` describe anything else that is odd.
     """
 
     _results: Results
@@ -190,14 +190,14 @@ class Evaluation:
 
     @property
     def rows(self) -> list[Row]:
-        """A row for each picture and method: the label-free ones, those for reference, your own, and the controls."""
+        """One row for each picture and method: label-free methods, those for reference, your own, then the controls."""
         order = [*METHODS, *LABEL_DEPENDENT, *self._methods, *CONTROLS]
         return sorted(self._results.rows.values(), key=lambda row: [*order, row.method].index(row.method))
 
     def summary(self, *, baseline: str = BASELINE, seed: int = 0) -> dict[str, dict[str, Summary]]:
-        """Return by method, then by measure, the mean with its interval, and the difference from the baseline.
+        """Return, by method and then by measure, the mean with its interval and the difference from the baseline.
 
-        ValueError if there is no method of that name. Where EigenCAM itself failed there are no differences from it.
+        ValueError if there is no method of that name. If EigenCAM itself failed, there are no differences from it.
         """
         rows = self.rows
         check_name("method", baseline, dict.fromkeys([*(row.method for row in rows), BASELINE]))
@@ -208,10 +208,10 @@ class Evaluation:
         self._results.to_csv(Path(path))
 
     def report(self, path: str | Path) -> None:
-        """Draw a page of all means and, of a folder, of each method's best, median and worst picture.
+        """Draw a page of all means and, for a folder of pictures, each method's best, median and worst picture.
 
         Raises:
-            ValueError, OSError: the path ends in none of .png, .jpg, .pdf and .svg, or cannot be written.
+            ValueError, OSError: the path does not end in .png, .jpg, .pdf or .svg, or cannot be written.
         """
         check_output(Path(path), formats=FORMATS)
         summaries = self.summary()
@@ -221,7 +221,7 @@ class Evaluation:
         examples = []
         for method, picture, heading in pick_examples(self.rows, ranked_by):
             if method in known:
-                # A picture may be broken since it was scored.
+                # A picture may have been damaged or removed since it was scored.
                 with suppress(OSError, ValueError):
                     examples.append(self._example(method, picture, heading))
         title = f"{self.loaded.name}, {self.loaded.layer_names[0]}: {counted(self.scored)}"
@@ -237,7 +237,7 @@ class Evaluation:
 
     @property
     def run(self) -> Mapping[str, str]:
-        """What is the same in every row: the data, model, weights, layer and kind of annotations."""
+        """The values that are the same in every row: data, model, weights, layer and kind of annotations."""
         return self._results.run
 
     @property

@@ -1,4 +1,4 @@
-"""A folder of pictures, or batches of network inputs, in, what the network sees of each out: read ahead, by batches."""
+"""Reads a folder of pictures ahead, or takes batches of network inputs, and gives what the network sees of each."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -23,15 +23,15 @@ from tucker_cam.text import counted
 Data = str | Path | Tensor | Iterable[Any]
 Model = str | nn.Module | Network
 Read = tuple[str, NetworkView | Tensor | Exception]
-"""A picture's name, and what the network sees, where nothing is known of its objects only that; or why it failed."""
+"""A picture's name, and its view, its network input alone if nothing is known of its objects, or its error."""
 Work = Callable[[Sequence[str], Tensor, Tensor], None]
-"""What is done with the names, the images and the masks of a batch, where the model is."""
+"""What is done with the names, images and masks of a batch, on the model's device."""
 
 
 class Inputs(NamedTuple):
-    """The pictures of a run: of a folder, then with `samples` by their names, or of batches, in `views`.
+    """The pictures of a run: `samples`, by name, if they are from a folder, and `views` if they are from batches.
 
-    `example` is a batch of one input of these.
+    `example` is a batch of one input, if they are from batches.
     """
 
     where: str
@@ -43,16 +43,16 @@ class Inputs(NamedTuple):
 
     @property
     def number(self) -> int | None:
-        """How many there are; None where that is not known."""
+        """The number of pictures; None if it is not known."""
         return None if self.samples is None else len(self.samples)
 
     def read(self, network: Network, batch_size: int, workers: int | None) -> Iterator[list[Read]]:
-        """Yield the pictures in batches; those of a folder are read by so many workers."""
+        """Yield the pictures in batches; those of a folder are read by this many workers."""
         if self.samples is None:
             while batch := list(islice(self.views, batch_size)):
                 yield batch
             return
-        # The model itself stays in this process.
+        # The processes that read need no model: it stays in this one.
         network = Network(nn.Identity(), network.preprocess, network.mean, network.std)
         read = partial(_read, annotations=self.annotations, network=network)
         yield from read_ahead(in_batches([*self.samples.values()], batch_size), read, workers)
@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
 def load_for_pictures(
     model: Model, example: Tensor | None, *, one_layer: bool = True, **options: Unpack[Loading]
 ) -> LoadedModel:
-    """Return the model, loaded as by `load_model`; ValueError if it takes clips, or has several layers to explain."""
+    """Load a model with `load_model`; ValueError if it takes clips or, with `one_layer`, has several target layers."""
     loaded = load_model(that_takes(model, example), **options)
     if loaded.frames is not None:
         raise BadValueError(f"expected a network for pictures, and {loaded.name} takes clips")
@@ -71,7 +71,7 @@ def load_for_pictures(
 
 
 def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) -> Inputs:
-    """Return what reads the pictures; if there are none, the errors of `find_samples`."""
+    """Find the pictures of a run; the errors for a folder are those of `find_samples`."""
     if isinstance(data, (str, Path)):
         samples, kind, remarks = find_samples(Path(data), annotations=annotations, limit=limit)
         return Inputs(str(Path(data).resolve()), kind, remarks, {sample.name: sample for sample in samples})
@@ -91,8 +91,7 @@ def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) 
 def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, NetworkView | Tensor]]:
     for names, images, others in named_inputs(batches):
         views: Iterable[NetworkView | Tensor] = images
-        # A data set's labels, one-hot too, and a second view are of no use here, and behind them only what can be
-        # nothing but masks.
+        # Skip labels, also one-hot ones, and second views. After the first item, take only what must be masks.
         spatial = [each for each in others if getattr(each, "ndim", 0) > 2 and not _is_view(each, images)]
         found = [each for each in spatial if "bool" in str(each.dtype)] or [
             each for each in spatial if each is others[0] or _is_of_a_masks_shape(each, images)
@@ -113,7 +112,7 @@ def _is_view(given: Tensor, images: Tensor) -> bool:
 
 
 def _is_of_a_masks_shape(given: Tensor, images: Tensor) -> bool:
-    """Tell integers that are meant as masks; a depth map, or a second view in grey, has others."""
+    """Return whether these are integers meant as masks; a depth map or a second view in grey has floats."""
     one_each = given.ndim < images.ndim or given.shape[1] == 1
     return one_each and given.shape[-2:] == images.shape[-2:] and "float" not in str(given.dtype)
 
@@ -138,9 +137,9 @@ def _read(samples: Sequence[Sample], annotations: Annotations, network: Network)
 def go_through(
     batches: Iterable[list[Read]], network: Network, work: Work, title: str, *, number: int | None, shown: bool
 ) -> tuple[list[Failure], list[str]]:
-    """Hand the pictures of a batch and of one size to `work`; return what failed, and a line on each that is odd.
+    """Give each batch's pictures, those of one size together, to `work`; return the failures and any remarks.
 
-    ValueError if all failed. An OSError of `work` comes through; all others cost the pictures that they were raised on.
+    ValueError if all pictures failed. An OSError of `work` is passed on; any other error fails only its own pictures.
     """
     failures: list[Failure] = []
     remarks: list[str] = []

@@ -1,4 +1,4 @@
-"""A model and pictures, without labels, in, what each of its layers is worth a map of out."""
+"""Compares a model's layers by the maps that they give on pictures without labels."""
 
 import math
 from collections.abc import Sequence
@@ -26,18 +26,18 @@ from tucker_cam.pictures.held import Pictures, collect
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What TSM's maps of a layer are like; all but the last two are means over pictures, in [0, 1].
+    """What TSM's maps of a layer are like; the numbers are means over pictures, in [0, 1] unless stated.
 
     Attributes:
         layer: the layer.
         maximum_on_border: how often the largest value lies on the outermost cells.
-        chance: how often that is so by chance.
-        border_brighter: how often the outermost cells are brighter, in the mean, than those inside.
-        energy_in_top: the sharpness, see `energy_in_top` of the metrics.
-        embedding_kept: the cosine similarity of the pooled embedding of the last layer, of the whole picture, with that
-            of the picture times its area-matched map.
-        is_border_artefact: whether the maps show where the pictures end, see `BorderCheck`.
-        recommended: whether of the layers that are none it keeps most of the embedding.
+        chance: how often that would happen by chance.
+        border_brighter: how often the outermost cells are brighter on average than those inside.
+        energy_in_top: the sharpness; see `energy_in_top` of the metrics.
+        embedding_kept: the cosine similarity, in [-1, 1], between the last layer's pooled embedding of the whole
+            picture and that of the picture times its area-matched map.
+        is_border_artefact: whether the maps show where the pictures end; see `BorderCheck`.
+        recommended: whether, of the layers that are not border artefacts, this one keeps most of the embedding.
     """
 
     layer: SpatialLayer
@@ -52,7 +52,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class LayersReport:
-    """A report on each layer, in the order in which they run; and the pictures that failed."""
+    """A report on each layer, in the order in which the layers run, and the pictures that failed."""
 
     loaded: LoadedModel
     reports: list[LayerReport]
@@ -71,14 +71,13 @@ def examine_layers(
 ) -> LayersReport:
     """Compare the layers of a model by what TSM's maps of them show on pictures, which need no labels.
 
-    The last layer of each stage is looked at, that is of each shape of feature maps, and those that are asked for by
-    `layers`. One forward pass of each picture does for all layers, and another one for each layer, of what its map
-    leaves.
+    Looks at the last layer of each stage, that is, of each shape of feature maps, and at the layers that `layers` asks
+    for. Each picture takes one forward pass for all layers, and one more for each layer, of the picture times its map.
 
     Args:
         pictures: as for `explain`.
         model: as for `explain`.
-        limit: as for `explain`; None for all.
+        limit: as for `explain`; None for all pictures.
         batch_size: how many pictures go through the network together.
         progress: show a bar.
         loading: see `load_model`.
@@ -108,10 +107,10 @@ def examine_layers(
 
 
 def candidate_layers(loaded: LoadedModel) -> list[SpatialLayer]:
-    """Return the last layer of each stage, that is of each shape of maps, and the target layers.
+    """Return the last layer of each stage, that is, of each shape of maps, and the target layers.
 
-    Parts of blocks are left out; a stage is what it is made of by `nn.Sequential`. All become maps in one way, that of
-    the last layer.
+    Parts of blocks are left out; an `nn.Sequential` does not count as a block. Except for the target layers, only
+    layers that become maps in the same way as the last layer are considered.
     """
     names = {layer.name for layer in loaded.spatial_layers}
     blocks = {name for name in names if not isinstance(loaded.model.get_submodule(name), nn.Sequential)}
@@ -125,7 +124,7 @@ def candidate_layers(loaded: LoadedModel) -> list[SpatialLayer]:
 
 
 class _Found(NamedTuple):
-    """What was found of a layer so far: where its maps are strong, how sharp each is, and what it keeps."""
+    """What was found about a layer so far: where its maps are strong, how sharp each one is, and what it keeps."""
 
     layer: SpatialLayer
     border: BorderCheck
@@ -146,9 +145,9 @@ class _Found(NamedTuple):
 
 
 def _seen(images: Tensor, recorder: FeatureRecorder) -> list[tuple[Tensor, list[float], list[float]]]:
-    """Return TSM's maps, their sharpness and what they keep, of each layer but the last, which is the embedding's.
+    """Return TSM's maps, their sharpness and what they keep, for each layer but the last, which gives the embedding.
 
-    Of all before any is noted: a batch that fails is gone through again, picture by picture.
+    All layers are done before any result is recorded, since a batch that fails is repeated picture by picture.
     """
     with torch.no_grad():
         recorder(images)
@@ -157,7 +156,7 @@ def _seen(images: Tensor, recorder: FeatureRecorder) -> list[tuple[Tensor, list[
         for maps in map(leading_map, features):
             shown = scaled(maps.double()).float()
             whole_size = interpolate(shown[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-            # Maps are float32, and so is what they leave of an image in half precision.
+            # A float32 map makes an image in half precision float32 too.
             recorder((images * area_matched(whole_size)[:, None]).to(images.dtype))
             kept = cosine_similarity(pooled(recorder.activations[-1]), pooled(last))
             seen.append((maps, energy_in_top(shown).tolist(), kept.tolist()))

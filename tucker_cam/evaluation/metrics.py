@@ -1,14 +1,14 @@
-r"""Saliency maps in, one number for each map out: does the map lie on the object, does the network need what it shows?
+r"""Metrics of saliency maps: does a map lie on the object, and does the network need what the map shows?
 
-Every function takes a batch of maps $m$, finite, in [0, 1], batch x height x width, and returns one value for each,
-float32. Localisation compares with the object's masks, bool, of the maps' shape, and gives NaN where a mask is empty.
-Faithfulness compares a `Score` of the network's inputs, batch x channels x height x width, with its score of changed
-ones, and gives one value for each score. Maps, masks and images of another kind or shape are a TypeError or a
-ValueError.
+Every metric takes a batch of maps $m$, finite, in [0, 1], batch x height x width, and returns one float32 value for
+each map. Localisation compares the maps with the object's masks, bool, of the same shape, and gives NaN if a mask is
+empty. Faithfulness compares the `Score` of the network's inputs, batch x channels x height x width, with that of
+changed inputs, and gives one value for each score. Maps, masks or images of another kind or shape raise a TypeError or
+a ValueError.
 
-Maps that keep more of the picture have an advantage in some (Average Drop) and a drawback in others (energy in the
-mask); `area_matched` takes it away. At the end stands a `Measure` for each column of an evaluation: a new one is a
-function and a record.
+Maps that keep more of the picture have an advantage in some metrics (Average Drop) and a drawback in others (energy in
+the mask); `area_matched` removes both. `MEASURES`, at the end, has a `Measure` for each column of an evaluation. A new
+column is a function and a record.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -32,18 +32,18 @@ from tucker_cam.methods import check_name
 from tucker_cam.seeding import seeded
 
 Score = Callable[[Tensor], Tensor]
-"""From images, batch x channels x height x width, to scores, batch or batch x scores; image i is always sample i."""
+"""Scores images, batch x channels x height x width: returns batch or batch x scores; image i is always sample i."""
 Better = Literal["higher", "lower", ""]
-"""Which of two numbers of a measure; neither where it is empty."""
+"""Which of two numbers of a measure is better; neither if it is empty."""
 
 TENTHS = tuple(tenth / 10 for tenth in range(1, 10))
 _ROUNDING = 1e-4
-# A probability of nearly 1 has no room to gain: what float32 rounds there is no gain of 100 %.
+# A probability of nearly 1 has no room to gain: float32 rounding there must not count as a gain of 100 %.
 _LEAST_ROOM = 1e-6
 
 
 class ConfidenceChange(NamedTuple):
-    """What masking an image by its map does to a score, in %; see `confidence_change`."""
+    """How masking an image by its map changes a score, in %; see `confidence_change`."""
 
     drop: Tensor
     increase: Tensor
@@ -53,8 +53,8 @@ class ConfidenceChange(NamedTuple):
 def energy_in_mask(maps: Tensor, masks: Tensor) -> Tensor:
     r"""Return the share of the map's energy that lies on the object, $\sum_{p \in M} m_p / \sum_p m_p$.
 
-    The Energy-Based Pointing Game of Score-CAM (Wang et al. 2020, arXiv 1910.01279). In [0, 1], higher is better; a
-    small map scores high more easily. An empty map scores 0.
+    The Energy-Based Pointing Game of Score-CAM (Wang et al. 2020, arXiv 1910.01279). In [0, 1], higher is better; a map
+    that marks little scores high more easily. A map of zeros scores 0.
 
     Example:
         >>> energy_in_mask(torch.tensor([[[0.2, 0.6]]]), torch.tensor([[[False, True]]]))
@@ -67,8 +67,8 @@ def energy_in_mask(maps: Tensor, masks: Tensor) -> Tensor:
 def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
     r"""Return whether the map's maximum lies on the object (Zhang et al. 2018, arXiv 1608.00507).
 
-    1 or 0, higher is better; where several pixels share the maximum, the share of them that lies on the object, so
-    that a uniform map scores the object's area. Deviation from the source: no tolerance of 15 pixels around the
+    1 or 0, higher is better. If several pixels share the maximum, the value is the share of them that lies on the
+    object, so a uniform map scores the object's area. Unlike the source, it allows no tolerance of 15 pixels around the
     object.
     """
     maps = _checked(maps, masks)
@@ -79,10 +79,10 @@ def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
 def best_threshold_iou(maps: Tensor, masks: Tensor, thresholds: Sequence[float] = TENTHS) -> Tensor:
     r"""Return $\max_t\, |\{m \ge t\} \cap M| / |\{m \ge t\} \cup M|$ over the thresholds t, for each map on its own.
 
-    How well the object could be cut out of the map (after Choe et al. 2020, arXiv 2001.07437, who choose one threshold
-    for all maps, and put a box around what it selects). In [0, 1], higher is better; a uniform map scores the object's
-    area. The lowest threshold matters: near 0 nearly the whole picture is selected, which is right where objects are
-    large.
+    It tells how well the object could be cut out of the map (after Choe et al. 2020, arXiv 2001.07437, who choose one
+    threshold for all maps, and put a box around the selected pixels). In [0, 1], higher is better; a uniform map scores
+    the object's area. The lowest threshold matters: near 0 it selects nearly the whole picture, which is right for
+    large objects.
     """
     maps = _checked(maps, masks)
     best = torch.stack([_iou(maps >= threshold, masks) for threshold in thresholds]).amax(0)
@@ -92,9 +92,9 @@ def best_threshold_iou(maps: Tensor, masks: Tensor, thresholds: Sequence[float] 
 def best_cut_iou(maps: Tensor, masks: Tensor) -> Tensor:
     r"""Return the highest intersection over union of the object and the map's k highest pixels, over all k.
 
-    `best_threshold_iou` over every threshold there is, down to 0: only the order of the pixels counts, so it is that
-    metric's area-matched form. In [0, 1], higher is better; a uniform map scores the object's area, since pixels of
-    equal value cannot be parted.
+    This is `best_threshold_iou` over every possible threshold, down to 0. Only the order of the pixels counts, so it is
+    the area-matched form of that metric. In [0, 1], higher is better; a uniform map scores the object's area, since
+    pixels of equal value cannot be separated.
     """
     hits, selected, size = _cuts(maps, masks)
     return _undefined_without_object((hits / (selected + size - hits)).amax(1), masks)
@@ -103,10 +103,10 @@ def best_cut_iou(maps: Tensor, masks: Tensor) -> Tensor:
 def max_f_beta(maps: Tensor, masks: Tensor, beta_squared: float = 0.3) -> Tensor:
     r"""Return $\max_k\, (1 + \beta^2)\, P_k R_k / (\beta^2 P_k + R_k)$, precision and recall of the k highest pixels.
 
-    The figure of salient object detection, with $\beta^2 = 0.3$ (Achanta et al. 2009, *Frequency-tuned Salient Region
-    Detection*). In [0, 1], higher is better; only the order of the pixels counts. Deviation from the literature: the
-    best cut is of each picture, and not the one of 256 thresholds that is best for a whole data set, so the number is
-    higher than what papers report.
+    The usual metric of salient object detection, with $\beta^2 = 0.3$ (Achanta et al. 2009, *Frequency-tuned Salient
+    Region Detection*). In [0, 1], higher is better; only the order of the pixels counts. Unlike in the literature, the
+    best cut is chosen for each picture, not as the best of 256 thresholds for a whole data set, so the values are
+    higher than those in papers.
     """
     hits, selected, size = _cuts(maps, masks)
     # The weighted harmonic mean of hits / selected and hits / size.
@@ -115,10 +115,10 @@ def max_f_beta(maps: Tensor, masks: Tensor, beta_squared: float = 0.3) -> Tensor
 
 
 def otsu_iou(maps: Tensor, masks: Tensor) -> Tensor:
-    r"""Return the intersection over union of the object and what lies above the map's own Otsu threshold.
+    r"""Return the intersection over union of the object and the pixels above the map's own Otsu threshold.
 
-    What cutting out the object gives without knowing it (Otsu 1979, scikit-image's `threshold_otsu`). In [0, 1],
-    higher is better; a uniform map, in which nothing lies above, scores 0.
+    It tells how well the object is cut out without knowing it (Otsu 1979, scikit-image's `threshold_otsu`). In [0, 1],
+    higher is better; a uniform map, which has no pixels above the threshold, scores 0.
     """
     maps = _checked(maps, masks)
     thresholds = torch.tensor([threshold_otsu(each) for each in maps.cpu().numpy()], device=maps.device)
@@ -131,9 +131,9 @@ def mean_saliency(maps: Tensor) -> Tensor:
 
 
 def energy_in_top(maps: Tensor, share: float = 0.1) -> Tensor:
-    """Return how much of the map's energy its highest pixels hold: 1 is a single spot, `share` a uniform map.
+    """Return the part of a map's energy in its highest `share` of pixels: 1 for a single spot, `share` if uniform.
 
-    In [`share`, 1]; neither high nor low is better. An empty map holds nothing: 0.
+    In [`share`, 1]; neither high nor low is better. A map of zeros has no energy and gives 0.
     """
     maps = _checked(maps)
     first, last = _ranks(maps)
@@ -141,9 +141,9 @@ def energy_in_top(maps: Tensor, share: float = 0.1) -> Tensor:
 
 
 def area_matched(maps: Tensor) -> Tensor:
-    """Replace the map's values by their ranks, so that every map keeps the same share of the picture, half of it.
+    """Replace a map's values with their ranks, so that every map keeps the same share of the picture: half of it.
 
-    Without ties they are uniform on (0, 1). Equal values share their mean rank: a uniform map becomes 0.5 everywhere.
+    Without ties, the ranks are uniform on (0, 1). Equal values get their mean rank, so a uniform map is 0.5 everywhere.
 
     Example:
         >>> area_matched(torch.tensor([[[0.0, 0.9], [0.1, 0.1]]]))
@@ -159,19 +159,19 @@ def area_matched(maps: Tensor) -> Tensor:
 def confidence_change(images: Tensor, maps: Tensor, score: Score, *, whole: Tensor | None = None) -> ConfidenceChange:
     r"""Return Average Drop, Average Increase and Average Gain of each image, before averaging.
 
-    With Y the score of the whole image and O that of the image times its map: drop $100\,[Y - O]_+ / Y$ and increase
-    $100\,[O > Y]$ (Grad-CAM++, Chattopadhay et al. 2018, arXiv 1710.11063), gain $100\,[O - Y]_+ / (1 - Y)$ (Opti-CAM,
-    Zhang et al. 2024, arXiv 2301.07002). The network's normalised input is multiplied, as by the host's
-    `CamMultImageConfidenceChange`: where the map is 0 lies the colour that the preprocessing takes for the mean.
+    Let Y be the score of the whole image and O the score of the image times its map. Drop is $100\,[Y - O]_+ / Y$ and
+    increase $100\,[O > Y]$ (Grad-CAM++, Chattopadhay et al. 2018, arXiv 1710.11063); gain is $100\,[O - Y]_+ / (1 - Y)$
+    (Opti-CAM, Zhang et al. 2024, arXiv 2301.07002). As in the host's `CamMultImageConfidenceChange`, the map multiplies
+    the normalised input: where the map is 0, the image has the preprocessing's mean colour.
 
-    In %, drop in [0, 100] for a score that is never negative, lower is better, NaN where the whole image scores 0;
-    increase 0 or 100 and gain in [0, 100], higher is better. All three reward maps that keep more of the picture: see
-    `area_matched`. A `score` is at most 1; that of the `whole` images is computed unless it is given.
+    All are in %. Drop is in [0, 100] for a score that is never negative, and NaN if the whole image scores 0; lower is
+    better. Increase is 0 or 100, gain in [0, 100]; higher is better. All reward maps that keep more of the picture: see
+    `area_matched`. A `score` is at most 1; `whole` is the score of the whole images, computed if it is not given.
     """
     maps = _checked(maps, images=images)
     whole = score(images) if whole is None else whole
     masked = score(images * maps[:, None])
-    # Nothing can drop from a score of 0, as of an embedding of zeros: NaN, not the perfect score.
+    # A score of 0, such as that of an embedding of zeros, cannot drop: NaN, not the perfect score.
     drop = torch.where(whole > 0, (whole - masked).clamp_min(0) / whole, torch.nan)
     gain = (masked - whole).clamp_min(0) / (1 - whole).clamp_min(_LEAST_ROOM)
     return ConfidenceChange(100 * drop, 100 * (masked > whole).to(whole.dtype), 100 * gain)
@@ -180,11 +180,11 @@ def confidence_change(images: Tensor, maps: Tensor, score: Score, *, whole: Tens
 def insertion_auc(
     images: Tensor, maps: Tensor, score: Score, *, baseline: Tensor | None = None, steps: int = 8
 ) -> Tensor:
-    """Return the area under the score while the image appears in its baseline, the highest pixels of the map first.
+    """Return the area under the score while the image replaces its baseline, the highest pixels of the map first.
 
-    RISE (Petsiuk et al. 2018, arXiv 1806.07421), whose baseline here is the image `blurred` unless one is given; the
-    pixels come in `steps` equal parts, and the area is trapezoidal. In the score's range, higher is better. A map's
-    size plays no part, only the order of its pixels; pixels of equal value fade in together.
+    From RISE (Petsiuk et al. 2018, arXiv 1806.07421). The baseline is the `blurred` image unless another is given, the
+    pixels come in `steps` equal parts, and the area is trapezoidal. In the score's range, higher is better. Only the
+    order of a map's pixels counts, not how much it marks; pixels of equal value fade in together.
     """
     return _auc(blurred(images) if baseline is None else baseline, images, maps, score, steps)
 
@@ -192,35 +192,35 @@ def insertion_auc(
 def deletion_auc(
     images: Tensor, maps: Tensor, score: Score, *, baseline: Tensor | None = None, steps: int = 8
 ) -> Tensor:
-    """Return the area under the score while the image gives way to its baseline, else as `insertion_auc`.
+    """Return the area under the score while the baseline replaces the image; the rest is as for `insertion_auc`.
 
-    The baseline is here the image's `mean_colour`; lower is better.
+    Here the baseline is the image's `mean_colour` unless another is given, and lower is better.
     """
     return _auc(images, mean_colour(images) if baseline is None else baseline, maps, score, steps)
 
 
 def blurred(images: Tensor) -> Tensor:
-    """Return the images without their details: a Gaussian of a sixteenth of the longer side, in pixels, deviation."""
+    """Blur the images with a Gaussian whose standard deviation is a sixteenth of the longer side in pixels."""
     deviation = max(images.shape[-2:]) / 16
-    # As far as the reflected image goes.
+    # The kernel reaches no further than the reflected image.
     width, height = (min(2 * round(2 * deviation) + 1, 2 * images.shape[axis] - 1) for axis in (-1, -2))
     soft: Tensor = gaussian_blur(images, [width, height], [deviation, deviation])
     return soft
 
 
 def mean_colour(images: Tensor) -> Tensor:
-    """Return images of one colour each: the mean of the image's own."""
+    """Return images of one colour each: the mean colour of the given image."""
     return images.mean((-2, -1), keepdim=True).expand_as(images)
 
 
 def road(images: Tensor, maps: Tensor, score: Score, *, percentiles: Sequence[int] = (20, 40, 60, 80)) -> Tensor:
-    """Return ROAD's difference, least relevant pixels first minus most relevant first, halved.
+    """Return ROAD's difference, halved: least relevant pixels removed first, minus most relevant removed first.
 
-    Removed pixels, of each of the `percentiles`, are painted over from their neighbours (Rong et al. 2022, arXiv
-    2202.00449), which hides the shape of what was removed. The host's `ROADCombined`. Its noise of 0.01, which can
-    halve a score, is drawn for the batch and is always the same, as the order of pixels of one value is: the host would
-    remove all of them at once. The global random state is left as it was. In [-0.5, 0.5] for a score in [0, 1], higher
-    is better. A constant map has no order to remove by: NaN.
+    At each of the `percentiles`, removed pixels are filled in from their neighbours (Rong et al. 2022, arXiv
+    2202.00449), which hides the shape of what was removed. Uses the host's `ROADCombined`. Its noise of 0.01, which can
+    halve a score, is drawn for the batch and always the same. So is the order of pixels of equal value; the host would
+    remove them all at once. The global random state is left as it was. In [-0.5, 0.5] for a score in [0, 1], higher is
+    better. A constant map has no order to remove pixels by: NaN.
     """
     maps = _checked(maps, images=images)
     values = maps.flatten(1)
@@ -242,14 +242,14 @@ def _iou(selected: Tensor, masks: Tensor) -> Tensor:
 
 
 def _cuts(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return how many of each map's k highest pixels lie on the object, batch x k, all k, and the object's size.
+    """Return how many of each map's k highest pixels lie on the object, batch x k; all k; and the object's size.
 
-    Pixels of equal value cannot be parted: where k would part them, none is counted.
+    Pixels of equal value cannot be separated: if k would separate them, the number is 0.
     """
     maps = _checked(maps, masks)
     values, order = maps.flatten(1).sort(1, descending=True)
     hits = masks.flatten(1).gather(1, order).long().cumsum(1)
-    # Of pixels of the same value only the last ends a set.
+    # Of pixels of equal value, only the last one ends a set.
     ends = pad(values[:, :-1] > values[:, 1:], (0, 1), value=True)
     return hits * ends, torch.arange(1, values.shape[1] + 1, device=maps.device), hits[:, -1:]
 
@@ -266,7 +266,7 @@ def _auc(start: Tensor, end: Tensor, maps: Tensor, score: Score, steps: int) -> 
 
 
 def _ranks(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for each pixel how many pixels lie above it, without and with those of its own value."""
+    """Return for each pixel how many pixels are higher, without and with those of equal value."""
     values = maps.flatten(1).contiguous()
     ascending = values.sort(1).values
     first = values.shape[1] - torch.searchsorted(ascending, values, right=True)
@@ -275,7 +275,7 @@ def _ranks(maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _shown(first: Tensor, last: Tensor, share: float) -> Tensor:
-    """Return each pixel's part in the highest `share` of the pixels: 1, 0, or between for the value at its edge."""
+    """Return each pixel's part in the highest `share` of pixels: 1, 0, or in between for the value at the edge."""
     return ((share * first[0].numel() - first) / (last - first)).clamp(0, 1)
 
 
@@ -284,7 +284,7 @@ def _undefined_without_object(scores: Tensor, masks: Tensor) -> Tensor:
 
 
 def _checked(maps: Tensor, masks: Tensor | None = None, *, images: Tensor | None = None) -> Tensor:
-    """Return the maps in float32, or say what is wrong with the arguments."""
+    """Return the maps in float32; TypeError or ValueError if an argument is wrong."""
     if not isinstance(maps, Tensor) or not maps.is_floating_point() or maps.dim() != 3 or 0 in maps.shape:
         raise BadTypeError(f"expected maps of floating point, batch x height x width, got {_described(maps)}")
     low, high = maps.min().item(), maps.max().item()
@@ -309,11 +309,11 @@ def _described(given: object) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """What a measure judges: a method's maps of a batch of pictures, and all that they can be compared with.
+    """What a measure judges: a method's maps of a batch of pictures, and everything that they can be compared with.
 
-    The maps, masks and images are as the functions above take them; where a picture has no mask, it is empty. The score
-    is batch x `score_names`: "probability", where the network classifies, and "similarity", see `score_of`; `whole` is
-    that of the images.
+    Maps, masks and images are as the functions above take them; a picture without a mask has an empty one. The score is
+    batch x `score_names`: "probability", if the network classifies, and "similarity"; see `score_of`. `whole` is the
+    score of the images.
     """
 
     maps: Tensor
@@ -331,9 +331,9 @@ class Judged:
 
     @cached_property
     def change_area_matched(self) -> ConfidenceChange:
-        """The same by the maps' ranks."""
+        """How masking by the area-matched maps changes the scores."""
         matched = area_matched(self.maps)
-        # The uniform map is its own area-matched one.
+        # The uniform map of 0.5 is its own area-matched map.
         if torch.equal(matched, self.maps):
             return self.change
         return confidence_change(self.images, matched, self.score, whole=self.whole)
@@ -341,16 +341,16 @@ class Judged:
 
 @dataclass(frozen=True)
 class Measure:
-    r"""A column of an evaluation; one of your own goes into the `metrics` of `evaluate`.
+    r"""A column of an evaluation; your own measures go into the `metrics` of `evaluate`.
 
     Attributes:
-        name: of the column.
-        function: from what is judged to a value for each picture, batch; NaN where it is not defined. With a `score`,
-            batch x scores; measures of two scores that share their function share its work.
-        title: for people.
-        better: "higher", "lower", or "" where it is neither.
-        group: the metrics that it belongs to.
-        score: which of the network's scores it takes; a network without that score is not measured.
+        name: the name of the column.
+        function: takes a `Judged` and returns a value for each picture, batch, NaN where it is not defined; with a
+            `score`, batch x scores. Measures of different scores with the same function share its work.
+        title: the title for people; by default the name.
+        better: "higher", "lower", or "" if neither is better.
+        group: the group of metrics that the measure belongs to.
+        score: which of the network's scores to take; a network without that score is not measured.
 
     Example:
         >>> largest = Measure("largest", lambda judged: judged.maps.amax((1, 2)), "largest value")
@@ -370,7 +370,7 @@ class Measure:
 
     @property
     def heading(self) -> str:
-        """Its title, and below it which of two numbers is better."""
+        """The title and, below it, which of two numbers is better."""
         return f"{self.title or self.name}\n{self.better or 'neither'} is better"
 
 
@@ -418,7 +418,7 @@ MEASURES = (
 
 
 def choose_measures(metrics: Collection[str | Measure], score_names: Collection[str]) -> list[Measure]:
-    """Return the measures of these groups that the scores allow, the map's statistics, and those given."""
+    """Return the measures of these groups, the map's statistics and the given measures, as far as the scores allow."""
     if unknown := [each for each in metrics if not isinstance(each, (str, Measure))]:
         raise BadTypeError(f"expected metrics as names of groups or Measure records, got {unknown[0]!r}")
     groups = {check_name("metric", each, GROUPS) for each in metrics if isinstance(each, str)} | {"statistics"}

@@ -1,4 +1,4 @@
-"""Summaries and overlays in, one figure page out: bars with intervals, and each method at its best and worst."""
+"""Draws the page of an evaluation: bars with intervals, and each method at its best, median and worst."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,14 +28,14 @@ _MEANINGS = {
     "tab:gray": "mean of a control, which knows nothing of the picture",
 }
 _COLUMNS = 4
-# Two methods side by side: a page that is not endless.
+# Two methods side by side, which keeps the page short.
 _EXAMPLES = 6
-# What fits above an overlay.
+# The longest name that fits above an overlay.
 _NAME_LENGTH = 22
 
 
 class Example(NamedTuple):
-    """What stands above it, what the network saw, height x width x 3 in [0, 1], its map, and the object's mask."""
+    """A title, what the network saw, height x width x 3 in [0, 1], the map, and the object's mask."""
 
     title: str
     picture: NDArray[np.float32]
@@ -44,7 +44,7 @@ class Example(NamedTuple):
 
 
 def pick_examples(rows: Sequence[Row], measure: Measure) -> Iterator[tuple[str, str, str]]:
-    """Yield each method with its best, its median and its worst picture by a measure, and what to write above it."""
+    """Yield each method with its best, median and worst picture by a measure, and the title to write above each."""
     for method in dict.fromkeys(row.method for row in rows):
         values = ((row.values[measure.name], row.picture) for row in rows if row.method == method)
         ranked = sorted((each for each in values if not np.isnan(each[0])), reverse=measure.better == "higher")
@@ -64,10 +64,10 @@ def write_report(
     examples: Sequence[Example],
     ranked_by: Measure,
 ) -> None:
-    """Draw the page and write it, in the format of the path's ending."""
+    """Draw the page and write it, in the format that the path's ending names."""
     bars_height = -(-len(measures) // _COLUMNS) * (1.2 + 0.24 * len(summaries))
     sheet_height = 2.6 * -(-len(examples) // _EXAMPLES) + 0.6 if examples else 0.01
-    # File names may hold dollar signs, which are no formulas.
+    # File names may contain dollar signs, which do not mark formulas.
     with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(15, bars_height + sheet_height + 0.9), layout="constrained")
         figure.suptitle(printable(title), wrap=True)

@@ -1,4 +1,4 @@
-"""The rows of an evaluation, and the CSV that holds them: read, checked, gone on with, never half a row."""
+"""Keeps the rows of an evaluation in a CSV file, which a later run checks and resumes; never half a row."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ from tucker_cam.writing import TABLE_TEXT, new_table
 
 @dataclass(frozen=True)
 class Row:
-    """What the measures say of a method's map of a picture: by their names, to six digits, NaN where not scored."""
+    """The values of a method's map of a picture: by the measure's name, to six digits, NaN where not scored."""
 
     picture: str
     method: str
@@ -21,10 +21,10 @@ class Row:
 
 
 class Results:
-    """The rows of a run; with a file, on the disk as soon as they are known.
+    """The rows of a run; with a path, they are on the disk as soon as they are known.
 
-    What a killed run left is read and gone on with; a last line that it left unfinished is thrown away. `run` holds
-    the columns that are the same in every row, the model and so on. ValueError if the file holds something else.
+    Rows that a killed run left are read and kept; a last line that it left unfinished is dropped. `run` holds the
+    columns that are the same in every row, such as the model. ValueError if the file holds something else.
     """
 
     def __init__(self, path: Path | None, run: Mapping[str, str], measures: Sequence[str]) -> None:
@@ -49,7 +49,7 @@ class Results:
             self.to_csv(self.path)
 
     def to_csv(self, path: Path) -> None:
-        """Write all rows, NaN as nothing; OSError if the file cannot be written."""
+        """Write all rows, with NaN as an empty cell; OSError if the file cannot be written."""
         with new_table(path, self._header) as write_row:
             for row in self.rows.values():
                 write_row(self._line(row))
@@ -66,7 +66,7 @@ class Results:
             )
         for line in lines:
             if None in line.values():
-                # A killed run may have ended within a name that holds ends of lines.
+                # A killed run may have stopped within a name that contains line breaks.
                 continue
             for name, expected in self.run.items():
                 if line[name] != expected:

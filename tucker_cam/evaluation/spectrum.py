@@ -1,6 +1,6 @@
-"""Pictures and a model in, how much each singular value of the features holds of their sum out.
+"""Measures the share that each singular value of a picture's features holds of the sum of all.
 
-The paper's Figures 2 and 3 (arXiv 2410.23072): where the first value holds nearly all, one vector says nearly all.
+See Figures 2 and 3 of the paper (arXiv 2410.23072): if the first value holds nearly all, one vector says nearly all.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def spectrum(
     progress: bool = True,
     **loading: Unpack[Loading],
 ) -> Spectrum:
-    """Decompose the features of pictures, by the SVD of $F_c$ and the full-rank Tucker of F. All as for `evaluate`.
+    """Decompose pictures' features by the SVD of $F_c$ and by full-rank Tucker of F; arguments as for `evaluate`.
 
     Example:
         >>> from torch import nn, rand
@@ -74,7 +74,7 @@ def spectrum(
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    r"""How much each of the first ten singular values of each picture holds of all, and what failed.
+    r"""The share of each picture's first ten singular values in the sum of all, and the failures.
 
     `shares` are $s_i / \sum_j s_j$, by decomposition, pictures x 10, descending, in [0, 1]; NaN where there are fewer
     values, or only zeros.
@@ -86,7 +86,7 @@ class Spectrum:
     loaded: LoadedModel
 
     def to_csv(self, path: str | Path) -> None:
-        """Write picture, decomposition, index from 1 and share, NaN as nothing; OSError if that cannot be done."""
+        """Write a CSV of picture, decomposition, index from 1, and share, empty for NaN; OSError if that fails."""
         with new_table(Path(path), HEADER) as write_row:
             for name, share in self.shares.items():
                 for (place, index), value in np.ndenumerate(share):
@@ -94,7 +94,7 @@ class Spectrum:
                     write_row([self.names[place], name, index + 1, shown])
 
     def plot(self, path: str | Path) -> None:
-        """Write box plots of each value's share as PNG, quartiles, whiskers at 5 and 95 %; OSError if it fails."""
+        """Write box plots of each value's share as PNG: quartiles, whiskers at 5 and 95 %; OSError if that fails."""
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         title = f"{self.loaded.name}, {self.loaded.layer_names[0]}, {counted(len(self.names))}"
         explained = "boxes: quartiles and median; whiskers: 5 and 95 %; points: pictures beyond"
@@ -104,7 +104,7 @@ class Spectrum:
             finite = [column[np.isfinite(column)] for column in share.T]
             axes.boxplot(finite, whis=(5, 95), flierprops={"markersize": 2})
             axes.set(title=name, xlabel="index of the singular value")
-        # Last: a limit that is set ends the scaling of both panels, which share their axis.
+        # Last, since setting a limit ends the automatic scaling of both panels, which share an axis.
         panels[0].set(ylim=(0, None), ylabel="share of the sum of all")
         with complete_or_absent(Path(path)) as unfinished:
             figure.savefig(unfinished, dpi=120, format="png")

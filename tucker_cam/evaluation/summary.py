@@ -1,4 +1,4 @@
-"""Rows of results in, for each method and measure the mean, its interval and its difference from a baseline out."""
+"""Summarises rows: for each method and measure, the mean, its interval and the difference from a baseline."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from tucker_cam.evaluation.results import Row
 from tucker_cam.writing import new_table
 
 BASELINE = "eigencam"
-# Of fewer pictures a percentile bootstrap's interval leaves 0 out far too often.
+# With fewer pictures, a percentile bootstrap's interval excludes 0 far too often.
 ENOUGH = 10
 _RESAMPLES = 2000
 HEADER = ("method", "measure", "pictures", "mean", "low", "high", "difference", "difference_low", "difference_high")
 
 
 class Interval(NamedTuple):
-    """A mean and its 95 % bootstrap interval; NaN where fewer than two pictures were scored."""
+    """A mean and its 95 % bootstrap interval, which is NaN if fewer than two pictures were scored."""
 
     mean: float
     low: float
@@ -29,10 +29,10 @@ class Interval(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What a measure says of a method over so many scored pictures.
+    """The summary of one method by one measure, over `pictures` scored pictures.
 
-    The difference is that from the baseline, over the `pairs`, the pictures on which both were scored; None if there
-    are none, and of the baseline itself.
+    `difference` is that from the baseline, over the pictures on which both were scored, and `pairs` is their number. It
+    is None if there are no such pictures, and for the baseline itself.
     """
 
     pictures: int
@@ -44,14 +44,14 @@ class Summary(NamedTuple):
 def summarise(
     rows: Sequence[Row], measures: Sequence[Measure], *, baseline: str = BASELINE, seed: int = 0
 ) -> dict[str, dict[str, Summary]]:
-    """Summarise rows by method, in their order, then by the measure's name.
+    """Summarise rows by method, in the order of the rows, and then by the measure's name.
 
-    Intervals are percentile bootstraps over pictures, 2,000 resamples; a difference is taken picture by picture.
-    Measures of which a method has no value are left out.
+    Intervals are percentile bootstraps over pictures, with 2,000 resamples; differences are taken picture by picture. A
+    measure is left out for a method that has no value of it.
     """
     summaries: dict[str, dict[str, Summary]] = {row.method: {} for row in rows}
     scores: dict[tuple[str, str], dict[str, float]] = {}
-    # In one order, whatever the order of the rows is: the resampling draws by position.
+    # Sorted, so that the order of the rows does not matter: the resampling draws by position.
     for row in sorted(rows, key=lambda row: row.picture):
         for name in (measure.name for measure in measures if not math.isnan(row.values[measure.name])):
             scores.setdefault((row.method, name), {})[row.picture] = row.values[name]
@@ -81,7 +81,7 @@ def mean_interval(values: NDArray[np.float64], seed: int) -> Interval:
     mean = float(values.mean())
     if len(values) < 2:
         return Interval(mean, np.nan, np.nan)
-    # batch: so many resamples at a time, or a million pictures would not fit into memory.
+    # batch: how many resamples are drawn at a time; all those of a million pictures would not fit into memory.
     resampled = bootstrap(
         (values,),
         np.mean,
