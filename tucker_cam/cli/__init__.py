@@ -1,4 +1,4 @@
-"""The command line: what a user typed in, pictures on the disk and a line or a table on the screen out."""
+"""The command line: runs what a user types, writes files, and prints lines or a table on the screen."""
 
 import logging
 import os
@@ -24,37 +24,37 @@ from tucker_cam.methods import METHODS, check_name, method_named
 from tucker_cam.models.families import FAMILIES
 from tucker_cam.text import printable, say
 
-# What a command needs is imported in it: PyTorch and the host take seconds, which help and a mistyped name need not.
+# Each command imports what it needs: PyTorch and the host take seconds, which help and a typo should not cost.
 app = typer.Typer(
-    help="Saliency maps that need no label: Tucker and multivector Tucker, beside EigenCAM.",
+    help="Saliency maps that need no labels: Tucker and multivector Tucker, beside EigenCAM.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
 
-OutputFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; made if it is missing.")]
-DataFolder = Annotated[Path, typer.Argument(help="Folder of pictures, at any depth.")]
-_MODELS = ", ".join(family.usage for family in FAMILIES.values())
-ModelName = Annotated[str, typer.Option("--model", "-m", help=f"{_MODELS}, the last one your own function.")]
-Limit = Annotated[int | None, typer.Option(help="Take a random sample of so many pictures.")]
+OutputFolder = Annotated[Path, typer.Option("--out", "-o", help="Folder to write to; created if it is missing.")]
+DataFolder = Annotated[Path, typer.Argument(help="Folder of pictures; subfolders are searched too.")]
+_MODELS = " | ".join(family.usage for family in FAMILIES.values())
+ModelName = Annotated[str, typer.Option("--model", "-m", help=f"{_MODELS}; the last is your own function.")]
+Limit = Annotated[int | None, typer.Option(help="Take a random sample of this many pictures.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1)]
-_WORKERS_HELP = "Processes that read pictures, with Ray the actors. (default: one core is left)"
+_WORKERS_HELP = "Number of processes that read pictures; with Ray, of actors. (default: all cores but one)"
 Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help=_WORKERS_HELP)]
 _LAYER_HELP = (
-    "Dotted name of the layer, or its negative index in `tucker-cam layers`; explain takes several, and averages their "
-    "maps. (default: the last one with a spatial map)"
+    "Dotted name of a layer, or its negative index in `tucker-cam layers`. For explain, may be repeated: the maps are "
+    "averaged. (default: the last layer with a spatial map)"
 )
-_WEIGHTS_HELP = "A checkpoint, of torch.save or .safetensors; the backbone is found in it."
-_MEAN_HELP = "What the input is normalised by, in [0, 1]."
+_WEIGHTS_HELP = "Checkpoint file of torch.save or .safetensors; the backbone in it is used."
+_MEAN_HELP = "Mean of each channel, in [0, 1], to normalise the input."
 _LOADING = {
     "layers": (list[str] | None, typer.Option(None, "--layer", help=_LAYER_HELP)),
-    "no_pretrained": (bool, typer.Option(False, "--no-pretrained", help="Random weights; none are downloaded.")),
+    "no_pretrained": (bool, typer.Option(False, "--no-pretrained", help="Use random weights; download none.")),
     "weights": (Path | None, typer.Option(None, help=_WEIGHTS_HELP)),
     "size": (int | None, typer.Option(None, min=1, help="Side of the network's input. (default: the model's own)")),
-    "no_crop": (bool, typer.Option(False, "--no-crop", help="Show the network the whole picture, not its middle.")),
+    "no_crop": (bool, typer.Option(False, "--no-crop", help="Show the network whole pictures, not just the centre.")),
     "mean": (tuple[float, float, float] | None, typer.Option(None, metavar="R G B", help=_MEAN_HELP)),
-    "std": (tuple[float, float, float] | None, typer.Option(None, metavar="R G B", help="See --mean.")),
-    "device": (str | None, typer.Option(None, help="cpu, cuda, mps ... (default: cuda if there is one)")),
+    "std": (tuple[float, float, float] | None, typer.Option(None, metavar="R G B", help="Std. dev. of each channel.")),
+    "device": (str | None, typer.Option(None, help="cpu, cuda, mps, ... (default: cuda if available)")),
 }
 """The options of every command that loads a model."""
 _DEBUG = ContextVar("debug", default=False)
@@ -62,7 +62,7 @@ _EXTRAS = {"pyarrow": "ray", "ray": "ray", "zarr": "zarr"}
 
 
 class _Say(logging.Handler):
-    """Prints what the library tells of its work."""
+    """Prints the library's log messages."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
@@ -82,18 +82,18 @@ def _prepare(
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error was raised.")] = False,
 ) -> None:
     _DEBUG.set(debug)
-    # The hub's retries without a network would bury the one line that says what to do.
+    # Without a network, the hub's messages on retries would bury the one line that says what to do.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # Pictures of such sizes are refused in a line of ours.
+    # Such pictures are refused with a message of our own.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
-    # One line, without a path in a package and a line of its source.
+    # A single line, without the path and the source line that Python adds.
     warnings.formatwarning = lambda message, *_, **__: f"{printable(f'warning: {message}')}\n"
 
 
 def _command(extra: str, *, goes_on: bool = False) -> Callable[[Callable[..., Sequence[Failure]]], Callable[..., None]]:
-    """Make a command of a function that returns the pictures that failed while the others were done: exit code 1.
+    """Make a command from a function that returns the pictures that failed; if there are any, the exit code is 1.
 
-    It has the options of `_LOADING` too; the function gets them as ``**loading``, the arguments of `load_model`.
+    The command also has the options of `_LOADING`; the function gets them as ``**loading``, `load_model`'s arguments.
     """
 
     def make(function: Callable[..., Sequence[Failure]]) -> Callable[..., None]:
@@ -121,7 +121,7 @@ def _command(extra: str, *, goes_on: bool = False) -> Callable[[Callable[..., Se
 
 @app.command()
 def demo(out: OutputFolder = Path("tucker-cam-out")) -> None:
-    """Explain a photograph with a real network; needs no download after the install."""
+    """Explain two photographs with a real network; needs no download once installed."""
     with _user_errors("demo"):
         with importing():
             from tucker_cam.cli.demo import run_demo
@@ -130,36 +130,36 @@ def demo(out: OutputFolder = Path("tucker-cam-out")) -> None:
 
 @_command("models", goes_on=True)
 def explain(
-    images: Annotated[list[str], typer.Argument(help="Pictures, folders, globs, Parquet files (column image), URLs.")],
+    images: Annotated[list[str], typer.Argument(help="Pictures, folders, globs, URLs, Parquet files (column image).")],
     method: Annotated[
         list[str] | None,
         typer.Option(help=f"May be repeated: {', '.join(METHODS)}, or your own MODULE:CLASS. (default: tsm)"),
     ] = None,
     model: ModelName = "demo",
     out: Annotated[
-        str, typer.Option("--out", "-o", help="Folder for what is written; a run that was stopped goes on in it.")
+        str, typer.Option("--out", "-o", help="Folder to write to; a stopped run is resumed.")
     ] = "tucker-cam-out",
     limit: Limit = None,
     formats: Annotated[
         list[str] | None, typer.Option("--format", help=f"May be repeated: {', '.join(FORMATS)}. (default: overlay)")
     ] = None,
-    gallery: Annotated[bool, typer.Option("--gallery", help="One page with all pictures, to open alone.")] = False,
+    gallery: Annotated[bool, typer.Option("--gallery", help="Also write gallery.html, showing all pictures.")] = False,
     view: Annotated[
         Literal["picture", "network"], typer.Option(help="Draw on your whole picture, or on what the network saw.")
     ] = "picture",
-    colormap: Annotated[str, typer.Option(help="Of OpenCV: jet, viridis, turbo, inferno ...")] = "jet",
-    alpha: Annotated[float, typer.Option(min=0, max=1, help="The map's weight in an overlay.")] = 0.5,
+    colormap: Annotated[str, typer.Option(help="OpenCV colormap: jet, viridis, turbo, inferno, ...")] = "jet",
+    alpha: Annotated[float, typer.Option(min=0, max=1, help="Weight of the map in an overlay.")] = 0.5,
     aug_smooth: Annotated[bool, typer.Option("--aug-smooth", help="Average over flips and brightness.")] = False,
     engine: Annotated[
         Literal["torch", "ray"], typer.Option(help="torch: this machine. ray: a Ray cluster, which writes Parquet.")
     ] = "torch",
     batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", min=1, help="(default: 8, on a GPU what it holds)")
+        int | None, typer.Option("--batch-size", "-b", min=1, help="Pictures at once. (default: 8, or what fits a GPU)")
     ] = None,
     workers: Workers = None,
     **loading: Any,
 ) -> Sequence[Failure]:
-    """Write an overlay, or the map, for each picture and method."""
+    """Write an overlay or a map for each picture and method."""
     for name in method or []:
         method_named(name)
     with importing():
@@ -185,15 +185,15 @@ def explain(
 
 @_command("evaluation")
 def layers(
-    model: Annotated[str, typer.Argument(help="As for explain --model.")],
+    model: Annotated[str, typer.Argument(help="The model, as for explain --model.")],
     pictures: Annotated[
-        list[str] | None, typer.Argument(help="Compare the layers' maps on these, as for explain.")
+        list[str] | None, typer.Argument(help="Pictures to compare the layers on, as for explain.")
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Take a random sample of so many pictures.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="Take a random sample of this many pictures.")] = 50,
     batch_size: BatchSize = 8,
     **loading: Any,
 ) -> Sequence[Failure]:
-    """List the layers that can be explained, in the order in which they run; or with pictures, what each shows."""
+    """List the layers that can be explained, in the order in which they run; with pictures, compare their maps."""
     with importing():
         from tucker_cam.cli.layers import print_examined_layers, print_layers
     if pictures:
@@ -208,8 +208,8 @@ def evaluate(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"May be repeated: {', '.join(METHODS)}, or your own MODULE:CLASS. (default: all) EigenCAM, the "
-            "controls and, for a classifier, GradCAM and SegEigenCAM are always scored."
+            help=f"May be repeated: {', '.join(METHODS)}, or your own MODULE:CLASS. (default: all) EigenCAM and the "
+            "controls are always scored, and for a classifier also GradCAM and SegEigenCAM."
         ),
     ] = None,
     model: ModelName = "demo",
@@ -221,19 +221,19 @@ def evaluate(
     ] = None,
     annotations: Annotated[
         Literal["boxes", "masks", "none"] | None,
-        typer.Option(help="Score only pictures with these. (default: what there is)"),
+        typer.Option(help="Score only pictures that have these. (default: use what is found)"),
     ] = None,
     limit: Limit = None,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="The rows, as CSV; what is there stays, and a run that was stopped goes on."),
+        typer.Option("--out", "-o", help="CSV file for the rows; existing rows stay, and a stopped run is resumed."),
     ] = Path("tucker-cam-out/results.csv"),
-    report: Annotated[Path | None, typer.Option(help="Write a figure page too: .png, .jpg, .pdf or .svg.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write a page of figures: .png, .jpg, .pdf or .svg.")] = None,
     batch_size: BatchSize = 8,
     workers: Workers = None,
     **loading: Any,
 ) -> Sequence[Failure]:
-    """Score the methods and controls on a folder of pictures, with boxes, with masks or without."""
+    """Score the methods and controls on a folder of pictures, with boxes, masks or neither."""
     for name in method or []:
         method_named(name)
     groups = [check_name("metric", each, GROUPS) for each in metric or ["localisation", "drop"]]
@@ -260,11 +260,11 @@ def spectrum(
     model: ModelName = "demo",
     limit: Limit = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The box plots, as PNG; the numbers stand beside it as CSV.")
+        Path, typer.Option("--out", "-o", help="PNG file for the box plots; the numbers go beside it as CSV.")
     ] = Path("tucker-cam-out/spectrum.png"),
     **loading: Any,
 ) -> Sequence[Failure]:
-    """Plot how much the first singular values hold of the sum of all, with and without centring."""
+    """Plot the share of the first singular values in the sum of all, with and without centring."""
     with importing():
         from tucker_cam.cli.spectrum import write_spectrum
     return write_spectrum(data, model, out, limit=limit, workers=None, **loading)
@@ -272,7 +272,7 @@ def spectrum(
 
 @contextmanager
 def _user_errors(extra: str, *, goes_on: bool = False) -> Iterator[None]:
-    """Print what the library tells of its work, and an error that a user can mend as one line, with exit code 2."""
+    """Print the library's log messages, and an error that a user can mend as one line, with exit code 2."""
     logger, handler = logging.getLogger("tucker_cam"), _Say()
     before = logger.level, logger.propagate
     logger.addHandler(handler)

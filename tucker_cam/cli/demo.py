@@ -1,4 +1,4 @@
-"""One command, no arguments: a real network, two real photographs, one panel that compares the methods."""
+"""`tucker-cam demo`: compares the methods on two real photographs with a real network, in one panel."""
 
 import timeit
 from collections.abc import Callable
@@ -23,16 +23,16 @@ from tucker_cam.text import say
 from tucker_cam.writing import complete_or_absent
 
 _SHOWN = [METHODS[name] for name in ("eigencam", "tsm", "multivec-eigencam", "mtsm")]
-# The methods agree on the cup, and on the cat they differ most of all that docs/make_pictures.py compares.
+# The methods agree on the cup; on the cat they differ the most of all pictures in docs/make_pictures.py.
 _PHOTOGRAPHS = [Path(skimage.__file__).parent / "data" / name for name in ("coffee.png", "chelsea.png")]
 
 
 def run_demo(out: Path) -> None:
-    """Write ``demo.png`` to `out` and print what each method cost beside the forward pass."""
+    """Write ``demo.png`` to `out`, and print what each method costs compared with the forward pass."""
     panel = out / "demo.png"
     out.mkdir(parents=True, exist_ok=True)
     with complete_or_absent(panel) as unfinished:
-        # A folder that cannot be written to says so before the work.
+        # A folder that cannot be written to fails here, before the work.
         unfinished.touch()
         table = _compare(unfinished)
     PlainConsole().print(table)
@@ -46,7 +46,7 @@ def _compare(panel: Path) -> Table:
     (layer,) = loaded.layers
     pictures = [loaded.picture(image) for image in images]
     views, milliseconds = {"photograph": pictures}, {}
-    # One thread for torch and BLAS alike: what several gain depends on what else the machine is doing.
+    # One thread for both torch and BLAS: what more threads gain depends on what else the machine is doing.
     with threadpool_limits(1), torch.no_grad():
         forward = _milliseconds(lambda: loaded.model(first))
         for method in _SHOWN:
@@ -56,7 +56,7 @@ def _compare(panel: Path) -> Table:
                     show_cam_on_image(*each, use_rgb=True) for each in zip(pictures, maps, strict=True)
                 ]
                 features = cam.activations_and_grads.activations[0][:1]
-                # What the host hands on: its own methods get NumPy arrays, ours the tensors.
+                # What the host passes to a method: NumPy arrays to its own, tensors to ours.
                 handed_on = features.numpy() if method.name == "eigencam" else features
                 milliseconds[method.title] = _milliseconds(
                     partial(cam.get_cam_image, first, layer.module, None, handed_on, None, False)
@@ -71,7 +71,7 @@ def _compare(panel: Path) -> Table:
 
 
 def _milliseconds(work: Callable[[], object]) -> float:
-    # The first call is not like the others.
+    # The first call is left out, as its time differs from that of the others.
     return 1e3 * median(timeit.repeat(work, number=1, repeat=8)[1:])
 
 

@@ -1,4 +1,4 @@
-"""`tucker-cam evaluate`: what an evaluation found, as a table."""
+"""`tucker-cam evaluate`: prints the results of an evaluation as a table."""
 
 import math
 import re
@@ -30,14 +30,14 @@ _SAY_MOST = (
 def evaluate_folder(
     data: Path, model: str, methods: Sequence[str] | None, out: Path, report: Path | None, **options: Any
 ) -> list[Failure]:
-    """Print the table of an evaluation, and return what was skipped; see `evaluate`."""
+    """Print the table of an evaluation, and return its failures; see `evaluate`."""
     check_output(out, data=data)
     whole = out.with_name(f"{out.stem}-summary.csv")
     check_output(whole, header=HEADER)
     if report is not None:
         check_output(report, data=data, formats=FORMATS)
         if report.resolve() == out.resolve():
-            raise BadValueError(f"{out}: expected different files for the outputs, got it twice")
+            raise BadValueError(f"{out}: expected different files for the outputs, got this one twice")
     evaluation = evaluate(data, model, methods, out=out, **options)
     summaries = evaluation.summary()
     print_table(summaries, evaluation.measures)
@@ -53,9 +53,9 @@ def evaluate_folder(
 
 
 def print_table(summaries: Mapping[str, Mapping[str, Summary]], measures: Sequence[Measure]) -> None:
-    """Print a table by method of the few measures that say most, of those that were asked for: 80 columns wide."""
+    """Print a table by method, 80 columns wide, of the three requested measures that say the most."""
     scored = [each for each in measures if any(each.name in of_method for of_method in summaries.values())]
-    # One's own measures, then those of the list, then the others.
+    # User-defined measures, then those of the list, then the others.
     order = [each.name for each in scored if not each.group] + [*_SAY_MOST]
     shown = sorted(scored, key=lambda each: order.index(each.name) if each.name in order else len(order))[:3]
     table = Table(Column("method", overflow="fold"), box=None, padding=(0, 1, 0, 0))
@@ -65,8 +65,8 @@ def print_table(summaries: Mapping[str, Mapping[str, Summary]], measures: Sequen
         table.add_row(method, *(_cell(measure, by_measure.get(measure.name)) for measure in shown))
     PlainConsole().print(
         table,
-        f"Means over pictures with 95 % bootstrap intervals; + better and - worse than {BASELINE}, by the interval of "
-        f"the paired difference (none of fewer than {ENOUGH} pictures; of so many comparisons, a few come by chance).",
+        f"Means over pictures with 95 % bootstrap intervals; + is better and - worse than {BASELINE}, by the interval "
+        f"of the paired difference (no sign below {ENOUGH} pictures; of so many comparisons, a few differ by chance).",
     )
 
 

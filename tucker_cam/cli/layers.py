@@ -1,4 +1,4 @@
-"""A model in, a table of the layers that can be explained out."""
+"""`tucker-cam layers`: prints a table of the layers that can be explained."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -15,10 +15,10 @@ from tucker_cam.text import counted, say
 
 
 def print_layers(name: str, **loading: Unpack[Loading]) -> None:
-    """Print the layers with a spatial map in the order in which they run, the chosen ones marked."""
+    """Print the layers with a spatial map, in the order in which they run, with the chosen ones marked."""
     console = PlainConsole()
     if not console.is_terminal:
-        # A line is a row, whatever its length.
+        # Each row is one line, however long.
         console.width = 10_000
     try:
         loaded = load_model(name, **loading)
@@ -26,7 +26,7 @@ def print_layers(name: str, **loading: Unpack[Loading]) -> None:
         if not error.layers:
             raise
         console.print(_table(name, error.layers, ()))
-        say("none was chosen, as none of them is surely the last before the head: name one with --layer")
+        say("none was chosen, as it is not clear which is the last before the head: name one with --layer")
         return
     console.print(_table(loaded.name, loaded.spatial_layers, loaded.layer_names))
     if transform := loaded.reshape_transform:
@@ -36,7 +36,7 @@ def print_layers(name: str, **loading: Unpack[Loading]) -> None:
 def print_examined_layers(
     pictures: Sequence[str], name: str, *, limit: int, batch_size: int, **loading: Unpack[Loading]
 ) -> list[Failure]:
-    """Print what the layers' maps are like on pictures, the recommended one marked, and return what failed."""
+    """Print what the layers' maps are like on pictures, with the recommended one marked; return the failures."""
     from tucker_cam.evaluation.layers import examine_layers
     from tucker_cam.evaluation.summary import ENOUGH
 
@@ -63,10 +63,10 @@ def print_examined_layers(
         table,
         "TSM's maps: how often the largest value lies on the outermost cells, how often these are brighter than those "
         "inside, how much of the energy the highest tenth holds, and how much of the embedding's direction the "
-        "area-matched map keeps. -> recommended: keeps most; !! shows where the pictures end, not what is in them.",
+        "area-matched map keeps. -> is recommended: keeps most; !! shows where the pictures end, not what is in them.",
     )
     if found.pictures < ENOUGH:
-        say(f"fewer than {ENOUGH} pictures: the next ones may recommend another layer")
+        say(f"fewer than {ENOUGH} pictures: with more, another layer may be recommended")
     return found.failures
 
 

@@ -1,4 +1,4 @@
-"""`tucker-cam spectrum`: how much the first singular values hold, as box plots and a CSV."""
+"""`tucker-cam spectrum`: writes how much the first singular values hold, as box plots and a CSV."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tucker_cam.text import say
 
 
 def write_spectrum(data: Path, model: str, out: Path, **options: Any) -> list[Failure]:
-    """Write the box plots and the CSV, and return what was skipped; see `spectrum`."""
+    """Write the box plots and the CSV, and return the failures; see `spectrum`."""
     table = out.with_suffix(".csv")
     check_output(out, data=data, formats=(".png",))
     check_output(table, header=HEADER)
