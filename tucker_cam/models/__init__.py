@@ -1,4 +1,4 @@
-"""A model's name in, a model ready to be explained out: its weights, its preprocessing, its target layers."""
+"""Turns a model's name into a model that is ready to be explained: weights, preprocessing, target layers."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name where it is first asked for, so that the families can be listed without PyTorch."""
+    """Import a public name on first access, so that the model families can be listed without PyTorch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = "loading" if name in ("LoadedModel", "load_model") else "layers"

@@ -1,8 +1,8 @@
-"""A checkpoint as self-supervised projects publish it in, its backbone's weights in the model out.
+"""Loads the backbone's weights into a model, from a checkpoint as self-supervised projects publish it.
 
-Such a file wraps the backbone: in a dictionary beside the optimiser, in a student and a teacher, in the prefixes of
-DistributedDataParallel, Lightning and the method's own class, with projection heads beside it. So the backbone is
-looked for: it is where the names and shapes of the model's own state dict are found whole.
+Such a file wraps the backbone: in a dictionary next to the optimiser, in a student and a teacher, in the prefixes of
+DistributedDataParallel, Lightning and the method's own class, with projection heads next to it. So the backbone is
+searched for, by the names and shapes that it has in the model's own state dict.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tucker_cam.errors import BadFileError, BadValueError, MissingPackageError
 from tucker_cam.extras import install
 
 _SHOWN = 5
-# What checkpoints hold beside tensors and is inert: the command line's arguments, NumPy's numbers.
+# Harmless objects that checkpoints hold besides tensors: command-line arguments and NumPy's numbers.
 _SCALAR = np.float64(0).__reduce__()[0]
 _INERT: list[Any] = [
     argparse.Namespace,
@@ -31,8 +31,8 @@ _INERT: list[Any] = [
     (_SCALAR, "numpy._core.multiarray.scalar"),
 ]
 
-# Of several whole backbones the averaged one is published, by timm, and by DINO whose teacher it is; a copy that
-# another one is trained against is not.
+# When a file holds several whole backbones, the averaged one is the published one (in timm, and in DINO, where it is
+# the teacher). Copies that only serve to train another backbone are not.
 _AVERAGED = frozenset(["ema", "swa"])
 _COPIES = frozenset(["student", "momentum", "target", "k"])
 
@@ -40,15 +40,15 @@ State = Mapping[str, Tensor]
 
 
 class Report(NamedTuple):
-    """What became of a checkpoint."""
+    """Which entries of a checkpoint were loaded or left out, and which were missing."""
 
-    # Where in the file the backbone was, such as state_dict/module.encoder_q.; empty for the top.
+    # Where the backbone was in the file, such as state_dict/module.encoder_q.; empty for the top level.
     place: str
     # Names in the model.
     loaded: list[str]
     # Names in the file.
     left_out: list[str]
-    # Names in the model that the file has not: parts of the head.
+    # Names in the model that the file lacks: parts of the head.
     missing: list[str]
 
     def __str__(self) -> str:
@@ -61,16 +61,16 @@ class Report(NamedTuple):
 
 
 def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> Report:
-    """Load the backbone's weights, and as much of the head as is there.
+    """Load the backbone's weights, and as much of the head as the file holds.
 
     Args:
-        model: changed in place, and only if the whole backbone is found.
-        file: of ``torch.save`` or, named ``.safetensors``, of safetensors. No code in it is run.
-        backbone: names of the modules whose weights must be there, see `DryRun.upstream`.
+        model: changed in place, and only if the file holds the whole backbone.
+        file: written by ``torch.save``, or by safetensors if its name ends in ``.safetensors``. No code in it is run.
+        backbone: names of the modules whose weights must be in the file, see `DryRun.upstream`.
 
     Raises:
-        OSError: there is no such file.
-        ValueError: it holds no weights, others, or less than the whole backbone; the message lists the names.
+        OSError: the file does not exist.
+        ValueError: it holds no weights, another model's, several backbones or part of one; the message lists the names.
     """
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     needed = {name for name in own if name.rpartition(".")[0] in backbone and not _is_counter(name)}
@@ -97,12 +97,12 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
     if len({frozenset(found[place][name].data_ptr() for name in needed) for place in places}) > 1:
         raise BadValueError(
             f"{file}: expected one backbone, found several, in {', '.join(f'{place}*' for place in places)}: save the "
-            "one that is meant by itself"
+            "one that you mean in a file of its own"
         )
     if deeper := _further_parts(inside[places[0]], needed, own):
         raise BadValueError(
             f"{file}: expected the backbone of {type(model).__name__}, found a deeper one, with {_some(deeper)}: "
-            "take the model that the file is of"
+            "take the model that the file belongs to"
         )
     model.load_state_dict(fitting, strict=False)
     taken = {value.data_ptr() for value in fitting.values()}
@@ -115,7 +115,7 @@ def load_checkpoint(model: nn.Module, file: Path, backbone: Collection[str]) -> 
 
 
 def _best(found: Mapping[str, State], needed: Collection[str]) -> list[str]:
-    """Return where the fullest is; of several the averaged one, and rather no copy."""
+    """Return where the fullest backbone is: among equals the averaged one, and preferably not a copy."""
     words = {place: set(re.split(r"[^a-z0-9]+", place.lower())) for place in found}
     averaged = _AVERAGED | {"teacher"} if any("student" in each for each in words.values()) else _AVERAGED
     worth = {
@@ -126,7 +126,7 @@ def _best(found: Mapping[str, State], needed: Collection[str]) -> list[str]:
 
 
 def _further_parts(state: State, needed: Collection[str], own: State) -> list[str]:
-    """Return the numbered parts of a state, such as layer3.6, that the model lacks where its backbone has others."""
+    """Return the numbered parts in a state, such as layer3.6, that the model lacks although its backbone has others."""
     numbered = {part.rpartition(".")[0] for name in needed for part in _numbered_parts(name)}
     known = {part for name in own for part in _numbered_parts(name)}
     parts = dict.fromkeys(part for name in state for part in _numbered_parts(name))
@@ -138,7 +138,7 @@ def _numbered_parts(name: str) -> list[str]:
 
 
 def _read(file: Path) -> object:
-    # Reading a pipe could wait for ever.
+    # Reading from a pipe could block forever.
     if not file.is_file():
         raise BadFileError(f"{file}: expected a file of weights, found none")
     try:
@@ -151,17 +151,17 @@ def _read(file: Path) -> object:
     except ImportError as error:
         raise MissingPackageError(f"{file}: it needs the package safetensors: {install('models')}") from error
     except Exception as error:
-        # A broken file makes both fail in many ways.
+        # Both loaders fail in many ways on a broken file.
         foreign = re.search(r"GLOBAL (\S+)", str(error))
         what = f"an object of {foreign[1]}" if foreign else "a broken file, a web page or a pointer of Git LFS"
         raise BadValueError(
             f"{file}: expected tensors, found {what}; nothing in it was run. If you trust the file, save the weights "
-            "by themselves: torch.save(model.state_dict(), file)"
+            "alone: torch.save(model.state_dict(), file)"
         ) from error
 
 
 def _tensors(content: object, place: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield all tensors in a checkpoint by their names, each behind those of the dictionaries that it is in."""
+    """Yield each tensor in a checkpoint with its name, prefixed by the names of the dictionaries that contain it."""
     for name, value in content.items() if isinstance(content, Mapping) else ():
         if isinstance(value, Tensor):
             if value.layout is torch.strided and not value.is_meta:
@@ -172,9 +172,9 @@ def _tensors(content: object, place: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _candidates(model: nn.Module, tensors: State, *, at_least: int) -> Iterator[tuple[str, State]]:
-    """Yield what lies under each prefix, as it is, in the names timm gives it, and with numbered children named.
+    """Yield the entries under each prefix: with their own names, with numbered children named, and renamed by timm.
 
-    Where there are fewer than `at_least` entries there is no backbone.
+    A prefix with fewer than `at_least` entries is skipped, as it holds no backbone.
     """
     under: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -196,15 +196,15 @@ def _candidates(model: nn.Module, tensors: State, *, at_least: int) -> Iterator[
         if remap is not None:
             try:
                 renamed = remap(dict(inside), model)
-            except Exception:  # noqa: S112 - timm's, on weights that may be of anything
+            except Exception:  # noqa: S112 - timm's code, on weights that may belong to any model
                 continue
-            # New names are taken, new numbers are not: it would also resize the weights of another patch size.
+            # New names are accepted, new values are not: timm would also resize the weights of another patch size.
             same = {value.data_ptr() for value in inside.values()}
             yield place, {name: value for name, value in renamed.items() if value.data_ptr() in same}
 
 
 def _missing_layer_scale(own: State, needed: Collection[str], fitting: State, state: State) -> State:
-    """Return ones for a ConvNeXt's layer scale where the file has all else, and no more: VICRegL trains without it."""
+    """Return ones for a ConvNeXt's layer scale if the file lacks only that and has no more: VICRegL trains without."""
     scales = {name for name in needed if name.endswith(".gamma")}
     if needed - fitting.keys() == scales and state.keys() <= fitting.keys():
         return {name: torch.ones_like(own[name]) for name in scales}
@@ -212,7 +212,7 @@ def _missing_layer_scale(own: State, needed: Collection[str], fitting: State, st
 
 
 def _is_counter(name: str) -> bool:
-    """Tell whether this is batch normalisation's count of batches, which old checkpoints lack and nothing reads."""
+    """Return whether this is batch normalisation's batch count, which old checkpoints lack and nothing reads."""
     return name.endswith("num_batches_tracked")
 
 

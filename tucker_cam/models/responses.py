@@ -1,4 +1,4 @@
-"""Pictures that differ in a corner in, whether a layer's output answers in that corner out: positions, not queries."""
+"""Tells maps from queries: in a map, the output changes in the corner in which two pictures differ."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from tucker_cam.activations import ReshapeTransform
 from tucker_cam.models.reshape import TokensToMaps
 
 _FOLLOWS = 0.3
-"""Of some hundred networks with random weights, the last maps had 0.4 to 0.65, queries at most 0.16. Below it falls now
-and then a network whose random attention drowns the positions (torchvision's MaxViT): it gets no layer."""
+"""In about a hundred networks with random weights, the last maps had 0.4 to 0.65 and queries at most 0.16. Now and then
+a network is below because its random attention drowns the positions (torchvision's MaxViT): it gets no layer."""
 _BLANK, _VANISHED = 5e-7, 1e-18
-"""Of the largest value, and the value whose square is no float32 any more."""
+"""The first is relative to the largest value; the square of the second is close to the smallest float32."""
 
 
 def differing_pictures(example: Tensor) -> Tensor:
-    """Return noise of the example's shape, and it with other noise in its upper right and in its lower left quarter.
+    """Return three pictures like the example: noise, and two copies with other noise upper right or lower left.
 
-    Everything else that a network might look at, such as the mean, stays what it is. The quarters are not on the
-    diagonal, where a matrix of queries and keys answers to each of them.
+    Everything else that a network might react to, such as the mean, stays the same. The two changed quarters are not on
+    the diagonal, where a matrix of queries and keys would answer to either of them.
     """
     drawn = torch.rand(2, *example.shape[1:], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     noise, other = (drawn if example.is_floating_point() else 255 * drawn).to(example)
@@ -31,11 +31,11 @@ def differing_pictures(example: Tensor) -> Tensor:
 
 
 def follows(output: Any, transform: ReshapeTransform | None) -> bool | None:
-    """Tell whether a layer's maps, for the `differing_pictures`, change where these do.
+    """Return whether a layer's maps of the `differing_pictures` change where these pictures do.
 
-    Of each position it is asked to which of the two corners it answers more: in a map that goes up and to the right,
-    as in the picture, whereas queries answer in an order of their own. None is for maps that are the same everywhere,
-    as random weights can have it: nothing in them is in a wrong place.
+    At each position, the answers to the two changed corners are compared. In a map the upper right corner wins more
+    and more towards the upper right, as in the picture; queries answer in an order of their own. Maps that are the
+    same everywhere, as random weights can make them, give None: nothing in them is in a wrong place.
     """
     maps = output if transform is None else transform(output)
     noise = maps[0].float().flatten(1)
@@ -53,7 +53,7 @@ def follows(output: Any, transform: ReshapeTransform | None) -> bool | None:
 
 
 def _place(maps: Tensor) -> float:
-    """Return the correlation of the maps' answers with up and with right, the smaller one."""
+    """Return the smaller of two correlations: of the maps' answers with "up" and with "right"."""
     maps = maps.float()
     changes = maps[1:] - maps[:1]
     first, second = (changes / changes.abs().max().clamp(min=_VANISHED)).square().sum(1)
