@@ -58,7 +58,7 @@ def test_what_cannot_be_sent_to_a_process_is_read_in_this_one(monkeypatch, caplo
 
 
 def test_a_process_that_is_killed_is_an_error_that_says_what_to_do():
-    with pytest.raises(BadFileError, match="killed, for want of memory perhaps: workers=0"):
+    with pytest.raises(BadFileError, match="killed, perhaps for lack of memory: workers=0"):
         list(read_ahead(BATCHES, is_killed, 1))
 
 

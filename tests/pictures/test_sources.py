@@ -106,7 +106,7 @@ def test_a_folder_that_may_not_be_entered_says_so_when_it_is_read(pictures, monk
     monkeypatch.setattr(os, "scandir", guarded)
     by_name = {source.name: source for source in found_in(pictures)}
     assert by_name.keys() == {"a", "b", "deeper"}
-    with pytest.raises(OSError, match="deeper: expected a file to read, found none, or what may not be read"):
+    with pytest.raises(OSError, match="deeper: expected a file to read, found none, or one that may not be read"):
         by_name["deeper"].read()
     assert "deeper" in [sample.name for sample in find_samples(pictures).samples]
 

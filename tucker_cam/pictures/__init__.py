@@ -1,1 +1,1 @@
-"""What a user names in, pictures out: found, opened, decoded; whatever cannot be used says why."""
+"""Finds, opens and decodes the pictures that a user names, and reports why one cannot be used."""

@@ -1,4 +1,4 @@
-"""Batches of what can be read in, what was read of each out: by processes that read ahead of the network."""
+"""Reads batches of items, such as pictures, in processes that work ahead of the network."""
 
 import logging
 import multiprocessing
@@ -23,7 +23,7 @@ logger = logging.getLogger("tucker_cam")
 
 
 def check_reading(batch_size: int, workers: int | None) -> None:
-    """Raise ValueError for batches of no pictures, or fewer than no workers."""
+    """Raise ValueError unless `batch_size` is a whole number above 0, and `workers` is None or one of at least 0."""
     if not (isinstance(batch_size, Integral) and batch_size > 0):
         raise BadValueError(f"expected a batch_size of at least 1, got {batch_size}")
     if workers is not None and not (isinstance(workers, Integral) and workers >= 0):
@@ -36,12 +36,12 @@ def cores() -> int:
 
 
 def in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
-    """Cut the items into batches: alike in every run, so that no figure depends on where one was stopped."""
+    """Cut the items into batches, the same ones in every run, so that no result depends on where a run was stopped."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def of_one_size(inputs: Mapping[Key, Tensor]) -> list[dict[Key, Tensor]]:
-    """Part a batch by the inputs' shapes: only those of one shape go through a network together."""
+    """Split a batch by the inputs' shapes: only inputs of one shape can go through a network together."""
     by_size: dict[torch.Size, dict[Key, Tensor]] = {}
     for key, each in inputs.items():
         by_size.setdefault(each.shape, {})[key] = each
@@ -51,9 +51,9 @@ def of_one_size(inputs: Mapping[Key, Tensor]) -> list[dict[Key, Tensor]]:
 def together_or_alone(
     work: Callable[[list[Item]], Iterable[Result]], items: list[Item], *, through: tuple[type[Exception], ...] = ()
 ) -> list[Result | Exception]:
-    """Do some work on items together or, where it fails, on each: results, or errors, but those that come `through`.
+    """Do the work on all items together or, if that fails, on each alone; return each result or error in its place.
 
-    One picture on which a network fails in its own way, or a batch too large for the memory, costs no other its result.
+    One bad picture, or a batch too large for memory, costs no other its result. Errors in `through` are always raised.
     """
     try:
         return [*work(items)]
@@ -69,7 +69,7 @@ def _can_be_sent(read: object) -> bool:
     try:
         ForkingPickler.dumps(read)
     except Exception:
-        # A lambda raises one error, an object of a closure another, and a class of one's own any.
+        # A lambda raises one kind of error, an object of a closure another, and a user-defined class any.
         return False
     return True
 
@@ -77,9 +77,9 @@ def _can_be_sent(read: object) -> bool:
 def read_ahead(
     batches: Sequence[Sequence[Item]], read: Callable[[Sequence[Item]], Read], workers: int | None
 ) -> Iterator[Read]:
-    """Yield what was read of each batch, by so many processes; OSError if one was killed.
+    """Yield what `workers` processes read from each batch; OSError if a process was killed.
 
-    `workers` of None are one fewer than there are cores, and none for a single batch.
+    None means one process fewer than there are cores, from 1 to 8, and no extra process for a single batch.
     """
     if workers is None:
         workers = 0 if len(batches) < 2 else min(max(cores() - 1, 1), _MOST_WORKERS)
@@ -89,15 +89,15 @@ def read_ahead(
         )
         workers = 0
     try:
-        # Any sequence is a data set, and what makes batches of its items may as well read them.
+        # Any sequence can be a data set, and the function that is meant to collate its items can also read them.
         dataset: Any = batches
-        # With a generator of its own it draws nothing from the caller's.
+        # With its own generator, the loader draws nothing from the caller's.
         own = torch.Generator("cpu")
-        with torch.device("cpu"):  # where the generator is, whatever the caller's default
+        with torch.device("cpu"):  # the generator's device, also if the caller's default is another one
             found = iter(DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=read, generator=own))
         yield from found
     except RuntimeError as error:
-        # An error of the reader itself names its process as well, though not by its pid.
+        # An error that the reader itself raises also names its process, but not by its pid.
         if "DataLoader worker (pid" not in str(error):
             raise
-        raise BadFileError("a process that read pictures was killed, for want of memory perhaps: workers=0") from error
+        raise BadFileError("a process that read pictures was killed, perhaps for lack of memory: workers=0") from error

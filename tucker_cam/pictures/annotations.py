@@ -1,4 +1,4 @@
-"""A folder in, its pictures out, with the object's mask as the network sees it where boxes or masks are given."""
+"""Finds a folder's pictures and, if boxes or masks are given, each object's mask as the network sees it."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -29,16 +29,16 @@ from tucker_cam.pictures.sources import (
 )
 
 Annotations = Literal["boxes", "masks", "none"]
-# Of a picture, as it is shown and as its file holds it.
+# The size of a picture as it is shown, and as its file stores it.
 _Sizes = tuple[tuple[int, int], tuple[int, int]]
 
-_WHERE = "boxes are found beside a picture or in annotations, masks in masks or SegmentationClass, by its name"
+_WHERE = "by a picture's name, boxes are found beside it or in annotations, masks in masks or SegmentationClass"
 _BLURRING = ("AVIF", "JPEG", "JPEG2000", "WEBP")
 _NOT_SCORED = "so not scored on localisation"
 
 
 class Sample(NamedTuple):
-    """A picture of a folder: its path below it, with slashes, its file, and the file of its boxes or mask, if any."""
+    """A picture in a folder: its path below the folder, with slashes, its file, and its annotation's file, if any."""
 
     name: str
     picture: Path
@@ -46,7 +46,7 @@ class Sample(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """A folder's pictures in the order of their names, what their annotations are, and a line on what looks wrong."""
+    """A folder's pictures, sorted by name, the kind of their annotations, and messages on what looks wrong."""
 
     samples: list[Sample]
     annotations: Annotations
@@ -54,7 +54,7 @@ class Samples(NamedTuple):
 
 
 class NetworkView(NamedTuple):
-    """What the network sees of a sample, where its objects are (bool, height x width), and a line on what is odd."""
+    """The network's input for a sample, the mask of its objects (bool, height x width), and messages on what is odd."""
 
     network_input: Tensor
     mask: Tensor
@@ -62,15 +62,15 @@ class NetworkView(NamedTuple):
 
 
 def find_samples(folder: Path, *, annotations: Annotations | None = None, limit: int | None = None) -> Samples:
-    """Find the pictures of a folder, at any depth, and their annotations.
+    """Find the pictures in a folder, at any depth, and their annotations.
 
-    The layouts of torchvision's `ImageFolder`, `VOCDetection` and `VOCSegmentation` are read as they are: boxes are
-    Pascal VOC XML files of the picture's name, beside it or in a folder ``annotations``; masks are pictures of its name
-    in a folder ``masks`` or ``SegmentationClass``. Pictures without the `annotations` that are asked for are left out;
-    None takes boxes if there are any, or masks, and all pictures. What else is left out, see `find_sources`.
+    The layouts of torchvision's `ImageFolder`, `VOCDetection` and `VOCSegmentation` are read as they are. Boxes are
+    Pascal VOC XML files with the picture's name, beside it or in a folder ``annotations``. Masks are pictures with its
+    name in a folder ``masks`` or ``SegmentationClass``. If you ask for one kind of `annotations`, pictures without it
+    are left out; None keeps all pictures, with boxes if there are any, else masks. See also `find_sources`.
 
     Raises:
-        OSError, ValueError: there is no such folder, or no picture in it, or none with these annotations.
+        OSError, ValueError: the folder does not exist, or holds no pictures or none with these annotations.
     """
     if annotations is not None:
         check_choice("annotations", annotations, Annotations)
@@ -104,7 +104,7 @@ def find_samples(folder: Path, *, annotations: Annotations | None = None, limit:
 
 
 def network_view(sample: Sample, annotations: Annotations, network: Network) -> NetworkView:
-    """Read and preprocess a sample and its annotation; OSError or ValueError if one fails, or they do not fit."""
+    """Read and preprocess a sample and its annotation; OSError or ValueError if either fails or they do not match."""
     picture = open_picture(sample.picture)
     network_input = preprocessed(network.preprocess, picture, str(sample.picture))
     if sample.annotation is None or annotations == "none":
@@ -113,14 +113,14 @@ def network_view(sample: Sample, annotations: Annotations, network: Network) -> 
     with open_image(sample.picture) as stored:
         sizes, orientation = (picture.size, stored.size), stored.getexif().get(ExifTags.Base.Orientation, 1)
     drawn = (_draw_boxes if annotations == "boxes" else _read_mask)(sample.annotation, sizes)
-    # Sent through the model's own preprocessing, it follows its resizing and cropping to the pixel.
+    # The annotation goes through the model's own preprocessing, so it is resized and cropped exactly as the picture is.
     black_and_white = Image.fromarray(drawn).convert("RGB")
     if black_and_white.size != picture.size:
-        # Drawn on the file as it is stored: turned as the photograph was.
+        # The annotation was drawn on the file as it is stored, so it is turned as the photograph was.
         black_and_white.getexif()[ExifTags.Base.Orientation] = orientation
         black_and_white = ImageOps.exif_transpose(black_and_white)
     mask_input = preprocessed(network.preprocess, black_and_white, str(sample.annotation))
-    # What is bright of a black picture is padding.
+    # Whatever is bright in a black picture is padding.
     black_input = preprocessed(network.preprocess, Image.new("RGB", picture.size), str(sample.annotation))
     white, padding = (torch.from_numpy(network.picture(each)[..., 0] > 0.5) for each in (mask_input, black_input))
     mask = white & ~padding
@@ -130,7 +130,7 @@ def network_view(sample: Sample, annotations: Annotations, network: Network) -> 
 
 
 def _annotation(picture: Path, folder: Path, kind: Annotations, by_name: Mapping[Path, Path]) -> Path | None:
-    """Find it beside its picture, or in a folder above that mirrors the picture's, one left out, as ``JPEGImages``."""
+    """Find it beside its picture, or above by the same path with or without its first part, such as ``JPEGImages``."""
     below = picture.relative_to(folder).with_suffix("").parts
     places = [picture.with_suffix("")] if kind == "boxes" else []
     for depth in reversed(range(len(below))):
@@ -141,7 +141,7 @@ def _annotation(picture: Path, folder: Path, kind: Annotations, by_name: Mapping
 
 
 def _overlooked(pictures: Sequence[Path], unused: Sequence[Path]) -> list[str]:
-    """Return a line on annotations of no picture, and on each grey folder with all names in another in colour."""
+    """Return messages on annotations without a picture, and on grey folders whose names all recur in a coloured one."""
     remarks = []
     if unused:
         remarks.append(f"XML files or masks that belong to no picture: {len(unused)}, {unused[0]} among them: {_WHERE}")
@@ -164,7 +164,7 @@ def _mode(picture: Path) -> str | None:
 
 
 def _draw_boxes(file: Path, sizes: _Sizes) -> NDArray[np.bool_]:
-    """Return the union of the boxes of a Pascal VOC file, whose pixels are counted from 1 with both ends inside."""
+    """Return the union of the boxes in a Pascal VOC file, which counts pixels from 1 and includes both ends."""
     try:
         root = ElementTree.parse(file).getroot()
         width, height = (round(float(root.findtext(f"size/{name}") or 0)) for name in ("width", "height"))
@@ -186,9 +186,9 @@ def _draw_boxes(file: Path, sizes: _Sizes) -> NDArray[np.bool_]:
 
 
 def _read_mask(file: Path, sizes: _Sizes) -> NDArray[np.bool_]:
-    """Return where a mask is not black; of colour numbers from black on, as VOC's, where these are neither 0 nor void.
+    """Return where a mask is not black; if its palette starts with black, as VOC's, where it is neither 0 nor void.
 
-    Compression blurs the edges of what was drawn: there the brighter half is the object, as it is of other palettes.
+    Where compression blurs the edges, and with other palettes, the brighter half is the object.
     """
     try:
         with open_image(file) as mask:

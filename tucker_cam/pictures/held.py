@@ -1,4 +1,4 @@
-"""What a program holds in, pictures that are read as files are out: images, arrays, network inputs, loaders."""
+"""Lets images, arrays, network inputs and loaders that a program holds be read like pictures in files."""
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +21,7 @@ Pictures = str | Path | Image.Image | NDArray[Any] | Tensor | Iterable[Any]
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """A picture, or a network's input, that the program holds; it is read as a `Source` is, and named by its place."""
+    """A picture, or a network's input, that the program holds; it is read like a `Source` and named by its position."""
 
     name: str
     content: Image.Image | Tensor
@@ -35,7 +35,7 @@ class Held:
 
     @property
     def stamp(self) -> Stamp:
-        """What tells whether it is another one than that of an earlier run."""
+        """A checksum and a size, which tell whether the content differs from that of an earlier run."""
         numbers = np.asarray(self.content.detach().cpu().float() if isinstance(self.content, Tensor) else self.content)
         return Stamp(zlib.crc32(numbers.tobytes(), zlib.crc32(str(numbers.shape).encode())), numbers.nbytes)
 
@@ -47,22 +47,22 @@ Picture = Source | Held
 
 
 def first_frame(content: Image.Image | Sequence[Image.Image] | Tensor) -> Image.Image | None:
-    """Return what was read of a picture, of a clip its first frame; None for a network's input."""
+    """Return the picture that was read, or a clip's first frame; None for a network's input."""
     if isinstance(content, Tensor):
         return None
     return content if isinstance(content, Image.Image) else content[0]
 
 
 def size_of(content: Image.Image | Sequence[Image.Image] | Tensor) -> tuple[int, int] | None:
-    """Return the width and height of what was read of a picture; None for a network's input."""
+    """Return the width and height of the picture that was read; None for a network's input."""
     frame = first_frame(content)
     return None if frame is None else frame.size
 
 
 class Collection(NamedTuple):
-    """Pictures to explain: `parts` yields them in lists, again when called again; their number, if that is known.
+    """Pictures to explain: each call of `parts` yields them all, in lists; `number` is None if it is not known.
 
-    `example` is a batch of one network input, where the pictures are such.
+    `example` is a batch of one network input, if the pictures are network inputs.
     """
 
     parts: Callable[[], Iterator[Sequence[Picture]]]
@@ -72,7 +72,7 @@ class Collection(NamedTuple):
 
 
 def collect(pictures: Pictures, *, out: Path | None = None, limit: int | None = None) -> Collection:
-    """Return the pictures that were named or given, as `explain` takes them; TypeError or ValueError if none were."""
+    """Return the pictures that `explain` was given, as paths or objects; TypeError or ValueError if there are none."""
     if isinstance(pictures, (str, Path, Image.Image, np.ndarray)):
         pictures = [pictures]
     if not isinstance(pictures, Iterable):
@@ -91,7 +91,7 @@ def collect(pictures: Pictures, *, out: Path | None = None, limit: int | None = 
     else:
         check_limit(limit)
         times: Iterator[Iterable[Any]] = iter([pictures]) if isinstance(pictures, Iterator) else repeat(pictures)
-        # The first batch is looked at, and stays the first one of those that are gone through.
+        # The first batch is looked at here, and still comes first in the iteration.
         batches = iter(_next_time(times))
         first = [*islice(batches, 1)]
         for _, images, _ in named_inputs(first):
@@ -105,23 +105,23 @@ def collect(pictures: Pictures, *, out: Path | None = None, limit: int | None = 
 def _next_time(times: Iterator[Iterable[Any]]) -> Iterable[Any]:
     for batches in times:
         return batches
-    raise BadValueError("expected batches that can be gone through again, got an iterator: give a list of them")
+    raise BadValueError("expected batches that can be iterated over again, got an iterator: give a list of them")
 
 
 def named_inputs(batches: Iterable[Any]) -> Iterator[tuple[list[str], Tensor, list[Any]]]:
-    """Yield the names of a batch's inputs, their places among all, the inputs, and what else came with them."""
+    """Yield for each batch its inputs' names (their numbers among all inputs), the inputs, and what came with them."""
     done = 0
     for batch in batches:
         images, *others = batch if isinstance(batch, (list, tuple)) else (batch,)
         if not isinstance(images, Tensor):
             raise BadTypeError(
-                f"expected batches of network inputs, got {type(images).__name__}: explain takes pictures and paths in "
-                "a list, evaluate the folder that they are in, and of a dict both take the tensor in it"
+                f"expected batches of network inputs, got {type(images).__name__}: explain takes a list of pictures or "
+                "paths, evaluate takes the folder that they are in, and both take the tensor in a dict, not the dict"
             )
         if images.dim() not in (4, 5):
             raise BadValueError(
                 f"expected a batch of network inputs, batch x channels x height x width, got {tuple(images.shape)}: "
-                "a single one needs images[None], one with labels or masks brackets, [(images, labels)]"
+                "give a single input as images[None], and a single batch with labels or masks as [(images, labels)]"
             )
         yield [f"{done + index:06d}" for index in range(len(images))], images, others
         done += len(images)

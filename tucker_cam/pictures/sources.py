@@ -1,4 +1,4 @@
-"""What a user typed in, files, folders, globs, Parquet tables and URLs, a list of pictures that can be read out."""
+"""Turns the files, folders, globs, Parquet tables and URLs that a user typed into a list of pictures to read."""
 
 from __future__ import annotations
 
@@ -28,40 +28,40 @@ PICTURES = frozenset(
     [".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
 )
 ANNOTATED = {"boxes": ("annotations", "Annotations"), "masks": ("masks", "Masks", "SegmentationClass")}
-"""Folders of what is known of pictures, by its kind: in none of them is a picture."""
+"""Names of folders with annotations, by their kind; no picture in them is one to explain."""
 SINGLE_OBJECTS = "SegmentationObject"
 """VOC's folder for the masks of single objects, which are not needed."""
 MANIFEST = "manifest.json"
-"""What tells a folder of results."""
+"""The file that marks a folder of results."""
 MARK = "tucker_cam look"
-"""What an overlay says of itself in its PNG: how it was drawn."""
+"""The key in an overlay's PNG under which it says how it was drawn."""
 TABLES = "maps-"
-"""Ray's tables of maps begin so."""
+"""How the names of Ray's tables of maps begin."""
 _TABLE = ".parquet"
 _MAGIC = re.compile(r"[*?[]")
 _EXPECTED = "expected pictures or Parquet files, found none"
-# A method, a suffix and a mark for what is not finished come after it; file systems take 255 bytes, and 4,096 with all
-# folders.
+# A method, a suffix and a mark for unfinished files are added to the name. File systems take 255 bytes for a name, and
+# 4,096 with all of its folders.
 _LONGEST_PART, _LONGEST_NAME = 180, 1000
 logger = logging.getLogger("tucker_cam")
 
 
 class Stamp(NamedTuple):
-    """When a file was last written, in nanoseconds, and its bytes: 0 where unknown, None in an older manifest."""
+    """When a file was last written, in nanoseconds, and its size in bytes: 0 if unknown, None in an older manifest."""
 
     modified: int
     size: int | None
 
     def differs(self, now: Stamp) -> bool:
-        """Tell whether the file is another one now."""
+        """Return whether the file has changed since then."""
         return self.modified != now.modified or self.size not in (None, now.size)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A picture in a file, local or at a URL; or a Parquet file's row group and row in it.
+    """A picture in a file, local or at a URL; in a Parquet file, `row` is its row group and its row in the group.
 
-    The name, for people and for files, is its path below the folder that was named, without the suffix.
+    The name, used in messages and file names, is its path below the folder that was named, without the suffix.
     """
 
     name: str
@@ -73,12 +73,12 @@ class Source:
 
     @property
     def location(self) -> str:
-        """Its path, wherever a run is started: absolute, or a URL."""
+        """The path, independent of where a run is started: absolute, or a URL."""
         return self.path if is_url(self.path) else os.path.abspath(self.path)
 
     @property
     def key(self) -> str:
-        """What tells this picture from all others."""
+        """A string that identifies this picture among all others."""
         return self.location if self.row is None else f"{self.location}#{self.row[0]}.{self.row[1]}"
 
     @property
@@ -90,7 +90,7 @@ class Source:
         return Stamp(found.st_mtime_ns, found.st_size)
 
     def read(self, frames: int | None = None) -> Image.Image | list[Image.Image]:
-        """Return the picture as RGB, or for a video network that many frames of it; OSError if it cannot be read."""
+        """Return the picture as RGB, or for a video network `frames` frames of it; OSError if it cannot be read."""
         path, row = self.path, self.row
         with open_file(path) if row is None else io.BytesIO(encoded_picture(path, *row, self.stamp)) as file:
             pictures = decode_frames(file, str(self), frames or 1)
@@ -100,12 +100,12 @@ class Source:
 def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[list[Source], list[Failure]]:
     """Find the pictures: each file that is named, and those in folders (at any depth), globs and Parquet files.
 
-    Hidden files in folders are left out, and so are folders that are links, those of masks, and results of earlier
-    runs. A file of a folder that cannot be read stays in the list: reading it says so. For tables see `tables`.
+    In folders, hidden files, links to folders, folders of annotations and results of earlier runs are left out. A file
+    that cannot be read stays in the list, and fails when it is read. For tables see `tables`.
 
     Returns:
-        The pictures, in the order of the arguments, and of the names in each, none twice; and the arguments and tables
-        that cannot be used, each with an error whose message names it.
+        The pictures without duplicates, in the order of the arguments and, within each, of their names; and failures:
+        the arguments and tables that cannot be used, each with an error whose message names it.
     """
     found: dict[str, Source] = {}
     failures: list[Failure] = []
@@ -124,9 +124,9 @@ def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[
 
 
 def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """Return the files in a folder, at any depth, whose names end so in any case, but for hidden ones.
+    """Return the files in a folder, at any depth, with one of these suffixes in any case, except hidden ones.
 
-    A folder that may not be entered stands for what is in it: opening it says so.
+    A folder that may not be entered is returned in place of its files, and fails when it is opened.
     """
     closed: list[OSError] = []
     found: list[Path] = []
@@ -138,26 +138,26 @@ def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
 
 
 def is_annotation(file: Path, root: Path) -> bool:
-    """Tell whether a file lies in a folder of annotations, below the one that was named."""
+    """Return whether a file is in a folder of annotations below the folder that was named."""
     folders = {SINGLE_OBJECTS}.union(*ANNOTATED.values())
     return not folders.isdisjoint(file.relative_to(root).parts[:-1])
 
 
 def without_results(files: Sequence[Path], root: Path) -> list[Path]:
-    """Leave out the overlays and tables in folders of results, be it `root` or below; what else is there stays."""
+    """Leave out the overlays and tables in folders of results, `root` or below it; keep all other files in them."""
     folders = {folder for file in files for folder in file.parents if folder.is_relative_to(root)}
     results = {folder for folder in folders if _holds_results(folder)}
     return [file for file in files if results.isdisjoint(file.parents) or not _is_result(file)]
 
 
 def check_limit(limit: int | None) -> None:
-    """Raise ValueError for a limit of no pictures."""
+    """Raise ValueError unless the limit is None or a whole number above 0."""
     if limit is not None and not (isinstance(limit, Integral) and limit > 0):
         raise BadValueError(f"expected a limit of at least 1 picture, got {limit}")
 
 
 def random_sample(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """Return a random sample in the order of the items: the same in every run, and part of any larger one."""
+    """Return a random sample in the order of the items; it is the same in every run, and part of any larger sample."""
     check_limit(limit)
     if limit is None:
         return list(items)
@@ -166,7 +166,7 @@ def random_sample(items: Sequence[Item], limit: int | None) -> list[Item]:
 
 
 def safe_name(name: str) -> str:
-    """Drop what would lead out of a folder that the name is joined to, and shorten what no file can be called."""
+    """Drop parts that would lead out of a folder that the name is joined to, and shorten a name too long for a file."""
     parts = PurePosixPath(name.replace("\\", "/").replace("\0", "")).parts
     parts = tuple(part for part in parts if part not in ("/", "..", ".")) or ("picture",)
     lengths = [len(os.fsencode(part)) for part in parts]
@@ -178,7 +178,7 @@ def safe_name(name: str) -> str:
 
 
 def _files_at(argument: str, out: Path | None) -> list[tuple[str, str]]:
-    """Return the files, each with its path below the folder that was named."""
+    """Return the files that an argument names, each with its path below the folder that was named."""
     root = Path(argument)
     if os.path.isdir(argument):
         if out is not None and out.resolve() == root.resolve():
@@ -187,7 +187,7 @@ def _files_at(argument: str, out: Path | None) -> list[tuple[str, str]]:
         found = [file for file in below if not is_annotation(file, root)]
         if left_out := len(below) - len(found):
             logger.info(
-                f"note: {argument}: left out, as in folders of masks: {left_out}; such a folder may be named itself"
+                f"note: {argument}: in folders of masks, so left out: {left_out}; to take them, name such a folder"
             )
     elif os.path.lexists(argument):
         return [(str(root), root.name)]
@@ -206,7 +206,7 @@ def _files_at(argument: str, out: Path | None) -> list[tuple[str, str]]:
 def _files_at_url(argument: str) -> list[tuple[str, str]]:
     import fsspec
 
-    # Of a file in an archive, zip://x.png::https://host/pictures.zip, the archive comes last.
+    # For a file in an archive, zip://x.png::https://host/pictures.zip, the archive comes last.
     inside, mark, archive = argument.partition("::")
     outside = mark + archive if is_url(inside) else ""
     itself = [(argument, argument.removesuffix(outside).rpartition("/")[2])]
@@ -222,7 +222,7 @@ def _files_at_url(argument: str) -> list[tuple[str, str]]:
     except ImportError as error:
         raise MissingPackageError(f"{argument}: {one_line(error)}") from error
     except Exception:
-        # A host that cannot be reached, a broken archive: opening it says so.
+        # The host cannot be reached or the archive is broken: opening the file fails then, and says so.
         return itself
     if not found:
         raise BadValueError(f"{argument}: {_EXPECTED}")

@@ -1,4 +1,4 @@
-"""A Parquet file in, the names of its rows (column ``name``) and the encoded pictures in them (``image``) out."""
+"""Reads the names of a Parquet file's rows (column ``name``) and the encoded pictures in them (column ``image``)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +11,9 @@ from tucker_cam.pictures.files import is_url, open_file
 
 
 def row_names(path: str) -> dict[tuple[int, int], str | None]:
-    """Return what each row is called, by its row group and its place in it; None where no name can be read.
+    """Return each row's name by its row group and its place in the group; None if the name cannot be read.
 
-    OSError for what is no such table.
+    OSError if the file is not such a table.
     """
     with _opened(path) as table:
         columns = table.schema_arrow.names
@@ -24,7 +24,7 @@ def row_names(path: str) -> dict[tuple[int, int], str | None]:
 
 
 def encoded_picture(path: str, group: int, row: int, stamp: object) -> bytes:
-    """Return the picture of a row as it is stored; a table of another stamp is read again."""
+    """Return a row's picture as it is stored. If `stamp` differs from that of an earlier call, read the table again."""
     images = _images(path, group, stamp)
     if row >= len(images):
         raise BadFileError(f"expected a row {row} of group {group}, found {len(images)} rows: the table has changed")
@@ -61,6 +61,6 @@ def _names(table: Any, group: int) -> list[str | None]:
     try:
         names = table.read_row_group(group, columns=["name"])["name"].to_pylist()
     except Exception:
-        # There is no such column, or it is there twice, or holds text that is no UTF-8.
+        # The column is missing, is there twice, or holds text that is not UTF-8.
         return [None] * table.metadata.row_group(group).num_rows
     return [name and str(name) for name in names]

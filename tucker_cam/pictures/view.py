@@ -1,7 +1,7 @@
-"""A preprocessing and a picture's size in, the part of the picture that the network looks at out.
+"""Finds the part of a picture that the network looks at, from the preprocessing and the picture's size.
 
-It is read off a picture whose red and green are coordinates, sent through the preprocessing itself, whoever wrote it;
-or off grey ones, one for each coordinate, where that mixes or exchanges colours.
+A picture whose red and green are coordinates is sent through the preprocessing itself, so that any preprocessing will
+do. If it mixes or exchanges colours, grey pictures are sent instead, one for each colour.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from torch import Tensor
 
 # Interpolation bends the coordinates at the edges of what is seen.
 _EDGE = 0.04
-# Of the picture's side: a preprocessing that turns or warps a picture leaves more.
+# Relative to the picture's side: a preprocessing that turns or warps a picture leaves a larger residual.
 _RESIDUAL = 0.01
-# Padding has another blue, and where interpolation mixes it in, or overshoots, blue moves by more than rounding does.
+# Padding has another blue. Where interpolation mixes padding in, or overshoots, blue changes by more than rounding.
 _BLUE, _ROUNDING = 200 / 255, 1.5 / 255
 
 
 class View(NamedTuple):
-    """A box in a picture, in its pixels, from its left and upper edges; it may reach beyond the picture."""
+    """A box in a picture, in pixels from the picture's left and upper edges; it may reach beyond the picture."""
 
     left: float
     top: float
@@ -35,14 +35,14 @@ class View(NamedTuple):
 def view_of(
     preprocess: Callable[[Any], Tensor], size: tuple[int, int] | None, frames: int | None = None
 ) -> View | None:
-    """Return what a network sees of pictures of a width and a height; it is remembered.
+    """Return the box that a network sees of pictures of this size, width and height; the result is cached.
 
-    None where the preprocessing does more to the places than resizing, cropping and padding, so that no such box is
-    found; where it takes only the pictures that it is made for; or where there is no picture, and so no size.
+    None if there is no such box, because the preprocessing does more than resize, crop and pad; if it accepts only the
+    pictures that it is made for; or if there is no picture, and so no size.
     """
     if size is None:
         return None
-    # Bound methods are told apart by whose they are: a preprocessing need not be hashable.
+    # Bound methods are compared by the identity of their object, so that a preprocessing need not be hashable.
     return _view(preprocess.__call__, size, frames)  # type: ignore[operator]
 
 
@@ -50,7 +50,7 @@ def view_of(
 def _view(preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: int | None) -> View | None:
     width, height = size
     for grey in (False, True):
-        # A preprocessing of one's own fails in its own ways.
+        # A user-defined preprocessing can fail in any way.
         with suppress(Exception):
             across, down = _coordinates(preprocess, size, frames, grey=grey)
             x, y = _line(across), _line(down.T)
@@ -66,7 +66,7 @@ def _view(preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: in
 def _coordinates(
     preprocess: Callable[[Any], Tensor], size: tuple[int, int], frames: int | None, *, grey: bool
 ) -> NDArray[np.float64]:
-    """Return where in the picture, in [0, 1], each place of the network's input lies, its x and its y; NaN if none."""
+    """Return the x and y in the picture, in [0, 1], of each place in the network's input; NaN for padding."""
     black, white = _levels(preprocess, frames)
     width, height = size
     planes = np.full((height, width, 3), 255 * _BLUE, np.uint8)
@@ -80,22 +80,22 @@ def _coordinates(
 
 @lru_cache(maxsize=8)
 def _levels(preprocess: Callable[[Any], Tensor], frames: int | None) -> tuple[Tensor, Tensor]:
-    """Return what black and white of each channel become; in the middle, which is never padding."""
-    # Of the size that every network takes in its dry run.
+    """Return what black and white become in each channel, read in the middle, which is never padding."""
+    # The size of the picture that every network is given in its dry run.
     sent = [_sent(preprocess, np.full((256, 256, 3), level, np.uint8), frames) for level in (0, 255)]
     black, white = (each[:, each.shape[1] // 2, each.shape[2] // 2, None, None] for each in sent)
     return black, white
 
 
 def _sent(preprocess: Callable[[Any], Tensor], picture: NDArray[np.uint8], frames: int | None) -> Tensor:
-    """Return the network's input, channels x height x width; of a clip its first frame."""
+    """Return the network's input, channels x height x width; for a clip, that of the first frame."""
     image = Image.fromarray(picture)
     found = preprocess(image if frames is None else [image] * frames).to(torch.float64)
     return found if frames is None else found[:, 0]
 
 
 def _line(coordinates: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the straight line along the second axis that fits best; NaN where nothing shows one."""
+    """Return the straight line along the second axis that fits best; NaN if too few coordinates are seen."""
     inside = (coordinates > _EDGE) & (coordinates < 1 - _EDGE)
     places, shown = np.arange(coordinates.shape[1]), np.flatnonzero(inside.any(0))
     if len(shown) < 2:
