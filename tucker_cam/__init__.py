@@ -47,7 +47,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name where it is first asked for: PyTorch and the host take seconds."""
+    """Import a public name on first access, because importing PyTorch and the host takes seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = _HOMES[name]

@@ -1,4 +1,4 @@
-"""The command line's entry: ``tucker-cam`` and ``python -m tucker_cam``."""
+"""Starts the command line, as ``tucker-cam`` or as ``python -m tucker_cam``."""
 
 import io
 import sys
@@ -11,7 +11,7 @@ _OF_THE_COMMAND_LINE = ("filelock", "rich", "threadpoolctl", "typer")
 
 
 class _UnlessClosed(io.FileIO):
-    """Drops what is written to a pipe that nobody reads any more: after ``| head -1`` the work goes on."""
+    """Drops what is written to a pipe that nobody reads any longer, so that the work continues after ``| head -1``."""
 
     def write(self, data: Any) -> int:
         try:

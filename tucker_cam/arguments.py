@@ -1,4 +1,4 @@
-"""What a caller hands over in, the same or an error of ours out: the checks that several public names share."""
+"""Checks the arguments that several public names share; a bad one raises an error of this package."""
 
 from collections.abc import Iterable
 from typing import Any, get_args
@@ -12,9 +12,9 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_features(features: object, name: object) -> Tensor:
-    """Return floating point numbers, batch x channels x spatial; raise TypeError or ValueError for all else.
+    """Return the features if they are floating point, batch x channels x spatial; else raise TypeError or ValueError.
 
-    `name` says in the message what they are.
+    `name` is what the message calls them.
     """
     if not isinstance(features, Tensor):
         raise BadTypeError(
@@ -34,7 +34,7 @@ def check_features(features: object, name: object) -> Tensor:
 
 
 def check_kind(tensor: Tensor, name: object) -> None:
-    """Raise TypeError for a tensor of a kind that PyTorch has not the whole of its arithmetic for."""
+    """Raise TypeError for kinds of tensor that PyTorch's arithmetic supports only in part: nested, sparse and meta."""
     if tensor.is_nested or tensor.layout is not torch.strided or tensor.is_meta:
         raise BadTypeError(
             f"expected {name} as a dense tensor with numbers in it, got one that is nested, sparse or meta"
@@ -42,13 +42,13 @@ def check_kind(tensor: Tensor, name: object) -> None:
 
 
 def all_finite(numbers: Tensor) -> bool:
-    """Tell whether there is neither NaN nor Inf among the numbers."""
-    # One sum tells almost always that all is well; it can also overflow, so the numbers themselves decide.
+    """Return whether there is neither NaN nor Inf among the numbers."""
+    # If the sum is finite, as it usually is, so are all numbers. If not, it may have overflowed: they are checked.
     return bool(numbers.sum().isfinite()) or bool(numbers.isfinite().all())
 
 
 def list_of_layers(layers: object, name: str) -> list[nn.Module]:
-    """Return the layers in a list; raise TypeError or ValueError if they are none."""
+    """Return the layers as a list; raise TypeError or ValueError if they are not layers."""
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise BadTypeError(
             f"expected {name} as a list of layers, got {type(layers).__name__}: put a layer in brackets, [layer]"
@@ -62,15 +62,15 @@ def list_of_layers(layers: object, name: str) -> list[nn.Module]:
 
 
 def check_parameters(model: Any, named: str = "") -> None:
-    """Raise ValueError for a model without parameters; `named` stands before the message."""
+    """Raise ValueError for a model without parameters; the message begins with `named`."""
     if next(iter(model.parameters()), None) is None:
         raise BadValueError(
-            f"{named}expected a model with parameters, which say where it is, got {type(model).__name__}: of a "
-            "quantised model take the float one that it was made of"
+            f"{named}expected a model with parameters, which say where it is, got {type(model).__name__}: instead of a "
+            "quantised model, take the float one that it was made from"
         )
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
-    """Raise ValueError for a value that is none of a `Literal`."""
+    """Raise ValueError if the value is not among the choices of a `Literal`."""
     if value not in get_args(choices):
         raise BadValueError(f"expected {name} as one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")

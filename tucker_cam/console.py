@@ -1,4 +1,4 @@
-"""Text in, what a terminal shows of it out: names come from strangers, so nothing in a text is a command to it."""
+"""Prints text on a terminal so that nothing in it acts as a command: names come from strangers."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from tucker_cam.text import printable
 
 
 class PlainConsole(Console):
-    """A console that prints each text and each cell of a table as it is: ``[red]`` and ``:cat:`` stay as they stand.
+    """A console that prints every text and every table cell as it is, without interpreting ``[red]`` or ``:cat:``.
 
     Control characters become escapes; Rich lets most of them through.
     """
@@ -18,5 +18,5 @@ class PlainConsole(Console):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Return the text as Rich prints it, wherever it stands; Rich calls this for every string."""
+        """Return the text for Rich to print, with control characters as escapes; Rich calls this for every string."""
         return super().render_str(printable(text), **options)

@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one kind, and each is also the built-in kind that fits. What failed is a value."""
+"""Defines the errors that a user can fix, each also a fitting built-in error, and `Failure`, which holds one."""
 
 import re
 from typing import NamedTuple
@@ -7,15 +7,15 @@ from tucker_cam.text import one_line
 
 
 class TuckerCamError(Exception):
-    """What was given cannot be used; the message says what was expected, what came and what to do."""
+    """Something that you passed cannot be used; the message says what was expected, what came and what to do."""
 
 
 class BadValueError(TuckerCamError, ValueError):
-    """An argument of the right type has a value that cannot be used."""
+    """An argument has the right type, but a value that cannot be used."""
 
 
 class BadTypeError(TuckerCamError, TypeError):
-    """An argument is of a type that cannot be used."""
+    """An argument has a type that cannot be used."""
 
 
 class BadFileError(TuckerCamError, OSError):
@@ -30,9 +30,9 @@ class Failure(NamedTuple):
     """A picture that could not be read, explained, scored or written.
 
     Attributes:
-        name: of the picture, or what was given in its place.
-        error: why; with its traceback.
-        method: the one that failed, where others did not; empty where it is the picture that has nothing.
+        name: the picture's name, or what was passed if it leads to no picture.
+        error: the reason, with its traceback.
+        method: the method that failed while others did not; empty if no method has a result for the picture.
     """
 
     name: str
@@ -42,5 +42,5 @@ class Failure(NamedTuple):
     def __str__(self) -> str:
         line = one_line(self.error)
         name = f"{self.name}, {self.method}" if self.method else self.name
-        # The line may begin with the whole path, of which the name is the end.
+        # The line may begin with the whole path, which ends in the name.
         return line if re.match(rf"(.*/)?{re.escape(name)}[:,] ", line) else f"{name}: {line}"

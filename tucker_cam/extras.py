@@ -1,6 +1,6 @@
-"""The name of an extra of this distribution in, the command that installs it out: written down once."""
+"""Holds, in one place, the command that installs an extra of this distribution."""
 
 
 def install(extra: str) -> str:
-    """Return the command for people; no index has the distribution yet, so it is installed from a checkout."""
+    """Return the command, for people to read; no index has the distribution yet, so a checkout is installed."""
     return f"pip install '.[{extra}]' in a checkout of tucker_cam"

@@ -1,4 +1,4 @@
-"""An interrupt while Python imports in, one word and an exit code out: what is half imported fails in odd ways."""
+"""Ends the program, with one word and an exit code, if imports are interrupted: half-imported modules fail oddly."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ INTERRUPTED = 130
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """End the program at once where it is interrupted in this block, in which nothing is written."""
+    """End the program at once if it is interrupted in this block, which must not write any files."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""A method's name in, the class that computes it out: one record each, of which every list of methods is made."""
+"""Turns a method's name into the class that computes it; every list of methods is made from the records here."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Name = TypeVar("Name", bound=str)
 
 @dataclass(frozen=True)
 class Method:
-    """A saliency method. Called as its class is, it returns the CAM object.
+    """A saliency method. Call it as you would call its class, and it returns the CAM object.
 
     Attributes:
-        name: what users type, and what is written into files and rows.
-        title: for figures.
-        module: where its class is; imported when the method is first used, since the host takes seconds.
-        kind: the class.
-        options: what the class is given beside the model and its layers.
-        label_free: whether it says where the features are strong, and not what speaks for a class.
+        name: the name that users type, and that is written into files and rows.
+        title: the name in figures.
+        module: the module of the class. It is imported on first use, as importing the host takes seconds.
+        kind: the name of the class.
+        options: what the class is given besides the model and its layers.
+        label_free: whether it shows where the features are strong, and not what speaks for a class.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Method:
 
     @property
     def is_there(self) -> bool:
-        """Whether the installed version of the host has it."""
+        """Whether the installed version of the host has the class."""
         return hasattr(import_module(self.module), self.kind)
 
 
@@ -68,20 +68,20 @@ _ALL = (
 METHODS = {method.name: method for method in _ALL if method.label_free}
 """The label-free methods."""
 LABEL_DEPENDENT = {method.name: method for method in _ALL if not method.label_free}
-"""For reference: methods that ask for the evidence of a class, here the predicted one."""
+"""For reference: methods that show the evidence for a class, here the predicted one."""
 
 
 def methods_named(
     methods: str | Iterable[str] | Mapping[str, Callable[..., BaseCAM]],
 ) -> dict[str, Callable[..., BaseCAM]]:
-    """Return methods by name: those that are named, see `method_named`, or classes of the user's own as they are given.
+    """Return methods by name: those that are named, see `method_named`, or user-defined classes as they are given.
 
     Raises:
-        TypeError, ValueError: there is none of a name, or what is given in a class's place is none.
+        TypeError, ValueError: a named method does not exist, or what is given as a class is not one.
     """
     named = [methods] if isinstance(methods, str) else methods
     if not isinstance(named, Iterable):
-        raise BadTypeError(f"expected methods as names, or classes by names of yours, got {methods!r}")
+        raise BadTypeError(f"expected methods as names, or as a dict of your own classes by name, got {methods!r}")
     if not isinstance(named, Mapping):
         return {each.name: each for each in map(method_named, named)}
     for name, kind in named.items():
@@ -90,13 +90,13 @@ def methods_named(
 
 
 def method_named(name: str) -> Method:
-    """Return the label-free method of this name, or MODULE:CLASS of the user's own, whose name is both.
+    """Return the label-free method of this name, or for MODULE:CLASS your own class, whose name is MODULE.CLASS.
 
     Raises:
-        TypeError, ValueError: there is none; the message holds the nearest, or says what is wrong with the module.
+        TypeError, ValueError: it does not exist; the message holds the nearest, or says what is wrong with the module.
     """
     if not isinstance(name, str):
-        raise BadTypeError(f"expected a method's name, got {name!r}: give classes of your own as a dict, by names")
+        raise BadTypeError(f"expected a method's name, got {name!r}: give classes of your own as a dict, by name")
     module, colon, kind = name.partition(":")
     if name in LABEL_DEPENDENT:
         known = LABEL_DEPENDENT[name]
@@ -108,7 +108,7 @@ def method_named(name: str) -> Method:
 
 
 def _check_class(name: str, kind: object) -> None:
-    """Raise TypeError for no name, or what makes no CAM object; a function that makes one is as good as a class."""
+    """Raise TypeError unless `name` is a string and `kind` a class of CAM objects or a function that makes them."""
     if not isinstance(name, str):
         raise BadTypeError(f"expected a method's name, got {name!r}")
     if not callable(kind) or (isinstance(kind, type) and not hasattr(kind, "get_cam_image")):
@@ -116,12 +116,12 @@ def _check_class(name: str, kind: object) -> None:
 
 
 def name_in_files(method: str) -> str:
-    """Return a method's name as files have it: without the ``_`` that parts it from the picture's."""
+    """Return a method's name as it is used in file names: without ``_``, which separates it from the picture's name."""
     return method.replace("_", "-")
 
 
 def check_own_names(methods: Mapping[str, Callable[..., BaseCAM]], reserved: Collection[str] = ()) -> None:
-    """Raise ValueError for one of the user's own under another's name, as whose files or rows its would be taken."""
+    """Raise ValueError if a user's method has another one's name: its files or rows would be taken for the other's."""
     known = {**METHODS, **LABEL_DEPENDENT}
     taken = {*known, *reserved}
     for name, build in methods.items():
@@ -133,7 +133,7 @@ def check_own_names(methods: Mapping[str, Callable[..., BaseCAM]], reserved: Col
 
 
 def check_name(kind: str, name: str, known: Collection[Name]) -> Name:
-    """Return the known name that was meant; where there is none, the ValueError holds the nearest."""
+    """Return the known name that equals `name`; if there is none, raise a ValueError with the nearest names."""
     if not isinstance(name, str):
         raise BadTypeError(f"expected a {kind}'s name, got {name!r}")
     for each in known:

@@ -1,4 +1,4 @@
-"""MODULE:NAME in, what stands under that name in a module of the user's own out: code that the user asked to run."""
+"""Imports the user's own class or function from a name such as MODULE:NAME; this runs code that the user asked for."""
 
 import sys
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from tucker_cam.errors import BadValueError, MissingPackageError
 
 
 def from_own_module(spec: str) -> Callable[..., object]:
-    """Return what MODULE:NAME names, a class or another callable; the working directory is put on the path.
+    """Return the class or other callable that MODULE:NAME names; the working directory is put on the path.
 
     Raises:
-        ValueError: there is no such module or name, it is not callable, or the module's own code failed.
-        ModuleNotFoundError: the module imports another that is not there.
+        ValueError: the module or the name does not exist, it is not callable, or the module's own code failed.
+        ModuleNotFoundError: the module imports another one that is not installed.
     """
     module_name, _, name = spec.partition(":")
-    # As python -m has it, and the command line's own script has not.
+    # The working directory is on the path with python -m, but not with the command line's own script.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -24,9 +24,9 @@ def from_own_module(spec: str) -> Callable[..., object]:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise MissingPackageError(f"{module_name} could not be imported ({error})", name=error.name) from error
-        raise BadValueError(f"there is no module {error.name!r} here, of which {spec!r} speaks") from error
+        raise BadValueError(f"there is no module {error.name!r} here, which {spec!r} refers to") from error
     except (Exception, SystemExit) as error:
-        # A script that does its work, or reads its arguments, when it is imported ends the program so.
+        # A script that does its work or parses arguments when it is imported may end the program with SystemExit.
         raise BadValueError(f"{module_name} could not be imported ({type(error).__name__}: {error})") from error
     found: object = getattr(module, name, None)
     if not callable(found):

@@ -1,4 +1,4 @@
-"""How many pictures are done, how fast it goes and how long it will take: a bar, or where nobody watches a line."""
+"""Shows how many pictures are done, how fast, and how long the rest will take: as a bar, or lines if nobody watches."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ _LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_noinv_fmt}, time left {remaining}
 
 @contextmanager
 def progress(title: str, total: int | None, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Give a function that is told how many more pictures are done; `total` is None where that is not known."""
+    """Yield a function to call with the number of pictures done since the last call; `total` is None if unknown."""
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     rare = {"bar_format": _LINE, "mininterval": _SECONDS_BETWEEN_LINES, "delay": _SECONDS_BETWEEN_LINES}
     options = {} if watched else rare

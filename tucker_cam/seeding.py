@@ -1,4 +1,4 @@
-"""Code that draws from PyTorch's global generator in, the same numbers every time out."""
+"""Makes code that draws from PyTorch's global generator draw the same numbers every time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,9 +11,9 @@ _ONE_AT_A_TIME = RLock()
 
 @contextmanager
 def seeded(*, alone: bool = True) -> Iterator[None]:
-    """Seed the generator, which all threads share, in this block, and put it back at its end.
+    """Seed the global generator, which all threads share, for this block, and restore it at the end.
 
-    One thread at a time is in such a block, unless it need not be `alone`: what waits in it for other threads.
+    Only one thread at a time runs such a block. Pass ``alone=False`` for code that waits in it for other threads.
     """
     with _ONE_AT_A_TIME if alone else nullcontext(), torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A saliency method of one's own in; an AssertionError out, if there is something that it does not keep."""
+"""Checks a saliency method of your own, and raises an AssertionError if it breaks a promise of this package."""
 
 import warnings
 from collections.abc import Callable
@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from tucker_cam.cams import LabelFreeCAM
 from tucker_cam.seeding import seeded
 
-# Of a map's largest value, 1: BLAS blocks its sums by the size of the batch, and by the layout of the features.
+# Relative to a map's largest value, 1: BLAS splits its sums by the size of the batch and the layout of the features.
 _TOLERANCE = 1e-4
 
 
 def check_cam(method: Callable[..., LabelFreeCAM]) -> None:
-    """Check a subclass of `LabelFreeCAM`, or what returns one, on small networks with random weights.
+    """Check a subclass of `LabelFreeCAM`, or a function that returns one, on small networks with random weights.
 
-    A map is float32, finite, in [0, 1] and of the images' size; alone as in a batch; mirrored with the features, and
-    the same whatever their scale; zeros for features that are; NaN and Inf count as zero, with one warning. The model's
-    output may be anything. Flags, gradients, weights, hooks and the images stay as they were, and targets play no part.
+    A map must be float32, finite, in [0, 1], of the images' size, and the same alone as in a batch. It must be mirrored
+    with the features and ignore their scale; zeros give zeros. NaN and Inf count as zero, with one warning. The model
+    may return anything. Its flags, gradients, weights and hooks, and the images, stay unchanged. Targets play no part.
 
     Args:
-        method: called as `TSM` is.
+        method: called with the same arguments as `TSM`.
 
     Raises:
-        AssertionError: it does not keep one of these; the message says which. What it raises itself comes through.
+        AssertionError: one of these does not hold; the message says which. Errors of the method itself pass through.
 
     Example:
         >>> class ChannelMean(LabelFreeCAM):
@@ -87,7 +87,7 @@ def _check_state(method: Callable[..., LabelFreeCAM], generator: torch.Generator
 
 
 class _PassingOn(nn.Module):
-    """Its images are the feature maps of its layer."""
+    """A model whose layer has the images themselves as its feature maps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class _PassingOn(nn.Module):
 
 
 class _Answer(nn.Module):
-    """Returns what no class can be read off."""
+    """Returns an output from which no class can be read."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [x]

@@ -1,4 +1,4 @@
-"""A path to write to in, a file that is whole or absent out; and one run at a time in a folder."""
+"""Writes files that are either complete or absent, and lets only one run at a time write to a folder."""
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,14 +11,14 @@ from filelock import FileLock, Timeout
 from tucker_cam.errors import BadFileError, BadValueError
 
 TABLE_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-"""Of a CSV: names of files may hold any byte and any line ending."""
+"""How to open a CSV: names of files may hold any byte and any line ending."""
 
 
 @contextmanager
 def complete_or_absent(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which takes its real name only when the block ends without an error.
+    """Yield a path to write to; the file takes its real name only when the block ends without an error.
 
-    It has the same suffix, by which many a library chooses what it writes.
+    The path has the same suffix, by which many libraries choose the format that they write.
     """
     suffix, path = path.suffix, path.resolve()
     if path.exists() and not path.is_file():
@@ -30,7 +30,7 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
-        # A full disk, say, of which the error does not know where.
+        # On a full disk, for example, the error does not name the file.
         raise BadFileError(error.errno, error.strerror, str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
@@ -38,7 +38,7 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_table(path: Path, header: Sequence[str]) -> Iterator[Callable[[Iterable[object]], object]]:
-    """Give what writes a row of a CSV, complete or absent."""
+    """Yield a function that writes a row to a CSV file; at the end the file is complete or absent."""
     with complete_or_absent(path) as unfinished, unfinished.open("w", **TABLE_TEXT) as file:
         writer = csv.writer(file)
         writer.writerow(header)
@@ -47,7 +47,7 @@ def new_table(path: Path, header: Sequence[str]) -> Iterator[Callable[[Iterable[
 
 @contextmanager
 def only_run(out: Path) -> Iterator[None]:
-    """Refuse to start while another run writes to `out`; a run that was killed holds nothing."""
+    """Raise ValueError while another run writes to `out`; a run that was killed does not block the folder."""
     lock = out.with_name(f".{out.name}.lock")
     try:
         with FileLock(lock, timeout=0):

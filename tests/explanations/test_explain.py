@@ -188,7 +188,7 @@ def test_clips_are_explained():
         ([], {}, ValueError, "empty list"),
         ("nowhere.png", {}, ValueError, "nowhere.png: expected pictures"),
         (noise(), {"methods": "TMS"}, ValueError, "near it: tsm"),
-        (noise(), {"methods": 3}, TypeError, "expected methods as names, or classes by names of yours, got 3"),
+        (noise(), {"methods": 3}, TypeError, "methods as names, or as a dict of your own classes by name, got 3"),
         (noise(), {"methods": {"mine": 3}}, TypeError, "mine: expected a subclass of the host's BaseCAM .* got 3"),
         (noise(), {"methods": {"mine": dict}}, TypeError, "mine: expected a subclass of the host's BaseCAM"),
         (noise(), {"engine": "dask"}, ValueError, "expected engine as one of 'torch', 'ray', got 'dask'"),
