@@ -115,8 +115,8 @@ def named_inputs(batches: Iterable[Any]) -> Iterator[tuple[list[str], Tensor, li
         images, *others = batch if isinstance(batch, (list, tuple)) else (batch,)
         if not isinstance(images, Tensor):
             raise BadTypeError(
-                f"expected batches of network inputs, got {type(images).__name__}: explain takes a list of pictures or "
-                "paths, evaluate takes the folder that they are in, and both take the tensor in a dict, not the dict"
+                f"expected batches of network inputs, got {type(images).__name__}: explain takes pictures and paths in "
+                "a list, evaluate takes the folder that they are in, and both take the tensor in a dict, not the dict"
             )
         if images.dim() not in (4, 5):
             raise BadValueError(
