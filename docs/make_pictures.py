@@ -1,9 +1,9 @@
-"""Photographs of installed packages in, the pictures of the README and the documentation out.
+"""Makes the pictures of the README and the documentation from photographs in installed packages.
 
 Run it as ``python docs/make_pictures.py``, in a checkout with the extra ``test``. It writes ``gallery/gallery.html``,
-which the command line makes of 24 pictures; ``images/front.png``, five photographs that a rule chooses;
-``images/wide.png``, three of them; and ``images/front.md``: what they show and the rule. The same
-packages give the same files.
+which the command line makes from 24 pictures; ``images/front.png``, with five photographs that a rule chooses;
+``images/wide.png``, with three of them; and ``images/front.md``, which explains them and the rule. The same packages
+give the same files.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy: what a library sums in another order, it rounds otherwise
+os.environ["OMP_NUM_THREADS"] = "1"  # before NumPy: sums in another order are rounded differently
 
 import matplotlib
 import numpy as np
@@ -36,8 +36,8 @@ from tucker_cam.models import Network, load_model
 ROOT = Path(__file__).parents[1]
 SKIMAGE = Path(skimage.__file__).parent / "data"
 MATPLOTLIB = Path(matplotlib.get_data_path())
-# Those whose documentation says CC0 or public domain, and which are not smaller than the network's input. Others of
-# scikit-image are left out: what it calls "no known copyright restrictions" or gives no licence for, and drawings.
+# Photographs whose documentation says CC0 or public domain, and which are not smaller than the network's input. Others
+# in scikit-image are left out: drawings, and those without a licence or with "no known copyright restrictions".
 PHOTOGRAPHS = {
     "astronaut": (SKIMAGE / "astronaut.png", "NASA, public domain"),
     "brick": (SKIMAGE / "brick.png", "CC0Textures, CC0"),
@@ -67,21 +67,21 @@ ROWS = {
 DROP = "similarity_drop_area_matched"
 CONTROL = "centre-gaussian"
 WIDTH, GAP, TEXT_SIZE = 1360, 8, 22
-# As far from white as from GitHub's dark page, #0d1117.
+# Equally far from white and from GitHub's dark page, #0d1117.
 TEXT = (118, 124, 133)
 TEXT_LEVELS = 16
-# More make the file larger than half a megabyte; the palette is found on so many of the pixels.
+# More colours make the file larger than half a megabyte. The palette is computed from a sample of the pixels.
 COLOURS, SAMPLE_SIDE = 200, 150
 RULE = f"""\
-Of the {len(PHOTOGRAPHS)} photographs that scikit-image and matplotlib carry as CC0 or in the public domain, the script
-takes, each from those not yet taken: where the maps of EigenCAM and TSM agree most (the highest Pearson
-correlation); where they agree least; where EigenCAM fails, then where TSM does: where the area-matched drop of the
-embedding exceeds most that of a centred Gaussian, which knows nothing of the picture; and the one nearest to the median
-correlation."""
+scikit-image and matplotlib contain {len(PHOTOGRAPHS)} photographs that are CC0 or in the public domain. From these the
+script takes one after the other: where the maps of EigenCAM and TSM agree most (the highest Pearson correlation); where
+they agree least; where EigenCAM fails; where TSM fails; and the one closest to the median correlation. A method fails
+where its area-matched drop of the embedding exceeds that of a centred Gaussian, which knows nothing of the picture, by
+the most."""
 GALLERY_RULE = f"""\
-The [gallery](../gallery/gallery.html) is of {PICTURES} pictures: all of these photographs, and then their quarters
-until there are so many: first the top left quarter of each, in the order of their names, then the top right ones, where
-a quarter is not smaller than the network's input."""
+The [gallery](../gallery/gallery.html) has {PICTURES} pictures: all of these photographs, and as many of their quarters
+as are needed. The top left quarters come first, in the order of the names, then the top right ones; quarters smaller
+than the network's input are left out."""
 
 
 class Column(NamedTuple):
@@ -95,7 +95,7 @@ class Column(NamedTuple):
 
 
 def gather(folder: Path, count: int) -> None:
-    """Write so many pictures by the gallery's rule."""
+    """Write `count` pictures by the gallery's rule."""
     whole = {name: Image.open(path).convert("RGB") for name, (path, _) in PHOTOGRAPHS.items()}
     quarters = (
         (f"{name}-{quarter}", picture.crop((right * width, low * height, (right + 1) * width, (low + 1) * height)))
@@ -110,7 +110,7 @@ def gather(folder: Path, count: int) -> None:
 
 
 def write_gallery(pictures: Path, page: Path) -> None:
-    """Run the command line, as a user does."""
+    """Run the command line as a user would."""
     methods = [part for name in SHOWN for part in ("--method", name)]
     with TemporaryDirectory() as out:
         command = [sys.executable, "-m", "tucker_cam", "explain", str(pictures), *methods, "--gallery"]
@@ -161,7 +161,7 @@ def draw(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequence[st
         for x, cell in zip(places, cells, strict=True):
             pictures.paste(cell.resize((side, side), Image.Resampling.BICUBIC), (x, y))
             there.paste(1, (x, y, x + side, y + side))
-    # One palette: the pictures' colours, then the text's at so many levels of opacity.
+    # One palette: the pictures' colours, then the text's colour at several levels of opacity.
     sample = pictures.resize((SAMPLE_SIDE, SAMPLE_SIDE), Image.Resampling.NEAREST).quantize(COLOURS, kmeans=1)
     shown = pictures.quantize(palette=sample, dither=Image.Dither.NONE)
     levels = np.rint(np.asarray(text) / 255 * (TEXT_LEVELS - 1)).astype(np.uint8)
@@ -179,9 +179,9 @@ def describe(chosen: Sequence[Column]) -> str:
         f"![{len(chosen)} photographs, {names}, and below each the heat maps of {', '.join(list(ROWS.values())[1:])}]"
         "(front.png)",
         "",
-        "Photographs, and what four methods say of `tf_efficientnet_lite0`, layer `bn2`. EigenCAM, TSM and MTSM are "
-        "asked for no label; GradCAM, for reference, is asked for the class that the network predicts. Red is highest, "
-        "blue lowest, each map on its own scale. Above each: r, the correlation of EigenCAM's and TSM's maps.",
+        "Photographs, and the maps of four methods for `tf_efficientnet_lite0`, layer `bn2`. EigenCAM, TSM and MTSM "
+        "need no label; GradCAM, for reference, explains the class that the network predicts. Red is highest, blue "
+        "lowest, each map on its own scale. Above each photograph: r, the correlation of EigenCAM's and TSM's maps.",
         "",
         f"{RULE} Written by `docs/make_pictures.py`.",
         "",
@@ -192,7 +192,7 @@ def describe(chosen: Sequence[Column]) -> str:
         drops = " | ".join(f"{column.drops[name]:.1f}" for name in [*list(ROWS)[1:], CONTROL])
         lines.append(f"| {column.name} | {column.reason} | {column.predicted} | {column.correlation:.2f} | {drops} |")
     credits = "; ".join(f"{column.name}: {PHOTOGRAPHS[column.name][1]}" for column in chosen)
-    drop = "Drop: of the embedding, area-matched, in %, lower is better."
+    drop = "Drop: the area-matched drop of the embedding, in %; lower is better."
     return "\n".join([*lines, "", drop, "", f"{credits}.", "", GALLERY_RULE, ""])
 
 
@@ -245,7 +245,7 @@ def write_front(pictures: Path, names: Sequence[str], folder: Path) -> None:
 
 
 def main() -> None:
-    """Write all."""
+    """Write all pictures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for what is written")
     parser.add_argument("--quick", action="store_true", help="two pictures, to see that it runs")

@@ -37,7 +37,7 @@ DataFolder = Annotated[Path, typer.Argument(help="Folder of pictures; subfolders
 _MODELS = " | ".join(family.usage for family in FAMILIES.values())
 ModelName = Annotated[str, typer.Option("--model", "-m", help=f"{_MODELS}; the last is your own function.")]
 Limit = Annotated[int | None, typer.Option(help="Take a random sample of this many pictures.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1)]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Pictures at once.")]
 _WORKERS_HELP = "Number of processes that read pictures; with Ray, of actors. (default: all cores but one)"
 Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help=_WORKERS_HELP)]
 _LAYER_HELP = (
