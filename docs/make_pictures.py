@@ -73,11 +73,11 @@ TEXT_LEVELS = 16
 # More colours make the file larger than half a megabyte. The palette is computed from a sample of the pixels.
 COLOURS, SAMPLE_SIDE = 200, 150
 RULE = f"""\
-scikit-image and matplotlib contain {len(PHOTOGRAPHS)} photographs that are CC0 or in the public domain. From these the
-script takes one after the other: where the maps of EigenCAM and TSM agree most (the highest Pearson correlation); where
-they agree least; where EigenCAM fails; where TSM fails; and the one closest to the median correlation. A method fails
-where its area-matched drop of the embedding exceeds that of a centred Gaussian, which knows nothing of the picture, by
-the most."""
+scikit-image and matplotlib contain {len(PHOTOGRAPHS)} photographs that are CC0 or in the public domain. The script
+takes one after the other, each from those not yet taken: where the maps of EigenCAM and TSM agree most (the highest
+Pearson correlation); where they agree least; where EigenCAM fails; where TSM fails; and the one closest to the median
+correlation. A method "fails" where its area-matched drop of the embedding exceeds that of a centred Gaussian, which
+knows nothing of the picture, by the most."""
 GALLERY_RULE = f"""\
 The [gallery](../gallery/gallery.html) has {PICTURES} pictures: all of these photographs, and as many of their quarters
 as are needed. The top left quarters come first, in the order of the names, then the top right ones; quarters smaller
