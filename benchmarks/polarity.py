@@ -1,4 +1,4 @@
-"""How often EigenCAM's maps are upright when other libraries compute the same vector, and the first value's share.
+"""How often EigenCAM's maps are upright when the same vector is computed in other ways, and the first value's share.
 
     python -m benchmarks.polarity FOLDER_WITH_BOXES
 

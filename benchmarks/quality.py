@@ -5,8 +5,8 @@
 Networks: EfficientNet-Lite0, Lite1 and Lite2 at `bn2`, supervised on ImageNet; and AugNet, a ResNet-50 trained on
 ImageNet without labels, at its last and its last but one stage. Pictures: ECSSD with pixel masks, raccoons with boxes,
 and ImageNet photographs without either. Sets that are not given are left out. Rows are written to `--rows` as soon as
-they are known, so the same command resumes a run that was stopped. Writes
-benchmarks/results/quality.{csv.gz,md,png}, scores.md and quality-examples.png. Needs the `benchmarks` extra.
+they are known, so the same command resumes a run that was stopped. Writes benchmarks/results/quality.{csv.gz,md,png},
+scores.md and quality-examples.png. Needs the `benchmarks` extra.
 """
 
 from __future__ import annotations

@@ -210,8 +210,8 @@ def features(
         reshape_transform: turns a layer's output into batch x channels x spatial, as for the CAM classes.
 
     Returns:
-        For each layer its output, batch x channels x spatial, on the model's device, at least float32. It is not a copy
-        unless a later module rewrites it. Non-finite numbers become zero, with a warning.
+        For each layer its output as the layer put it out, batch x channels x spatial, on the model's device, at least
+        float32; a copy only if the recorder needs one. Non-finite numbers become zero, with a warning.
 
     Raises:
         TypeError, ValueError: a layer's output is not feature maps, or the layer is not reached.

@@ -141,7 +141,7 @@ class LabelFreeCAM(BaseCAM, ABC):
         return finished
 
     def _recorded(self, activations: Tensor | NDArray[np.floating[Any]], layer: nn.Module) -> Tensor:
-        """Return feature maps that `saliency` can take: those of our own recorder as they are, others after checks."""
+        """Return feature maps that `saliency` can take: those of our own recorder as they are, others made finite."""
         recorder = self.activations_and_grads
         if not isinstance(activations, Tensor):
             activations = torch.from_numpy(np.ascontiguousarray(activations))
@@ -319,7 +319,7 @@ class MultivecEigenCAM(LabelFreeCAM, BaseCAM):
 
 
 class LaFAM(LabelFreeCAM, BaseCAM):
-    """LaFAM (Karjauv and Albayrak 2024, arXiv 2407.06059): the mean of the channels, minus its minimum."""
+    """LaFAM (Karjauv and Albayrak 2024, arXiv 2407.06059): the mean of the channels, minus its minimum; a peer."""
 
     def saliency(self, features: Tensor) -> Tensor:
         return _above_minimum(rescale_extremes(features.double())[0].mean(1))

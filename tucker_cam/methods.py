@@ -90,7 +90,7 @@ def methods_named(
 
 
 def method_named(name: str) -> Method:
-    """Return the label-free method of this name, or for MODULE:CLASS your own class, whose name is MODULE.CLASS.
+    """Return the label-free method of this name, or one for your own class MODULE:CLASS, under the name MODULE.CLASS.
 
     Raises:
         TypeError, ValueError: it does not exist; the message holds the nearest, or says what is wrong with the module.

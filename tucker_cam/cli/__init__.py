@@ -38,7 +38,7 @@ _MODELS = " | ".join(family.usage for family in FAMILIES.values())
 ModelName = Annotated[str, typer.Option("--model", "-m", help=f"{_MODELS}; the last is your own function.")]
 Limit = Annotated[int | None, typer.Option(help="Take a random sample of this many pictures.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Pictures at once.")]
-_WORKERS_HELP = "Number of processes that read pictures; with Ray, of actors. (default: all cores but one)"
+_WORKERS_HELP = "Processes that read pictures (default: all cores but one, at most 8); with Ray, actors (all but one)."
 Workers = Annotated[int | None, typer.Option("--workers", "-j", min=0, help=_WORKERS_HELP)]
 _LAYER_HELP = (
     "Dotted name of a layer, or its negative index in `tucker-cam layers`. For explain, may be repeated: the maps are "
@@ -143,7 +143,7 @@ def explain(
     formats: Annotated[
         list[str] | None, typer.Option("--format", help=f"May be repeated: {', '.join(FORMATS)}. (default: overlay)")
     ] = None,
-    gallery: Annotated[bool, typer.Option("--gallery", help="Also write gallery.html, showing all pictures.")] = False,
+    gallery: Annotated[bool, typer.Option("--gallery", help="Write one page of all pictures, gallery.html.")] = False,
     view: Annotated[
         Literal["picture", "network"], typer.Option(help="Draw on your whole picture, or on what the network saw.")
     ] = "picture",

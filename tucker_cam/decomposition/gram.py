@@ -42,7 +42,7 @@ def rescale_extremes(
 ) -> tuple[Float[Tensor, "batch channels *spatial"], Float[Tensor, " batch"]]:
     """Return the features, scaled so that a float can hold their squares, and each image's divisor.
 
-    It is 1; for an image whose norm is above 1e12 or below 1e-12, the power of two below its largest magnitude.
+    It is 1, or the power of two below the image's largest magnitude if its norm is above 1e12 or below 1e-12.
     """
     norms = torch.linalg.vector_norm(features, dim=tuple(range(1, features.dim())))
     ordinary = (norms > SMALLEST_NORM) & (norms < LARGEST_NORM)
@@ -77,7 +77,7 @@ def as_tall(unfolding: Tensor) -> Tensor:
 
 
 def float32_products_do(unfolding: Tensor) -> bool:
-    """Return whether the unfolding's own products are precise enough to start with: float32, blocked, not rounded."""
+    """Return whether float32 products of the unfolding do as a start: it is float32, summed in blocks, not rounded."""
     return unfolding.dtype == torch.float32 and min(unfolding.shape[1:]) >= _FEW_ROWS and not _products_may_be_rounded()
 
 

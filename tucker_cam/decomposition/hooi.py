@@ -4,7 +4,7 @@ The iteration (De Lathauwer et al., 2000) is that of TensorLy's `partial_tucker`
 updates and stopping rule for each image, but on the whole batch at once.
 
 A sweep updates the channels' factor $A_1$ from F with its spatial modes projected on $A_2, A_3, \dots$, and then each
-of these from $P = A_1^\top F_{(1)}$ with the others projected. The spatial updates need only P. If there are more
+of these from $P = A_1^\top F_{(1)}$ with the others projected. The spatial updates need only P. If there are no fewer
 channels than positions (F is tall), P follows from the Gram matrix $G = F_{(1)}^\top F_{(1)}$, so no sweep reads the
 features themselves.
 """
@@ -81,7 +81,7 @@ def truncated_components(
             squares, factors[mode] = _leading_left_vectors(others.movedim(mode + 2, 1).flatten(2), length)
         if sweep < _LEAST_SWEEPS - 1:
             continue
-        # After the last update, the projected features are the core.
+        # The last update leaves the core, whose squared norm is the sum of these squared singular values.
         previous, error = error, ((squared_norm - squares.sum(1)).abs() / squared_norm).sqrt()
         if sweep < _LEAST_SWEEPS:
             continue

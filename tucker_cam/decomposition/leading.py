@@ -2,8 +2,8 @@ r"""The map of a mode-1 unfolding along its leading singular vector: the equatio
 
 With $F_{(1)} = A\,\mathrm{diag}(s)\,V^\top$ the map is $|a_1^\top F_{(1)}| = s_1 |v_1|$, where $v_1$ is the leading
 eigenvector of $G = F_{(1)}^\top F_{(1)}$. If $K = F_{(1)} F_{(1)}^\top$ is smaller, $a_1$ is that of K instead. A small
-matrix is formed and squared repeatedly. A large one is never formed, because a Krylov subspace needs only its products
-with vectors. Both ways start in float32, with a bound on the error that this may cause in a map.
+matrix is formed and squared repeatedly. A large one is formed only as a last resort, because a Krylov subspace needs
+only its products with vectors. Both ways start in float32 where it is precise enough, with a bound on a map's error.
 
 There is one rule for precision. A solver returns its maps, says which of them certainly keep the promised error, and
 passes on what it found. `_settled` gives the other images to the next solver, which is slower and more precise.
@@ -53,10 +53,10 @@ _ROW_NOISE = 2e-6
 _NUMBERS_IN_CACHE = 2**20
 # From this size on, a Krylov subspace is faster than squaring.
 _LARGE = 128
-# Three squarings give the 8th power of the matrix. A step with a power costs a fraction of a squaring, and eight steps
-# reduce a second eigenvalue of 0.8 times the first to 6e-7; with five more squarings, one of 0.99 times to 1e-9.
+# Three squarings give the 8th power of the matrix. A step with a power costs a fraction of a squaring. Eight leave 6e-7
+# of the part along a second eigenvalue of 0.8 times the first; with five more squarings, 1e-9 along one of 0.99 times.
 _SQUARINGS, _MORE_SQUARINGS, _STEPS_IN_POWER = 3, 5, 8
-# Most feature maps take four steps; what is not found in 20 is decomposed. The last two numbers are those of float64.
+# Most maps take four steps. After 20 in float32 come up to 12 in float64, to this residual; the rest is decomposed.
 _STEPS_AT_A_TIME, _STEPS, _PRECISE_STEPS, _RESIDUAL = 2, 20, 12, 1e-11
 # As long as the first Ritz value has a residual, the second one may be too small, and so the gap too large: by a factor
 # of at most 2.2 in 3,000 images of noise.
@@ -168,7 +168,7 @@ def _lanczos(unfolding: Unfolding, squares: Tensor, start: Row, *, noise: float)
     while True:
         for _ in range(_STEPS_AT_A_TIME):
             direction = images[:, -1:]
-            for _ in range(2):  # after one pass, rounding errors are as large as the part removed
+            for _ in range(2):  # one pass leaves rounding errors that are large beside a small remainder
                 direction = direction - (direction @ basis.mT) @ basis
             direction = _unit(direction)
             basis = torch.cat([basis, direction], dim=1)
@@ -209,7 +209,7 @@ def _judged(
 
 
 def _product(unfolding: Unfolding, vectors: Row, *, single: bool) -> Float[Tensor, "batch 1 n"]:
-    """Return each vector's product with the smaller Gram matrix, which is not formed; rows are fastest."""
+    """Return each vector's product with the smaller Gram matrix, which is not formed; vectors as rows are fastest."""
     if single:
         tall = as_tall(unfolding)
         return ((vectors.to(tall.dtype) @ tall.mT) @ tall).double()

@@ -55,7 +55,7 @@ def channel_modes(
     At full multilinear rank all factors except the first are square and orthogonal, so the mode-1 factor is exactly the
     left singular basis of the unfolding, $F_{(1)} = A_1\,\mathrm{diag}(s)\,V^\top$. The thin SVD gives it without a
     channels x channels matrix. At a lower rank HOOI finds the factor, with TensorLy's initialisation, order of updates
-    and stopping rule for each image, but on the whole batch at once and, if there are more channels than positions,
+    and stopping rule for each image, but on the whole batch at once and, if there are no fewer channels than positions,
     on the Gram matrix of the positions.
 
     Args:
@@ -68,7 +68,7 @@ def channel_modes(
         engine: "torch", or "tensorly" for TensorLy's own `tucker`, one image at a time: slow, with the same result.
 
     Returns:
-        The modes, with the dtype (at least float32) and device of `features`; a number too large for it is Inf. A
+        The modes, with the dtype (at least float32) and device of `features`; a number beyond that dtype is Inf. A
         truncated decomposition is ordered by the values too. TensorLy's column order can differ if two values are
         closer than its stopping rule.
 

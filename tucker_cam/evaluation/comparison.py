@@ -132,7 +132,7 @@ def compare(
 
 
 def _numbers(measure: Measure, judged: Judged) -> Tensor:
-    """Return a measure's numbers: one for each picture or, if the measure has a score, one for each of the scores."""
+    """Return a measure's numbers: one for each picture or, if the measure has a score, for each picture and score."""
     try:
         found = torch.as_tensor(measure.function(judged)).float().cpu()
     except TuckerCamError:

@@ -99,8 +99,8 @@ def evaluate(
     if inputs.annotations == "none":
         if wanted == ["localisation"]:
             raise BadValueError(
-                "expected masks or boxes for the metric localisation, found none: make batches tuples of images and "
-                "masks, batch x height x width"
+                "expected masks or boxes for the metric localisation, found none: with batches, give tuples of images "
+                "and masks, batch x height x width"
             )
         wanted = [each for each in wanted if each != "localisation"]
     with nullcontext() if path is None else only_run(path):

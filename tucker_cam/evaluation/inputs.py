@@ -61,7 +61,7 @@ class Inputs(NamedTuple):
 def load_for_pictures(
     model: Model, example: Tensor | None, *, one_layer: bool = True, **options: Unpack[Loading]
 ) -> LoadedModel:
-    """Load a model with `load_model`; ValueError if it takes clips or, with `one_layer`, has several target layers."""
+    """Return the model loaded; ValueError if it takes clips or, with `one_layer`, has several target layers."""
     loaded = load_model(that_takes(model, example), **options)
     if loaded.frames is not None:
         raise BadValueError(f"expected a network for pictures, and {loaded.name} takes clips")
@@ -71,7 +71,7 @@ def load_for_pictures(
 
 
 def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) -> Inputs:
-    """Find the pictures of a run; the errors for a folder are those of `find_samples`."""
+    """Return the `Inputs` of a run; the errors for a folder are those of `find_samples`."""
     if isinstance(data, (str, Path)):
         samples, kind, remarks = find_samples(Path(data), annotations=annotations, limit=limit)
         return Inputs(str(Path(data).resolve()), kind, remarks, {sample.name: sample for sample in samples})
@@ -91,7 +91,7 @@ def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) 
 def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, NetworkView | Tensor]]:
     for names, images, others in named_inputs(batches):
         views: Iterable[NetworkView | Tensor] = images
-        # Skip labels, also one-hot ones, and second views. After the first item, take only what must be masks.
+        # Skip labels, also one-hot ones, and second views. After the first of these, take only what must be masks.
         spatial = [each for each in others if getattr(each, "ndim", 0) > 2 and not _is_view(each, images)]
         found = [each for each in spatial if "bool" in str(each.dtype)] or [
             each for each in spatial if each is others[0] or _is_of_a_masks_shape(each, images)

@@ -200,7 +200,7 @@ def deletion_auc(
 
 
 def blurred(images: Tensor) -> Tensor:
-    """Blur the images with a Gaussian whose standard deviation is a sixteenth of the longer side in pixels."""
+    """Return the images blurred by a Gaussian whose standard deviation is a sixteenth of the longer side in pixels."""
     deviation = max(images.shape[-2:]) / 16
     # The kernel reaches no further than the reflected image.
     width, height = (min(2 * round(2 * deviation) + 1, 2 * images.shape[axis] - 1) for axis in (-1, -2))

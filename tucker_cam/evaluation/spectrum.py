@@ -42,7 +42,7 @@ def spectrum(
     progress: bool = True,
     **loading: Unpack[Loading],
 ) -> Spectrum:
-    """Decompose pictures' features by the SVD of $F_c$ and by full-rank Tucker of F; arguments as for `evaluate`.
+    """Decompose pictures' features by the SVD of $F_c$ and full-rank Tucker of F; arguments and errors: see `evaluate`.
 
     Example:
         >>> from torch import nn, rand

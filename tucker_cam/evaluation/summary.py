@@ -31,8 +31,8 @@ class Interval(NamedTuple):
 class Summary(NamedTuple):
     """The summary of one method by one measure, over `pictures` scored pictures.
 
-    `difference` is that from the baseline, over the pictures on which both were scored, and `pairs` is their number. It
-    is None if there are no such pictures, and for the baseline itself.
+    `difference` is that from the baseline, over the `pairs` pictures on which both were scored; None if there are none,
+    and for the baseline itself.
     """
 
     pictures: int

@@ -93,7 +93,7 @@ def explain(
         components: also find the single components of MTSM.
         limit: how many pictures to take: a random sample, the same every time; of batches, the first ones.
         batch_size: how many pictures go through the network together; None for 8, or on a GPU for what it holds.
-        workers: processes that read pictures ahead, as in a DataLoader; None for one fewer than there are cores. With
+        workers: processes that read pictures ahead, as in a DataLoader; None for all cores but one, at most 8. With
             ``ray``, the number of actors.
         engine: what does the work that is written to `out`: this process, or a Ray cluster, which writes Parquet.
         progress: show a bar while files are written.

@@ -57,7 +57,7 @@ class Explainer:
 
     @cached_property
     def border(self) -> BorderCheck:
-        """The check that sees all features, and warns of a layer that shows where the pictures end."""
+        """The check that sees the last layer's features, and warns of a layer that shows where the pictures end."""
         return BorderCheck(self.loaded.layer_names[-1])
 
     def explain_all(
@@ -124,7 +124,7 @@ class Explainer:
 
 
 def read_batch(pictures: Sequence[Picture], network: Network) -> ReadBatch:
-    """Read and preprocess pictures; inputs of one size are stacked, so that a process hands over a single tensor."""
+    """Read and preprocess pictures; inputs that are all of one size are stacked, so that a process sends one tensor."""
     read = [_read_input(picture, network) for picture in pictures]
     inputs, sizes = [each for each, _ in read], [size for _, size in read]
     try:

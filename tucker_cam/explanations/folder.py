@@ -79,7 +79,7 @@ class FolderWriter:
         """Write the missing files, with a progress bar if it is `shown`, and log a summary at the end.
 
         Raises:
-            ValueError: another run is writing to the folder, or its manifest or Zarr store is broken.
+            ValueError: another run is writing to the folder, or its manifest, store or page is broken or not of a run.
             OSError: the folder cannot be written to, or a reading process was killed.
         """
         with only_run(self.out / MANIFEST):

@@ -1,4 +1,4 @@
-"""Keeps the manifest of a folder of results, which lists the model, the pictures and the files of a run.
+"""Keeps the manifest of a folder of results, which lists the model, the methods and the pictures of a run.
 
 One folder holds the results of one run, which may have been stopped and resumed. Results of another model, layer or
 engine go into a subfolder, which the same command finds again.
@@ -33,8 +33,8 @@ class Manifest:
     """``manifest.json``: the model and layers that a folder's files are of, and the versions that made them.
 
     For each picture, by its key, it also keeps a name, so that a later run with more or fewer pictures uses the same
-    name again; the time of writing and the size, so that a picture that has changed is explained again; and where in
-    the picture the network looked. `run` is the run's `identity`, or None to take it from the manifest. ValueError if
+    name again; the picture's size and when it was last written, so that one that has changed is explained again; and
+    where in it the network looked. `run` is the run's `identity`, or None to take it from the manifest. ValueError if
     the file is not a manifest.
     """
 

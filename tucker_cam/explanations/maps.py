@@ -1,4 +1,4 @@
-"""Computes the maps of several methods, with one forward pass for all methods that need no gradient."""
+"""Computes the maps of several methods, with one forward pass for all methods that need no class."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -35,7 +35,7 @@ def _the_same_start() -> Iterator[None]:
 
 
 class OnePass(FeatureRecorder):
-    """Explains a batch of images by several methods; the model runs once for all methods that need no gradient.
+    """Explains a batch of images by several methods; the model runs once for all methods that need no class.
 
     It is the recorder that all CAM objects share. Under test-time augmentation, the host's flips and brightness, the
     model runs once for each transform; `passes` holds its outputs and each target layer's feature maps. The maps equal

@@ -2,7 +2,7 @@
 
 Such a file wraps the backbone: in a dictionary next to the optimiser, in a student and a teacher, in the prefixes of
 DistributedDataParallel, Lightning and the method's own class, with projection heads next to it. So the backbone is
-searched for, by the names and shapes that it has in the model's own state dict.
+searched for: it is where all of its names and shapes in the model's own state dict are found.
 """
 
 import argparse

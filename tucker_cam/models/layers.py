@@ -122,7 +122,7 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
 def dry_run(model: nn.Module, example: Tensor) -> DryRun:
     """Run the model in eval mode and without gradients, and record which layers put out spatial maps.
 
-    Maps hardly vary along a long input: if no layer is found on it, a square one shows which layers follow the picture.
+    Across a long input the maps hardly vary: if no layer is found on it, a square shows which ones follow the picture.
     """
     run = _run_once(model, example)
     height, width = example.shape[-2:]

@@ -16,7 +16,7 @@ from tucker_cam.activations import ReshapeTransform
 from tucker_cam.errors import BadValueError
 
 _MOST_PREFIX_TOKENS = 16
-"""At most: a class token, a distillation token and the registers. DINOv2 has 1 or 5 of them."""
+"""Tokens before the patches: a class token, a distillation token and registers. DINOv2 has 1 or 5 of them."""
 _LARGEST_PATCH = 64
 
 

@@ -12,7 +12,7 @@ _FOLLOWS = 0.3
 """In about a hundred networks with random weights, the last maps had 0.4 to 0.65 and queries at most 0.16. Now and then
 a network is below because its random attention drowns the positions (torchvision's MaxViT): it gets no layer."""
 _BLANK, _VANISHED = 5e-7, 1e-18
-"""The first is relative to the largest value; the square of the second is close to the smallest float32."""
+"""The first is relative to the largest value; the square of the second is near the smallest normal float32."""
 
 
 def differing_pictures(example: Tensor) -> Tensor:

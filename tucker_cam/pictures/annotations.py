@@ -1,4 +1,4 @@
-"""Finds a folder's pictures and, if boxes or masks are given, each object's mask as the network sees it."""
+"""Finds a folder's pictures and, if boxes or masks are given, the mask of each one's objects as the network sees it."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -67,7 +67,7 @@ def find_samples(folder: Path, *, annotations: Annotations | None = None, limit:
     The layouts of torchvision's `ImageFolder`, `VOCDetection` and `VOCSegmentation` are read as they are. Boxes are
     Pascal VOC XML files with the picture's name, beside it or in a folder ``annotations``. Masks are pictures with its
     name in a folder ``masks`` or ``SegmentationClass``. If you ask for one kind of `annotations`, pictures without it
-    are left out; None keeps all pictures, with boxes if there are any, else masks. See also `find_sources`.
+    are left out; None keeps all, with boxes if there are any, else masks. For what else is left out see `find_sources`.
 
     Raises:
         OSError, ValueError: the folder does not exist, or holds no pictures or none with these annotations.
@@ -130,7 +130,7 @@ def network_view(sample: Sample, annotations: Annotations, network: Network) -> 
 
 
 def _annotation(picture: Path, folder: Path, kind: Annotations, by_name: Mapping[Path, Path]) -> Path | None:
-    """Find it beside its picture, or above by the same path with or without its first part, such as ``JPEGImages``."""
+    """Find it beside its picture, or in a folder above that mirrors its path, with or without the first part."""
     below = picture.relative_to(folder).with_suffix("").parts
     places = [picture.with_suffix("")] if kind == "boxes" else []
     for depth in reversed(range(len(below))):

@@ -100,8 +100,8 @@ class Source:
 def find_sources(arguments: Sequence[str], *, out: Path | None = None) -> tuple[list[Source], list[Failure]]:
     """Find the pictures: each file that is named, and those in folders (at any depth), globs and Parquet files.
 
-    In folders, hidden files, links to folders, folders of annotations and results of earlier runs are left out. A file
-    that cannot be read stays in the list, and fails when it is read. For tables see `tables`.
+    In folders, hidden files, links to folders and folders of annotations are left out; in folders and globs, results of
+    earlier runs. A file that cannot be read stays in the list, and fails when it is read. For tables see `tables`.
 
     Returns:
         The pictures without duplicates, in the order of the arguments and, within each, of their names; and failures:
