@@ -125,7 +125,14 @@ def test_a_network_of_bytes_and_one_that_normalises_each_picture_show_its_colour
 
 @pytest.mark.parametrize("changed", [{"size": 32}, {"crop": False}, {"mean": (0,) * 3}])
 def test_a_preprocessing_that_does_more_to_the_colours_than_the_usual_one_is_not_replaced(changed):
-    whole = replace(CAFFE, preprocess=lambda picture: blue_green_red(picture)[:, 80:170, 80:170])
-    with pytest.raises(ValueError, match="Sequential: its preprocessing does more to the colours"):
-        load_model(whole, **changed)
+    def with_opacity(picture):
+        return transforms.functional.to_tensor(picture.convert("RGBA"))
+
+    whole, opaque = (
+        replace(CAFFE, preprocess=lambda picture, own=own: own(picture)[:, 80:170, 80:170])
+        for own in (blue_green_red, with_opacity)
+    )
+    for network in (whole, opaque):
+        with pytest.raises(ValueError, match="Sequential: its preprocessing does more to the colours"):
+            load_model(network, **changed)
     assert load_model(whole, size=32, mean=(0,) * 3, std=(1,) * 3).preprocess.size == 32

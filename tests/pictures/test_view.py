@@ -39,11 +39,11 @@ BICUBIC = transforms.InterpolationMode.BICUBIC
 def test_the_view_takes_one_call_a_size_and_is_remembered(steps, expected):
     preprocess = Counted(steps)
     assert view_of(preprocess, (160, 120)) == pytest.approx(expected, abs=1)
-    # The levels of black and white are found once.
-    assert preprocess.calls == 3
+    # What becomes of black and the three colours is found once.
+    assert preprocess.calls == 5
     assert view_of(preprocess, (320, 240)) is not None
     assert view_of(preprocess, (160, 120)) is not None
-    assert preprocess.calls == 4
+    assert preprocess.calls == 6
 
 
 @pytest.mark.parametrize(

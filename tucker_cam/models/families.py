@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tucker_cam.errors import BadFileError, BadTypeError, BadValueError, MissingPackageError, TuckerCamError
 from tucker_cam.extras import install
-from tucker_cam.models.network import Network
+from tucker_cam.models.network import Network, colours_of
 from tucker_cam.own_code import from_own_module
 from tucker_cam.text import kind_and_line, one_line
 
@@ -223,18 +223,15 @@ def _normalisation(processor: Any) -> tuple[tuple[float, ...], tuple[float, ...]
     Some processors scale differently from what they declare, or normalise twice.
     """
     import torch
-    from PIL import Image
 
     normalises = getattr(processor, "do_normalize", False)
     declared = [processor.image_mean, processor.image_std] if normalises else [_NO_MEAN, _NO_STD]
     said = torch.tensor(declared, dtype=torch.float64)
     # A processor may fail on these pictures, or normalise each picture on its own.
     with suppress(Exception):
-        plain = [Image.new("RGB", (256, 256), (level,) * 3) for level in (0, 255)]
-        black, white = (_processed(processor, each).double().flatten(1) for each in plain)
-        place = (white - black).sum(0).abs().argmax()  # other places may be padding
-        std = 1 / (white - black)[:, place]
-        does = torch.stack([(0 - black[:, place]) * std, std])
+        matrix, offset = colours_of(partial(_processed, processor))
+        std = 1 / matrix.sum(1)
+        does = torch.stack([(0 - offset) * std, std])
         if does.isfinite().all() and not torch.allclose(does, said, atol=1e-4):
             said = does
     mean, deviation = said.tolist()

@@ -20,7 +20,7 @@ from tucker_cam.errors import BadTypeError, BadValueError
 from tucker_cam.models.checkpoints import load_checkpoint
 from tucker_cam.models.families import build_network, family_of
 from tucker_cam.models.layers import DryRun, SpatialLayer, choose_layers, common_transform, dry_run
-from tucker_cam.models.network import Network, Preprocessing, imagenet_preprocessing, preprocessed
+from tucker_cam.models.network import Network, Preprocessing, colours_of, imagenet_preprocessing, preprocessed
 from tucker_cam.seeding import seeded
 from tucker_cam.text import kind_and_line, one_line
 
@@ -271,17 +271,8 @@ def _tries(network: Network, number: int) -> list[Tensor]:
 
 def _same_colours(preprocess: Callable[[Any], Tensor], mean: Sequence[float], std: Sequence[float]) -> bool:
     """Return whether a preprocessing changes a colour as this mean and deviation do; one for BGR does not."""
-    from PIL import Image
-
-    picture = Image.new("RGB", (256, 256), (200, 60, 10))
-    own, usual = (
-        preprocessed(each, picture, "a red picture").cpu().float()
-        for each in (preprocess, Preprocessing(mean=mean, std=std))
-    )
-    if own.dim() != 3 or len(own) != 3:
-        return False
-    # One place is enough, as others may be padding.
-    return bool(((own.flatten(1) - usual[:, :1, 0]).abs().amax(0) < _COLOUR).any())
+    own, usual = (torch.column_stack(colours_of(each)) for each in (preprocess, Preprocessing(mean=mean, std=std)))
+    return own.shape == usual.shape and bool(((own - usual).abs() < _COLOUR).all())
 
 
 def _crops(preprocess: Callable[[Any], Tensor]) -> bool:

@@ -138,15 +138,10 @@ class Network:
     @cached_property
     def _exchanges_colours(self) -> bool:
         """Whether the preprocessing turns red, green, blue into blue, green, red."""
-        import torch
-        from PIL import Image
-
         with suppress(BadValueError, BadTypeError):
-            plain = [Image.new("RGB", (256, 256), colour) for colour in ("red", "blue")]
-            # The mean cancels out in their difference.
-            red, blue = (self.made_of(each, "a plain picture").float().flatten(1).mean(1).cpu() for each in plain)
-            change = (red - blue) * torch.tensor(self.std, device="cpu")
-            return bool(change[-1] > 0 > change[0])
+            matrix, _ = colours_of(self.preprocess, self.frames)
+            redder = (matrix[:, 0] - matrix[:, 2]) / matrix.sum(1)
+            return bool(redder[-1] > 0 > redder[0])
         return False
 
     def example(self) -> Tensor:
@@ -164,6 +159,23 @@ class Network:
     def made_of(self, picture: Image.Image, name: str) -> Tensor:
         """Return the input for a picture, or for a clip that shows nothing else; raise the errors of `preprocessed`."""
         return preprocessed(self.preprocess, picture if self.frames is None else [picture] * self.frames, name)
+
+
+def colours_of(preprocess: Callable[[Any], Tensor], frames: int | None = None) -> tuple[Tensor, Tensor]:
+    """Find what a preprocessing makes of colours in [0, 1], by plain pictures; the errors are those of `preprocessed`.
+
+    Returns:
+        The matrix, channels x 3, and the offset of each channel, float64: the input is ``matrix @ colour + offset``.
+    """
+    import torch
+    from PIL import Image
+
+    plain = (Image.new("RGB", (256, 256), colour) for colour in ("black", "red", "lime", "blue"))
+    sent = [preprocessed(preprocess, each if frames is None else [each] * frames, "a plain picture") for each in plain]
+    black, *colours = (each.detach().cpu().double().flatten(1) for each in sent)
+    changes = torch.stack(colours, dim=-1) - black[..., None]
+    place = changes.abs().sum((0, 2)).argmax()  # other places may be padding
+    return changes[:, place], black[:, place]
 
 
 def preprocessed(preprocess: Callable[[Any], Tensor], picture: object, name: str) -> Tensor:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from tucker_cam.models.network import colours_of
+
 # Interpolation bends the coordinates at the edges of what is seen.
 _EDGE = 0.04
 # Relative to the picture's side: a preprocessing that turns or warps a picture leaves a larger residual.
@@ -80,11 +82,9 @@ def _coordinates(
 
 @lru_cache(maxsize=8)
 def _levels(preprocess: Callable[[Any], Tensor], frames: int | None) -> tuple[Tensor, Tensor]:
-    """Return what black and white become in each channel, read in the middle, which is never padding."""
-    # The size of the picture that every network is given in its dry run.
-    sent = [_sent(preprocess, np.full((256, 256, 3), level, np.uint8), frames) for level in (0, 255)]
-    black, white = (each[:, each.shape[1] // 2, each.shape[2] // 2, None, None] for each in sent)
-    return black, white
+    """Return what black and white become in each channel."""
+    matrix, black = colours_of(preprocess, frames)
+    return black[:, None, None], (black + matrix.sum(1))[:, None, None]
 
 
 def _sent(preprocess: Callable[[Any], Tensor], picture: NDArray[np.uint8], frames: int | None) -> Tensor:
