@@ -128,11 +128,14 @@ def test_a_preprocessing_that_does_more_to_the_colours_than_the_usual_one_is_not
     def with_opacity(picture):
         return transforms.functional.to_tensor(picture.convert("RGBA"))
 
-    whole, opaque = (
-        replace(CAFFE, preprocess=lambda picture, own=own: own(picture)[:, 80:170, 80:170])
-        for own in (blue_green_red, with_opacity)
+    def brighter(picture):
+        return 0.1 + transforms.functional.to_tensor(picture)
+
+    whole, opaque, bright = (
+        replace(CAFFE, preprocess=lambda picture, own=own: own(picture)[:, 80:170, 80:170], std=(std,) * 3)
+        for own, std in ((blue_green_red, 1 / 255), (with_opacity, 1), (brighter, 1))
     )
-    for network in (whole, opaque):
+    for network in (whole, opaque, bright):
         with pytest.raises(ValueError, match="Sequential: its preprocessing does more to the colours"):
             load_model(network, **changed)
     assert load_model(whole, size=32, mean=(0,) * 3, std=(1,) * 3).preprocess.size == 32
