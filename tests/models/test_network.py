@@ -3,6 +3,7 @@
 import json
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import networks
 import numpy as np
@@ -15,7 +16,7 @@ from torchvision import transforms
 from transformers import BitImageProcessor, EfficientNetImageProcessor, MobileViTImageProcessor, ViTImageProcessor
 
 from tucker_cam.models import Network, Preprocessing, load_model
-from tucker_cam.models.network import IMAGENET_MEAN, IMAGENET_STD, imagenet_preprocessing
+from tucker_cam.models.network import IMAGENET_MEAN, IMAGENET_STD, colours_of, imagenet_preprocessing
 
 TINY = "networks:tiny_loaded_model"
 # The left half is black, the right one white, the upper and lower quarters are red.
@@ -114,13 +115,35 @@ def test_a_network_of_bytes_and_one_that_normalises_each_picture_show_its_colour
     as_bytes = replace(CAFFE, preprocess=transforms.functional.pil_to_tensor)
     np.testing.assert_allclose(255 * as_bytes.picture(as_bytes.preprocess(RED))[0, 0], [200, 60, 10], atol=1)
 
-    def standardised(picture):
+    def standardised(picture, least):
         pixels = transforms.functional.to_tensor(picture)
-        return (pixels - pixels.mean((1, 2), keepdim=True)) / (pixels.std((1, 2), keepdim=True) + 1e-6)
+        return (pixels - pixels.mean((1, 2), keepdim=True)) / (pixels.std((1, 2), keepdim=True) + least)
 
-    network = replace(CAFFE, preprocess=standardised, mean=(0.3, 0.4, 0.5), std=(0.2,) * 3)
-    shown = network.picture(standardised(PICTURE))
-    assert np.corrcoef(shown[..., 0].ravel(), np.asarray(PICTURE)[..., 0].ravel())[0, 1] > 0.9
+    for least in (1e-6, 0):  # by 0, plain pictures become NaN
+        preprocess = partial(standardised, least=least)
+        network = replace(CAFFE, preprocess=preprocess, mean=(0.3, 0.4, 0.5), std=(0.2,) * 3)
+        shown = network.picture(preprocess(PICTURE))
+        assert np.corrcoef(shown[..., 0].ravel(), np.asarray(PICTURE)[..., 0].ravel())[0, 1] > 0.9
+
+
+def test_what_a_preprocessing_makes_of_colours_is_told_from_padding_and_its_edges():
+    padding = transforms.Pad((0, 0, 500, 500)), transforms.Pad(20, fill=127)
+    resizing = transforms.Resize(80, transforms.InterpolationMode.BICUBIC)
+    last = transforms.ToTensor(), transforms.Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    for first in padding:
+        for steps in ((first, *last), (first, resizing, *last)):
+            matrix, offset = colours_of(transforms.Compose(steps))
+            np.testing.assert_allclose(matrix, np.diag([5, 4, 10 / 3]), atol=1e-5)
+            np.testing.assert_allclose(offset, [-2, -2, -2], atol=1e-5)
+
+
+def test_a_preprocessing_that_cuts_off_black_borders_is_shown_and_replaced_as_others_are():
+    def without_borders(picture):
+        return transforms.functional.to_tensor(picture.crop(picture.getbbox() or (0, 0, 8, 8)))
+
+    network = replace(CAFFE, preprocess=without_borders, std=(1,) * 3)
+    np.testing.assert_allclose(255 * network.picture(without_borders(RED))[0, 0], [200, 60, 10], atol=1)
+    assert load_model(network, size=32).preprocess.size == 32
 
 
 @pytest.mark.parametrize("changed", [{"size": 32}, {"crop": False}, {"mean": (0,) * 3}])
@@ -135,7 +158,8 @@ def test_a_preprocessing_that_does_more_to_the_colours_than_the_usual_one_is_not
         replace(CAFFE, preprocess=lambda picture, own=own: own(picture)[:, 80:170, 80:170], std=(std,) * 3)
         for own, std in ((blue_green_red, 1 / 255), (with_opacity, 1), (brighter, 1))
     )
-    for network in (whole, opaque, bright):
+    row = replace(CAFFE, preprocess=lambda picture: whole.preprocess(picture).flatten())
+    for network in (whole, opaque, bright, row):
         with pytest.raises(ValueError, match="Sequential: its preprocessing does more to the colours"):
             load_model(network, **changed)
     assert load_model(whole, size=32, mean=(0,) * 3, std=(1,) * 3).preprocess.size == 32

@@ -170,12 +170,17 @@ def colours_of(preprocess: Callable[[Any], Tensor], frames: int | None = None) -
     import torch
     from PIL import Image
 
-    plain = (Image.new("RGB", (256, 256), colour) for colour in ("black", "red", "lime", "blue"))
+    # A fifth of white, and that with one colour at four fifths. None is black, which a preprocessing may cut off.
+    levels = ((51, 51, 51), (204, 51, 51), (51, 204, 51), (51, 51, 204))
+    plain = (Image.new("RGB", (256, 256), level) for level in levels)
     sent = [preprocessed(preprocess, each if frames is None else [each] * frames, "a plain picture") for each in plain]
-    black, *colours = (each.detach().cpu().double().flatten(1) for each in sent)
-    changes = torch.stack(colours, dim=-1) - black[..., None]
-    place = changes.abs().sum((0, 2)).argmax()  # other places may be padding
-    return changes[:, place], black[:, place]
+    grey, *colours = (torch.atleast_2d(each.detach().cpu().double().nan_to_num()).flatten(1) for each in sent)
+    changes = (torch.stack(colours, dim=-1) - grey[..., None]) / 0.6
+    strengths = changes.abs().sum((0, 2))
+    # What does not change is padding. At its edges interpolation overshoots, so the median place is taken.
+    inside = strengths >= strengths.max() / 2
+    matrix = changes[:, inside].median(1).values
+    return matrix, grey[:, inside].median(1).values - 0.2 * matrix.sum(1)
 
 
 def preprocessed(preprocess: Callable[[Any], Tensor], picture: object, name: str) -> Tensor:
