@@ -122,11 +122,11 @@ def find_target_layer(model: nn.Module, example: Tensor) -> SpatialLayer:
 def dry_run(model: nn.Module, example: Tensor) -> DryRun:
     """Run the model in eval mode and without gradients, and record which layers put out spatial maps.
 
-    Across a long input the maps hardly vary: if no layer is found on it, a square shows which ones follow the picture.
+    Across a long or small input the maps hardly vary: if no layer is found on it, a square picture shows which ones
+    follow it.
     """
     run = _run_once(model, example)
-    height, width = example.shape[-2:]
-    if run.target is None and height != width:
+    if run.target is None:
         # A network for one input size fails on another.
         with suppress(Exception):
             square = _run_once(model, example.new_zeros(*example.shape[:-2], _SQUARE, _SQUARE))

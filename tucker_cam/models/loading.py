@@ -287,12 +287,6 @@ def _crops(preprocess: Callable[[Any], Tensor]) -> bool:
 
 def _dry_run(spec: str, network: Network) -> DryRun:
     example = network.example()
-    if network.takes is not None and example.dim() == 4 and example.shape[-2] == example.shape[-1]:
-        # Maps of a small input are small, and it is hard to tell whether they follow it: a picture is tried first.
-        with suppress(Exception):
-            run = dry_run(network.model, replace(network, takes=None).example())
-            if run.target is not None:
-                return run
     try:
         return dry_run(network.model, example)
     except Exception as error:
