@@ -1,4 +1,3 @@
-import errno
 import os
 
 import numpy as np
@@ -8,21 +7,13 @@ from tucker_cam.errors import BadValueError
 from tucker_cam.writing import complete_or_absent, only_run
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (KeyboardInterrupt("key"), "key"),
-        (OSError(errno.ENOSPC, "No space left"), r"No space left.*x\.png"),
-        (OSError("odd"), "odd"),
-    ],
-)
-def test_an_interrupted_write_leaves_nothing_and_a_full_disk_says_where(tmp_path, error, said):
+def test_an_interrupted_write_leaves_nothing(tmp_path):
     def interrupted():
         with complete_or_absent(tmp_path / "x.png") as unfinished:
             unfinished.write_bytes(b"half")
-            raise error
+            raise KeyboardInterrupt
 
-    with pytest.raises(type(error), match=said):
+    with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not list(tmp_path.iterdir())
 

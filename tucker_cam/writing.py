@@ -27,11 +27,6 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         unfinished.replace(path)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        # On a full disk, for example, the error does not name the file.
-        raise BadFileError(error.errno, error.strerror, str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
