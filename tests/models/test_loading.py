@@ -147,14 +147,13 @@ def test_ones_own_module_or_network_is_loaded_by_module_and_function():
         ("hf:nobody/nothing", {}, OSError, "hf:nobody/nothing could not be had"),
         # A masked autoencoder shuffles the patches.
         ("hf:facebook/vit-mae-base", {}, NoLayerError, r"2 can be named, .* `embeddings\.patch_embeddings` 196x16"),
-        ("nowhere:model", {}, ValueError, "no module 'nowhere' here"),
+        ("nowhere:model", {}, ValueError, r"nowhere could not be imported \(.*No module named 'nowhere'\)$"),
         ("networks:missing", {}, ValueError, "networks has no function or class 'missing'"),
         ("builtins:dict", {}, TypeError, "torch.nn.Module or a tucker_cam.models.Network from .*, got dict"),
         ("networks:raises", {}, ValueError, r"networks:raises could not be built \(RuntimeError: .*\)"),
         (nn.Embedding(10, 4), {}, ValueError, r"one picture of 3x224x224, and it failed on it \(RuntimeError: "),
         ("broken:f", {}, ValueError, r"broken could not be imported \(SyntaxError"),
-        ("lacking:f", {}, ModuleNotFoundError, r"lacking could not be imported \(No module named 'no_such'\)$"),
-        ("needing:f", {}, ModuleNotFoundError, r"needing:f could not be built \(No module named 'no_such'\)$"),
+        ("needing:f", {}, ValueError, r"needing:f could not be built \(.*No module named 'no_such'\)$"),
         (TINY, {"mean": 0.5}, ValueError, r"of three numbers in \[0, 1\], std above 0, got 0.5 and"),
         ("ending:f", {}, ValueError, r"ending:f could not be built \(SystemExit: no arguments\)"),
         (TINY, {"pretrained": False}, ValueError, f"{TINY}: expected a model of a library or hub for random weights"),
@@ -176,7 +175,6 @@ def test_ones_own_module_or_network_is_loaded_by_module_and_function():
 )
 def test_what_gives_no_model_is_one_clear_line(model, options, error, message):
     Path("broken.py").write_text("def f(:")
-    Path("lacking.py").write_text("import no_such")
     Path("needing.py").write_text("def f():\n    import no_such")
     Path("ending.py").write_text("def f():\n    raise SystemExit('no arguments')")
     with pytest.raises(error, match=message) as raised:

@@ -75,12 +75,11 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
         built = family.build(spec if family is _OWN else rest, pretrained)
     except TuckerCamError:
         raise
-    except ModuleNotFoundError as error:
-        ours = error.name is not None and error.name.partition(".")[0] in family.packages
-        what = f"needs the package {error.name}: {install(family.extra)}" if ours else f"could not be built ({error})"
-        raise MissingPackageError(f"the model {spec} {what}", name=error.name) from error
     except (Exception, SystemExit) as error:
         # Libraries, repositories and users' functions fail in many ways; a script that parses arguments may exit.
+        if isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in family.packages:
+            needed = f"the model {spec} needs the package {error.name}: {install(family.extra)}"
+            raise MissingPackageError(needed, name=error.name) from error
         if isinstance(error, (OSError, UnpicklingError)) and pretrained and family.random:
             raise BadFileError(
                 f"{spec} could not be had ({one_line(error)}); with random weights, pretrained=False or "
