@@ -93,7 +93,7 @@ def test_no_name_in_a_manifest_leads_out_of_the_folder_of_results(pictures, tmp_
     victim.write_text("mine")
     assert run("explain", pictures, *MODEL, "--format", "npy", "--out", out).exit_code == 0
     manifest = json.loads((out / "manifest.json").read_text())
-    manifest["pictures"][str(pictures / "a.png")] = {"name": "../victim", "modified": 0}
+    manifest["pictures"][str(pictures / "a.png")] = {"name": "../victim", "modified": 0, "size": 0}
     (out / "manifest.json").write_text(json.dumps(manifest))
     # The picture changed since, says the manifest: what an earlier run wrote of it is removed.
     assert run("explain", pictures, *MODEL, "--format", "npy", "--out", out).exit_code == 0

@@ -508,8 +508,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_every_picture_once_and_w
 def test_what_is_no_manifest_is_one_clear_error(pictures, out):
     assert run(pictures, *MODEL, "--out", out).exit_code == 0
     whole = manifest_of(out)
-    endless = {"a": {"name": "x", "modified": float("inf")}}
-    twice = {"a": {"name": "x", "modified": 0}, "b": {"name": "x", "modified": 0}}
+    endless = {"a": {"name": "x", "modified": float("inf"), "size": 0}}
+    twice = {"a": {"name": "x", "modified": 0, "size": 0}, "b": {"name": "x", "modified": 0, "size": 0}}
     entries = [[], None, {"a": 1}, {"a": {"name": "x"}}, endless, twice]
     edited = [{"pictures": each} for each in entries] + [{"layers": 5}, {"methods": [["a"]]}, {"methods": [1]}]
     for text in [json.dumps(whole | each) for each in edited] + ["", "[]", '{"name": "an app"}', "[" * 100_000]:

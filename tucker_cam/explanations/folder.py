@@ -127,7 +127,7 @@ class FolderWriter:
                     manifest.stamps[key] = NOT_OURS
                     self._fail(picture, not_of_a_run(taken[0]))
                     continue
-            elif before.differs(manifest.stamps[key]):
+            elif before != manifest.stamps[key]:
                 try:
                     removed = remove_files(manifest, key)
                     logger.info(f"note: {picture} has changed; files removed that earlier runs wrote of it: {removed}")

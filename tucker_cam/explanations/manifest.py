@@ -20,7 +20,7 @@ from tucker_cam.pictures.sources import MANIFEST, Stamp, safe_name
 from tucker_cam.pictures.view import View
 from tucker_cam.writing import complete_or_absent
 
-NOT_OURS = Stamp(-1, None)
+NOT_OURS = Stamp(-1, -1)
 """The stamp of a picture whose files were there before and belong to somebody else."""
 _PACKAGES = ("tucker-cam", "torch", "numpy", "grad-cam", "pillow")
 _RUN = frozenset(["engine", "model", "weights", "layers", "aug_smooth", "preprocessing"])
@@ -58,8 +58,7 @@ class Manifest:
         self.methods = list(content["methods"])
         for key, picture in content["pictures"].items():
             self.names[key] = safe_name(picture["name"])
-            size = picture.get("size")
-            self.stamps[key] = Stamp(int(picture["modified"]), None if size is None else int(size))
+            self.stamps[key] = Stamp(int(picture["modified"]), int(picture["size"]))
             if "view" in picture:
                 self.views[key] = picture["view"]
         if len(set(self.names.values())) < len(self.names):

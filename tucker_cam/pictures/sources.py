@@ -47,14 +47,10 @@ logger = logging.getLogger("tucker_cam")
 
 
 class Stamp(NamedTuple):
-    """When a file was last written, in nanoseconds, and its size in bytes: 0 if unknown, None in an older manifest."""
+    """When a file was last written, in nanoseconds, and its size in bytes: 0 if unknown."""
 
     modified: int
-    size: int | None
-
-    def differs(self, now: Stamp) -> bool:
-        """Return whether the file has changed since then."""
-        return self.modified != now.modified or self.size not in (None, now.size)
+    size: int
 
 
 @dataclass(frozen=True)
