@@ -91,30 +91,19 @@ def find_inputs(data: Data, annotations: Annotations | None, limit: int | None) 
 def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, NetworkView | Tensor]]:
     for names, images, others in named_inputs(batches):
         views: Iterable[NetworkView | Tensor] = images
-        # Skip labels, also one-hot ones, and second views. After the first of these, take only what must be masks.
-        spatial = [each for each in others if getattr(each, "ndim", 0) > 2 and not _is_view(each, images)]
-        found = [each for each in spatial if "bool" in str(each.dtype)] or [
-            each for each in spatial if each is others[0] or _is_of_a_masks_shape(each, images)
-        ]
-        if found:
+        # Labels, also one-hot ones, have fewer axes.
+        if found := [each for each in others if getattr(each, "ndim", 0) > 2]:
             masks = torch.as_tensor(found[0])
             masks = masks.squeeze(1) if masks.dim() == images.dim() else masks
             if masks.dtype != torch.bool:
-                raise BadTypeError(f"expected masks of bool, got {masks.dtype}: use masks > 0")
+                raise BadTypeError(
+                    f"expected masks of bool after the images, got {masks.dtype}: use masks > 0, or leave out what is "
+                    "no mask"
+                )
             if len(masks) != len(images):
                 raise BadValueError(f"expected a mask for each of {len(images)} images, got {len(masks)}")
             views = [NetworkView(image, mask, []) for image, mask in zip(images, masks, strict=True)]
         yield from zip(names, views, strict=True)
-
-
-def _is_view(given: Tensor, images: Tensor) -> bool:
-    return given.shape[1:] == images.shape[1:] and images.shape[1] > 1
-
-
-def _is_of_a_masks_shape(given: Tensor, images: Tensor) -> bool:
-    """Return whether these are integers meant as masks; a depth map or a second view in grey has floats."""
-    one_each = given.ndim < images.ndim or given.shape[1] == 1
-    return one_each and given.shape[-2:] == images.shape[-2:] and "float" not in str(given.dtype)
 
 
 def read_pictures(collection: Collection, network: Network, batch_size: int) -> Iterator[list[Read]]:
