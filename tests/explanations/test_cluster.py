@@ -64,11 +64,6 @@ def refused(out, *options):
     return " ".join(result.stderr.split())
 
 
-def test_a_cluster_without_actors_is_refused(out):
-    error = refused(out, "--engine", "ray", "--workers", 0)
-    assert "expected at least one actor to explain the pictures, got workers=0" in error
-
-
 def test_tables_of_somebody_else_are_left_alone(out):
     (out / "maps-berlin.parquet").write_text("mine")
     error = refused(out, "--engine", "ray")

@@ -62,11 +62,9 @@ def explain_on_ray(
     Every node reads pictures and writes to `out`.
 
     Raises:
-        ValueError: `workers` is 0; another run is writing to `out`; or `out` holds files that are not of a run.
+        ValueError: another run is writing to `out`; or `out` holds files that are not of a run.
         OSError: `out` could not be written.
     """
-    if workers == 0:
-        raise BadValueError("expected at least one actor to explain the pictures, got workers=0")
     filesystem, root = url_to_fs(out)
     filesystem.makedirs(root, exist_ok=True)
     # There is no lock that works on every other file system.

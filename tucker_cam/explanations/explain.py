@@ -94,7 +94,7 @@ def explain(
         limit: how many pictures to take: a random sample, the same every time; of batches, the first ones.
         batch_size: how many pictures go through the network together; None for 8, or on a GPU for what it holds.
         workers: processes that read pictures ahead, as in a DataLoader; None for all cores but one, at most 8. With
-            ``ray``, the number of actors.
+            ``ray``, the number of actors; 0 or None for all cores but one.
         engine: what does the work that is written to `out`: this process, or a Ray cluster, which writes Parquet.
         progress: show a bar while files are written.
 
