@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
@@ -211,19 +211,16 @@ class Evaluation:
         """Draw a page of all means and, for a folder of pictures, each method's best, median and worst picture.
 
         Raises:
-            ValueError, OSError: the path does not end in .png, .jpg, .pdf or .svg, or cannot be written.
+            ValueError, OSError: the path does not end in .png, .jpg, .pdf or .svg, or cannot be written; or a picture
+                cannot be read any more.
         """
         check_output(Path(path), formats=FORMATS)
         summaries = self.summary()
         shown = {each.name: each for each in self.measures if any(each.name in found for found in summaries.values())}
         ranked_by = next(shown[name] for name in _RANKED_BY if name in shown)
         known = () if self._inputs.samples is None else (*self._methods, *CONTROLS)
-        examples = []
-        for method, picture, heading in pick_examples(self.rows, ranked_by):
-            if method in known:
-                # A picture may have been damaged or removed since it was scored.
-                with suppress(OSError, ValueError):
-                    examples.append(self._example(method, picture, heading))
+        picked = [each for each in pick_examples(self.rows, ranked_by) if each[0] in known]
+        examples = [self._example(*each) for each in picked]
         title = f"{self.loaded.name}, {self.loaded.layer_names[0]}: {counted(self.scored)}"
         write_report(Path(path), title, summaries, [*shown.values()], examples, ranked_by)
 
