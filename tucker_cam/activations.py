@@ -160,7 +160,6 @@ class FeatureRecorder:
         return Source(self.model, layer, self.reshape_transform)
 
     def clear(self) -> None:
-        """Drop the recorded feature maps."""
         self.activations = []
 
     def release(self) -> None:

@@ -62,8 +62,6 @@ _EXTRAS = {"pyarrow": "ray", "ray": "ray", "zarr": "zarr"}
 
 
 class _Say(logging.Handler):
-    """Prints the library's log messages."""
-
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
 

@@ -23,7 +23,6 @@ Builder = Callable[..., BaseCAM]
 
 
 def score_names(network: Network) -> tuple[str, ...]:
-    """Return the names of the scores that `score_of` gives."""
     return ("probability", "similarity") if network.classifies else ("similarity",)
 
 

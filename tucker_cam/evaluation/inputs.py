@@ -43,7 +43,6 @@ class Inputs(NamedTuple):
 
     @property
     def number(self) -> int | None:
-        """The number of pictures; None if it is not known."""
         return None if self.samples is None else len(self.samples)
 
     def read(self, network: Network, batch_size: int, workers: int | None) -> Iterator[list[Read]]:
@@ -107,7 +106,6 @@ def _of_batches(batches: Iterable[Any]) -> Iterator[tuple[str, NetworkView | Ten
 
 
 def read_pictures(collection: Collection, network: Network, batch_size: int) -> Iterator[list[Read]]:
-    """Yield pictures that `collect` found, in batches."""
     for part in collection.parts():
         for batch in in_batches(part, batch_size):
             yield [*zip(map(str, batch), read_batch(batch, network).inputs, strict=True)]

@@ -205,7 +205,6 @@ class _Tables(NamedTuple):
 
 
 def _read_tables(filesystem: Any, folder: str, *, known: Collection[str] = ()) -> _Tables:
-    """Read all tables except the known ones."""
     # Ray has written tables that the file system's cache does not know.
     filesystem.invalidate_cache()
     tables = _Tables(sorted({*filesystem.glob(f"{folder}/{TABLES}*.parquet")}.difference(known)), set(), {}, [])

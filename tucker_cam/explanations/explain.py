@@ -236,7 +236,6 @@ class Explanations:
         return f"<Explanations of {count} by {', '.join(self._explainer.methods)}{failed}; {self.loaded.description}>"
 
     def _repr_html_(self) -> str:
-        """Show the first explanations in a notebook."""
         # A copy, so that showing the explanations does not change the failures.
         shown = copy(self)
         pictures = "".join(explanation._repr_html_() for explanation in islice(shown, _MOST_SHOWN))

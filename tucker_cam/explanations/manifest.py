@@ -84,7 +84,6 @@ class Manifest:
         self.views[key] = None if view is None else [round(edge, 2) for edge in view]
 
     def write(self) -> None:
-        """Write the manifest; OSError if that fails."""
         pictures = {key: {"name": name, **self.stamps[key]._asdict()} for key, name in self.names.items()}
         for key, view in self.views.items():
             pictures[key]["view"] = view
@@ -106,7 +105,6 @@ def identity(loaded: LoadedModel, engine: Literal["torch", "ray"], *, aug_smooth
 
 
 def manifests_in(out: Path) -> list[Path]:
-    """Return the manifests of a folder and of the folders directly below it."""
     return [path for path in (out / MANIFEST, *sorted(out.glob(f"*/{MANIFEST}"))) if path.is_file()]
 
 
@@ -158,7 +156,6 @@ def not_of_a_run(taken: Path | str) -> BadValueError:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that computed the maps."""
     return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
 
 
