@@ -59,10 +59,6 @@ def test_localisation_agrees_with_a_case_by_hand_and_its_definition_and_is_nan_w
     torch.testing.assert_close(metric(maps, masks), expected, equal_nan=True)
 
 
-def test_the_thresholds_can_be_given():
-    torch.testing.assert_close(metrics.best_threshold_iou(MAP, MASK, [0.05, 0.9]), torch.tensor([4 / 6]))
-
-
 def test_an_empty_map_finds_nothing_and_a_uniform_one_the_objects_area():
     empty = torch.zeros_like(MAP)
     assert metrics.energy_in_mask(empty, MASK) == 0

@@ -36,7 +36,6 @@ Score = Callable[[Tensor], Tensor]
 Better = Literal["higher", "lower", ""]
 """Which of two numbers of a measure is better; neither if it is empty."""
 
-TENTHS = tuple(tenth / 10 for tenth in range(1, 10))
 _ROUNDING = 1e-4
 # A probability of nearly 1 has no room to gain: float32 rounding there must not count as a gain of 100 %.
 _LEAST_ROOM = 1e-6
@@ -76,8 +75,8 @@ def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
     return _undefined_without_object(_energy_share(maxima * masks, maxima), masks)
 
 
-def best_threshold_iou(maps: Tensor, masks: Tensor, thresholds: Sequence[float] = TENTHS) -> Tensor:
-    r"""Return $\max_t\, |\{m \ge t\} \cap M| / |\{m \ge t\} \cup M|$ over the thresholds t, for each map on its own.
+def best_threshold_iou(maps: Tensor, masks: Tensor) -> Tensor:
+    r"""Return $\max_t\, |\{m \ge t\} \cap M| / |\{m \ge t\} \cup M|$ for each map, over t = 0.1, 0.2 ... 0.9.
 
     It tells how well the object could be cut out of the map (after Choe et al. 2020, arXiv 2001.07437, who choose one
     threshold for all maps, and put a box around the selected pixels). In [0, 1], higher is better; a uniform map scores
@@ -85,7 +84,7 @@ def best_threshold_iou(maps: Tensor, masks: Tensor, thresholds: Sequence[float] 
     large objects.
     """
     maps = _checked(maps, masks)
-    best = torch.stack([_iou(maps >= threshold, masks) for threshold in thresholds]).amax(0)
+    best = torch.stack([_iou(maps >= tenth / 10, masks) for tenth in range(1, 10)]).amax(0)
     return _undefined_without_object(best, masks)
 
 
