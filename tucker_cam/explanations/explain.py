@@ -179,10 +179,6 @@ class Explanations:
             raise BadTypeError("the number of pictures in batches is not known: count them while you iterate")
         return self._pictures.number + len(self._pictures.failures)
 
-    def __bool__(self) -> bool:
-        """Return True; without this method Python would call `len`, which may not be known."""
-        return True
-
     def __iter__(self) -> Iterator[Explanation]:
         self.failures = []
         for failure in self._pictures.failures:
