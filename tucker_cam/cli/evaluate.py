@@ -53,9 +53,7 @@ def evaluate_folder(
 def print_table(summaries: Mapping[str, Mapping[str, Summary]], measures: Sequence[Measure]) -> None:
     """Print a table by method, 80 columns wide, of the three requested measures that say the most."""
     scored = [each for each in measures if any(each.name in of_method for of_method in summaries.values())]
-    # User-defined measures, then those of the list, then the others.
-    order = [each.name for each in scored if not each.group] + [*_SAY_MOST]
-    shown = sorted(scored, key=lambda each: order.index(each.name) if each.name in order else len(order))[:3]
+    shown = sorted(scored, key=lambda each: [*_SAY_MOST, each.name].index(each.name))[:3]
     table = Table(Column("method", overflow="fold"), box=None, padding=(0, 1, 0, 0))
     for measure in shown:
         table.add_column(measure.heading, justify="right")
