@@ -127,7 +127,7 @@ class FeatureRecorder:
             raise
 
     def __call__(self, images: Any) -> Any:
-        self.clear()
+        self.activations = []
         outputs, recorded = self._run(images)
         while rewritten := {layer for layer, found in recorded.items() if found.is_rewritten}:
             _REWRITTEN.update(rewritten)
@@ -159,12 +159,9 @@ class FeatureRecorder:
     def _source(self, layer: nn.Module) -> Source:
         return Source(self.model, layer, self.reshape_transform)
 
-    def clear(self) -> None:
-        self.activations = []
-
     def release(self) -> None:
         """Drop the recorded feature maps and remove the hooks from the model."""
-        self.clear()
+        self.activations = []
         while self.handles:
             self.handles.pop().remove()
 

@@ -14,7 +14,7 @@ from tucker_cam.errors import BadFileError, BadValueError, Failure, TuckerCamErr
 from tucker_cam.explanations.explainer import Explainer
 from tucker_cam.explanations.explanation import Explanation, Look
 from tucker_cam.explanations.gallery import write_gallery
-from tucker_cam.explanations.manifest import NOT_OURS, Manifest, folder_of_run, identity, manifests_in, not_of_a_run
+from tucker_cam.explanations.manifest import NOT_OURS, Manifest, identity, manifests_in, not_of_a_run, place_of_run
 from tucker_cam.explanations.outputs import FORMATS, PAGE, STORE, GalleryParts, Output, gallery_entries
 from tucker_cam.methods import check_name, check_own_names
 from tucker_cam.pictures.ahead import cores, in_batches
@@ -84,7 +84,8 @@ class FolderWriter:
         """
         with only_run(self.out / MANIFEST):
             run = identity(self.explainer.loaded, "torch", aug_smooth=self.explainer.aug_smooth)
-            manifest = Manifest(folder_of_run(self.out, run), run)
+            earlier = {str(path.parent): path.read_bytes() for path in manifests_in(self.out)}
+            manifest = Manifest(Path(place_of_run(str(self.out), run, earlier)), run)
             if manifest.is_new and manifest.folder != self.out:
                 logger.info(f"note: {self.out} holds the results of another run: these go beside them")
             self._claim(manifest)

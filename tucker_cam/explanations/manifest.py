@@ -108,12 +108,6 @@ def manifests_in(out: Path) -> list[Path]:
     return [path for path in (out / MANIFEST, *sorted(out.glob(f"*/{MANIFEST}"))) if path.is_file()]
 
 
-def folder_of_run(out: Path, run: Mapping[str, Any]) -> Path:
-    """Return the folder of a run: `out` itself, or one below it; see `place_of_run`."""
-    texts = {str(path.parent): path.read_bytes() for path in manifests_in(out)}
-    return Path(place_of_run(str(out), run, texts))
-
-
 def place_of_run(out: str, run: Mapping[str, Any], manifests: Mapping[str, bytes]) -> str:
     """Return where the results of a run are or go: `out`, or a folder below it named after the model and layers.
 
