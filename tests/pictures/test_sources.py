@@ -1,6 +1,7 @@
 """Pictures found in files, folders, globs, tables and URLs, read whatever their kind; what cannot be used says why."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -13,13 +14,12 @@ import pytest
 import tifffile
 from annotated import write_picture
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from tucker_cam.errors import BadFileError, BadValueError
 from tucker_cam.pictures.annotations import find_samples
 from tucker_cam.pictures.files import open_picture
 from tucker_cam.pictures.held import collect
-from tucker_cam.pictures.sources import MARK, Source, find_sources, random_sample
+from tucker_cam.pictures.sources import Source, find_sources, random_sample
 
 
 @pytest.fixture
@@ -57,17 +57,25 @@ def test_files_globs_and_folders_name_each_picture_once(pictures, tmp_path, monk
 def test_explain_and_evaluate_find_the_same_files(pictures):
     for suffix in ("gif", "avif", "webp", "bmp", "tiff", "pgm"):
         (pictures / f"x.{suffix}").write_bytes(b"")
-    about = PngInfo()
-    about.add_text(MARK, "{}")
-    write_picture(pictures / "out" / "a_tsm.png")
-    Image.open(pictures / "out" / "a_tsm.png").save(pictures / "out" / "a_tsm.png", pnginfo=about)
-    (pictures / "out" / "manifest.json").write_text('{"versions": {"tucker-cam": "1"}}')
+    # What a run wrote, in any format; its manifest says that the file of b was there before.
+    for name in ("a_tsm.png", "a_my-own.Method.jpg", "deeper/a_tsm.png", "a_other.png", "b_tsm.png", "c_tsm.png"):
+        write_picture(pictures / "out" / name)
+    run = {name: {"name": name, "modified": modified} for name, modified in (("a", 1), ("b", -1), ("deeper/a", 1))}
+    manifest = {"versions": {"tucker-cam": "1"}, "methods": ["tsm", "my_own.Method"], "pictures": run}
+    (pictures / "out" / "manifest.json").write_text(json.dumps(manifest))
+    # Other programs' manifests.
+    (pictures / "manifest.json").write_text("[]")
+    write_picture(pictures / "deeper" / "a_tsm.png")
+    (pictures / "deeper" / "manifest.json").write_text(json.dumps({**manifest, "versions": {}}))
     (pictures / "gone.png").symlink_to("nowhere.png")
     for folder in ("masks", "deeper/SegmentationClass", "SegmentationObject"):
         write_picture(pictures / folder / "a.png")
     paths = [source.path for source in found_in(pictures)]
     assert paths == [str(sample.picture) for sample in find_samples(pictures).samples]
-    assert len(paths) == 10
+    assert [path for path in paths if "/out/" in path] == [
+        str(pictures / "out" / f"{name}.png") for name in ("a_other", "b_tsm", "c_tsm")
+    ]
+    assert len(paths) == 14
     assert len(found_in(pictures / "masks")) == 1
 
 

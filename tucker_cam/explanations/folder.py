@@ -14,13 +14,13 @@ from tucker_cam.errors import BadFileError, BadValueError, Failure, TuckerCamErr
 from tucker_cam.explanations.explainer import Explainer
 from tucker_cam.explanations.explanation import Explanation, Look
 from tucker_cam.explanations.gallery import write_gallery
-from tucker_cam.explanations.manifest import NOT_OURS, Manifest, identity, manifests_in, not_of_a_run, place_of_run
+from tucker_cam.explanations.manifest import Manifest, identity, manifests_in, not_of_a_run, place_of_run
 from tucker_cam.explanations.outputs import FORMATS, PAGE, STORE, GalleryParts, Output, gallery_entries
 from tucker_cam.methods import check_name, check_own_names
 from tucker_cam.pictures.ahead import cores, in_batches
 from tucker_cam.pictures.files import is_url
 from tucker_cam.pictures.held import Collection, Picture, size_of
-from tucker_cam.pictures.sources import MANIFEST, safe_name
+from tucker_cam.pictures.sources import MANIFEST, NOT_OURS, safe_name
 from tucker_cam.pictures.view import view_of
 from tucker_cam.progress import progress
 from tucker_cam.text import counted

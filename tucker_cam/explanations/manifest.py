@@ -20,8 +20,6 @@ from tucker_cam.pictures.sources import MANIFEST, Stamp, safe_name
 from tucker_cam.pictures.view import View
 from tucker_cam.writing import complete_or_absent
 
-NOT_OURS = Stamp(-1, -1)
-"""The stamp of a picture whose files were there before and belong to somebody else."""
 _PACKAGES = ("tucker-cam", "torch", "numpy", "grad-cam", "pillow")
 _RUN = frozenset(["engine", "model", "weights", "layers", "aug_smooth", "preprocessing"])
 _LONGEST_FOLDER = 100

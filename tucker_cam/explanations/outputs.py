@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 
 STORE, PAGE = "maps.zarr", "gallery.html"
+_MARK = "tucker_cam look"
+"""The key in an overlay's PNG under which it says how it was drawn."""
 
 
 class Output(ABC):
@@ -107,10 +109,8 @@ class Overlays(MethodFiles):
     def save(self, path: Path, explanation: Explanation, saliency: NDArray[np.float32]) -> None:
         from PIL.PngImagePlugin import PngInfo
 
-        from tucker_cam.pictures.sources import MARK
-
         about = PngInfo()
-        about.add_text(MARK, json.dumps(self.look._asdict(), default=float))
+        about.add_text(_MARK, json.dumps(self.look._asdict(), default=float))
         if saliency.ndim == 2:
             # Twice as fast as Pillow's default, and a few per cent larger.
             explanation.drawn(saliency, self.look).save(path, compress_level=1, pnginfo=about)
@@ -125,11 +125,10 @@ def _look_of(path: Path) -> Look | None:
     from PIL import Image
 
     from tucker_cam.explanations.explanation import Look
-    from tucker_cam.pictures.sources import MARK
 
     try:
         with Image.open(path) as overlay:
-            look = Look(**json.loads(overlay.info[MARK]))
+            look = Look(**json.loads(overlay.info[_MARK]))
         look.check()
     except (OSError, KeyError, TypeError, ValueError):
         return None

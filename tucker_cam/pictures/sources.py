@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import json
 import logging
 import os
 import random
@@ -19,7 +20,8 @@ from typing import NamedTuple, TypeVar
 from PIL import Image
 
 from tucker_cam.errors import BadValueError, Failure, MissingPackageError, TuckerCamError
-from tucker_cam.pictures.files import decode_frames, is_url, open_file, open_image
+from tucker_cam.methods import name_in_files
+from tucker_cam.pictures.files import decode_frames, is_url, open_file
 from tucker_cam.pictures.tables import encoded_picture, row_names
 from tucker_cam.text import one_line
 
@@ -33,8 +35,6 @@ SINGLE_OBJECTS = "SegmentationObject"
 """VOC's folder for the masks of single objects, which are not needed."""
 MANIFEST = "manifest.json"
 """The file that marks a folder of results."""
-MARK = "tucker_cam look"
-"""The key in an overlay's PNG under which it says how it was drawn."""
 TABLES = "maps-"
 """How the names of Ray's tables of maps begin."""
 _TABLE = ".parquet"
@@ -51,6 +51,10 @@ class Stamp(NamedTuple):
 
     modified: int
     size: int
+
+
+NOT_OURS = Stamp(-1, -1)
+"""The stamp of a picture whose files were there before a run and belong to somebody else."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +144,12 @@ def is_annotation(file: Path, root: Path) -> bool:
 
 
 def without_results(files: Sequence[Path], root: Path) -> list[Path]:
-    """Leave out the overlays and tables in folders of results, `root` or below it; keep all other files in them."""
-    folders = {folder for file in files for folder in file.parents if folder.is_relative_to(root)}
-    results = {folder for folder in folders if _holds_results(folder)}
-    return [file for file in files if results.isdisjoint(file.parents) or not _is_result(file)]
+    """Leave out what runs wrote into folders, `root` or below it, by their manifests; keep all other files in them."""
+    left = list(files)
+    for folder in {folder for file in files for folder in file.parents if folder.is_relative_to(root)}:
+        if (run := _run_in(folder)) is not None:
+            left = [file for file in left if not (file.is_relative_to(folder) and _is_result(file, folder, *run))]
+    return left
 
 
 def check_limit(limit: int | None) -> None:
@@ -234,16 +240,19 @@ def _in_file(path: str, stem: str) -> list[Source]:
     return [Source(safe_name(name or f"{stem}-{row[0]}-{row[1]}"), path, row) for row, name in names.items()]
 
 
-def _holds_results(folder: Path) -> bool:
-    with suppress(OSError):
-        return b'"tucker-cam"' in (folder / MANIFEST).read_bytes()
-    return False
+def _run_in(folder: Path) -> tuple[set[str], set[str]] | None:
+    """Return the names of the pictures and methods of the run in a folder; None if there is none."""
+    # Other programs have a manifest of this name too, with anything in it.
+    with suppress(Exception):
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        if "tucker-cam" in manifest["versions"]:
+            pictures = manifest.get("pictures", {}).values()
+            names = {each["name"] for each in pictures if each["modified"] != NOT_OURS.modified}
+            return names, {name_in_files(method) for method in manifest.get("methods", [])}
+    return None
 
 
-def _is_result(file: Path) -> bool:
-    if file.suffix == _TABLE:
-        return file.name.startswith(TABLES)
-    # Pillow's decoders raise nearly anything.
-    with suppress(Exception), open_image(file) as picture:
-        return MARK in picture.info
-    return False
+def _is_result(file: Path, folder: Path, names: Collection[str], methods: Collection[str]) -> bool:
+    name, _, method = file.relative_to(folder).with_suffix("").as_posix().rpartition("_")
+    is_table = file.suffix == _TABLE and file.name.startswith(TABLES)
+    return is_table or (name in names and method in methods)
