@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, BitImageProcessorPil, ViTConfig
 from typer.testing import CliRunner
 
 from tucker_cam.cli import app
+from tucker_cam.explanations.outputs import FORMATS
 from tucker_cam.pictures import files
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ HOSTILE = ["../../evil", "/evil", "a/../../../evil", "..\\..\\evil", "..", "", "
 MARKUP = "<img src=x onerror=alert(1)><script>alert(2)"
 
 
-@pytest.mark.parametrize("form", ["overlay", "npy", "zarr"])
+@pytest.mark.parametrize("form", FORMATS)
 def test_no_name_leads_out_of_the_folder_of_results_and_in_the_gallery_it_is_text(tmp_path, form):
     out, names = tmp_path / "a" / "b" / "c" / "out", [*HOSTILE, MARKUP]
     out.parent.mkdir(parents=True)

@@ -139,6 +139,7 @@ def test_ones_own_module_or_network_is_loaded_by_module_and_function():
         ("resnet50", {}, ValueError, r"timm:NAME, .*: did you mean timm:resnet50 or torchvision:resnet50\?"),
         ("facebook/dinov2-small", {}, ValueError, r"did you mean hf:facebook/dinov2-small\?"),
         ("timm:", {}, ValueError, "got 'timm:'$"),
+        ("timm", {}, ValueError, "got 'timm'$"),
         ("demo:x", {}, ValueError, "got 'demo:x'"),
         ("timm:resnet5", {}, ValueError, "timm has no model 'resnet5'; near it: .*resnet50"),
         ("torchvision:resnet5", {}, ValueError, "torchvision has no model 'resnet5'; near it: .*resnet50"),
@@ -186,7 +187,7 @@ def test_every_family_is_a_row_of_the_readme():
     rows = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").splitlines()
     for family in FAMILIES.values():
         said = [f"`{family.usage}`", family.loads, f"`.[{family.extra}]`" if family.extra else ""]
-        assert [row for row in rows if row.startswith("| `") and all(part in row for part in said)]
+        assert [row for row in rows if row.startswith("| `") and all(part in row for part in said)], said
 
 
 def test_models_of_one_name_and_of_the_same_weights_are_told_apart_by_their_layers_shapes():

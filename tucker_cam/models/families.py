@@ -69,7 +69,7 @@ def build_network(spec: str, *, pretrained: bool) -> Network:
     family = family_of(spec)
     if not name or bool(rest) != (":" in family.usage):
         guess = f"hf:{spec}" if "/" in spec else f"timm:{spec} or torchvision:{spec}"
-        meant = "" if ":" in spec else f": did you mean {guess}?"
+        meant = "" if ":" in spec or spec in FAMILIES else f": did you mean {guess}?"
         raise BadValueError(f"expected a model named {_USAGES}, got {spec!r}{meant}")
     try:
         built = family.build(spec if family is _OWN else rest, pretrained)
