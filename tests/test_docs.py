@@ -12,9 +12,6 @@ from typer.testing import CliRunner
 import tucker_cam
 from tucker_cam import models
 from tucker_cam.cli import app
-from tucker_cam.evaluation import GROUPS
-from tucker_cam.explanations.outputs import FORMATS
-from tucker_cam.methods import LABEL_DEPENDENT, METHODS
 
 README = ROOT / "README.md"
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in [README, *PAGES]}
@@ -102,17 +99,6 @@ def test_the_reference_has_every_public_name():
     ends = re.findall(r"^::: (?:\w+\.)+(\w+)$", TEXTS["api.md"], re.MULTILINE)
     assert "errors" in ends
     assert {*tucker_cam.__all__, *models.__all__} - {*ends} == {"Failure", "TuckerCamError"}  # of the module errors
-
-
-def test_every_method_and_measure_has_its_place_on_the_pages():
-    for method in (*METHODS.values(), *LABEL_DEPENDENT.values()):
-        ours = method.module == "tucker_cam.cams"
-        assert not ours or f"::: tucker_cam.cams.{method.kind}\n" in TEXTS["api.md"], method
-        assert not method.label_free or re.search(rf"^\|.*`{method.name}`", TEXTS["choosing.md"], re.MULTILINE), method
-    for name in FORMATS:
-        assert f"`{name}`" in TEXTS["recipes.md"]
-    for group in GROUPS:
-        assert f"`{group}`" in TEXTS["evaluating.md"]
 
 
 def strings_of_the_package():
