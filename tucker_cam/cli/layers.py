@@ -63,7 +63,8 @@ def print_examined_layers(
         table,
         "TSM's maps: how often the largest value lies on the outermost cells, how often these are brighter than those "
         "inside, how much of the energy the highest tenth holds, and how much of the embedding's direction the "
-        "area-matched map keeps. -> is recommended: keeps most; !! shows where the pictures end, not what is in them.",
+        "area-matched map keeps. -> is recommended: it keeps the most; !! shows where the pictures end, not what is in "
+        "them.",
     )
     if found.pictures < ENOUGH:
         say(f"fewer than {ENOUGH} pictures: with more, another layer may be recommended")
