@@ -184,6 +184,14 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path, make):
         load_checkpoint(seeded(resnet, 3), tmp_path / "w.pth", frozenset())
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+def test_what_is_no_dense_tensor_is_passed_over(tmp_path):
+    source, model = seeded(resnet, 1), seeded(resnet, 3)
+    odd = {"sparse": torch.eye(3).to_sparse(), "meta": torch.empty(2, device="meta")}
+    load(model, source.state_dict() | odd, tmp_path)
+    assert torch.equal(model(IMAGE), source(IMAGE))
+
+
 def test_without_the_package_safetensors_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
     (tmp_path / "w.safetensors").touch()
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)

@@ -164,7 +164,8 @@ def _tensors(content: object, place: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor in a checkpoint with its name, prefixed by the names of the dictionaries that contain it."""
     for name, value in content.items() if isinstance(content, Mapping) else ():
         if isinstance(value, Tensor):
-            yield f"{place}{name}", value
+            if value.layout is torch.strided and not value.is_meta:
+                yield f"{place}{name}", value
         # An optimiser's state repeats the parameters' shapes, and may repeat their names.
         elif not str(name).startswith("opt"):
             yield from _tensors(value, f"{place}{name}/")
