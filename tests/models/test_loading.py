@@ -158,7 +158,7 @@ def test_ones_own_module_or_network_is_loaded_by_module_and_function():
         (TINY, {"mean": 0.5}, ValueError, r"of three numbers in \[0, 1\], std above 0, got 0.5 and"),
         ("ending:f", {}, ValueError, r"ending:f could not be built \(SystemExit: no arguments\)"),
         (TINY, {"pretrained": False}, ValueError, f"{TINY}: expected a model of a library or hub for random weights"),
-        (TINY, {"size": 0}, ValueError, "a grey picture: its preprocessing failed"),
+        (TINY, {"size": 0}, ValueError, "a size of at least one pixel, a whole number, got 0"),
         (TINY, {"mean": (0.5, 0.5)}, ValueError, r"of three numbers in \[0, 1\], std above 0, got \(0.5, 0.5\) and"),
         (TINY, {"mean": (123.7, 116.3, 103.5)}, ValueError, r"got \(123.7"),
         (TINY, {"std": (0, 1, 1)}, ValueError, r"std above 0, got .* and \(0, 1, 1\)"),

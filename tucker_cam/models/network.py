@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
 from tucker_cam.errors import BadTypeError, BadValueError
@@ -38,7 +39,7 @@ class Preprocessing:
         interpolation: how the picture is resized; always with antialiasing.
 
     Raises:
-        ValueError: mean or std is not three numbers in its range.
+        ValueError: the size is not a whole number above 0, or mean or std is not three numbers in its range.
     """
 
     size: int = 224
@@ -48,6 +49,8 @@ class Preprocessing:
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
     def __post_init__(self) -> None:
+        if not (isinstance(self.size, Integral) and self.size > 0):
+            raise BadValueError(f"expected a size of at least one pixel, a whole number, got {self.size!r}")
         mean: tuple[float, ...] = ()
         std: tuple[float, ...] = ()
         with suppress(TypeError, ValueError):
