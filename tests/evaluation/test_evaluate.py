@@ -162,14 +162,17 @@ def test_names_are_neither_markup_nor_escape_sequences_and_methods_of_another_ru
     assert "\x1b" not in result.output
 
 
-def test_a_file_that_another_run_writes_or_that_holds_no_results_is_left_alone(quick, tmp_path):
+def test_a_file_that_another_run_writes_or_that_holds_no_results_or_no_number_is_left_alone(quick, tmp_path):
     with FileLock(tmp_path / ".r.csv.lock"):
         assert "another run is writing to it" in run(*quick).stderr
-    quick[-1].write_text("the only copy")
-    result = run(*quick)
-    assert result.exit_code == 2
-    assert "give another file" in result.stderr
-    assert quick[-1].read_text() == "the only copy"
+    run(*quick)
+    text = quick[-1].read_text()
+    for content, said in ("the only copy", "give another file"), (text[:-3] + "abc\n", "abc'): give another file"):
+        quick[-1].write_text(content)
+        result = run(*quick)
+        assert result.exit_code == 2
+        assert said in result.stderr
+        assert quick[-1].read_text() == content
 
 
 def test_pictures_and_annotations_that_do_not_fit_are_named_counted_and_the_others_scored(data, tmp_path):

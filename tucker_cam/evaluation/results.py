@@ -65,11 +65,17 @@ class Results:
                 "the metrics it was written with, or give another file"
             )
         for line in lines:
+            if None in line.values():
+                # A killed run may have stopped within a name that contains line breaks.
+                continue
             for name, expected in self.run.items():
                 if line[name] != expected:
                     found = f"expected results of the {name} {expected}, found some of {line[name]}"
                     raise BadValueError(f"{path}: {found}: give another file")
-            values = {name: float(line[name] or "nan") for name in self.measures}
+            try:
+                values = {name: float(line[name] or "nan") for name in self.measures}
+            except ValueError as error:
+                raise BadValueError(f"{path}: expected numbers, found others ({error}): give another file") from error
             self.rows[line["picture"], line["method"]] = Row(line["picture"], line["method"], values)
 
     def _line(self, row: Row) -> list[str]:
