@@ -1,4 +1,4 @@
-"""Ends the program silently, as the system does, if imports are interrupted: half-imported modules fail oddly."""
+"""Lets the system end the program if imports are interrupted, because half-imported modules fail oddly."""
 
 import signal
 from collections.abc import Iterator

@@ -246,7 +246,7 @@ def test_outputs_that_would_overwrite_others_or_cannot_be_written_are_refused_be
     (tmp_path / "folder.png").mkdir()
     refused = [data / "images" / "0.png", "/dev/full", tmp_path / "folder.png", tmp_path / "rows.csv" / "r.png"]
     if command == "evaluate":
-        reports = [*refused, tmp_path / "report.docx"]
+        reports = [*refused, tmp_path / "a.png", tmp_path / "report.docx"]
         options = [("--out", tmp_path / "a.png", "--report", report) for report in reports]
         options.append(("--out", tmp_path / "r.csv"))
     else:

@@ -306,6 +306,9 @@ def test_what_no_manifest_lists_is_neither_taken_for_a_map_nor_overwritten(pictu
         assert result.exit_code == 1
         assert "p003_tsm.png is there already, and not of a run in this folder" in result.stderr
         assert f"11 pictures: {explained} explained, {there} there already, 1 failed" in result.output
+    # Nor when another method is asked for in between.
+    assert "p003_tsm.png is there already" in run(pictures, *MODEL, "--method", "mtsm", "--out", out).stderr
+    assert "11 pictures: 0 explained, 10 there already, 1 failed" in run(pictures, *MODEL, "--out", out).output
     assert (out / "p003_tsm.png").read_text() == (out / "notes.txt").read_text() == "mine"
     (out / "p003_tsm.png").unlink()
     assert "11 pictures: 1 explained, 10 there already, 0 failed" in run(pictures, *MODEL, "--out", out).output

@@ -211,8 +211,10 @@ def narrowing_to(answer):
     return Wired(lambda self, x: answer(self.part(self.features(x)).mean((2, 3))), **parts)
 
 
-def pooled_to_one_size():
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(5), nn.Flatten(), nn.Linear(200, 4))
+def pooled_to_one_size(*parts):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), *parts, nn.AdaptiveAvgPool2d(5), nn.Flatten(), nn.Linear(200, 4)
+    )
 
 
 def pooled_sum():
@@ -256,6 +258,7 @@ def attention():
         ),
         pytest.param(pooled_sum, "pool", id="a pooling of a sum"),
         pytest.param(pooled_to_one_size, "1", id="a pooling of all maps to one size"),
+        pytest.param(lambda: pooled_to_one_size(nn.MaxPool2d(30)), "1", id="a pooling of one position to many"),
         pytest.param(
             lambda: narrowing(nn.Sequential(nn.Conv2d(64, 8, 1), nn.BatchNorm2d(8))), "2", id="a block does too"
         ),

@@ -62,7 +62,11 @@ def test_explain_and_evaluate_find_the_same_files(pictures):
         write_picture(pictures / "out" / name)
     run = {name: {"name": name, "modified": modified} for name, modified in (("a", 1), ("b", -1), ("deeper/a", 1))}
     manifest = {"versions": {"tucker-cam": "1"}, "methods": ["tsm", "my_own.Method"], "pictures": run}
-    (pictures / "out" / "manifest.json").write_text(json.dumps(manifest))
+    (pictures / "out" / "manifest.json").write_text(json.dumps({**manifest, "suffixes": [".png", ".jpg"]}))
+    write_table(pictures / "out" / "maps-0.parquet")
+    for name in ("a_tsm.webp", "more/a_tsm.jpg", "more/a_tsm.png"):
+        write_picture(pictures / "out" / name)
+    (pictures / "out" / "more" / "manifest.json").write_text(json.dumps({**manifest, "suffixes": []}))
     # Other programs' manifests.
     (pictures / "manifest.json").write_text("[]")
     write_picture(pictures / "deeper" / "a_tsm.png")
@@ -72,10 +76,9 @@ def test_explain_and_evaluate_find_the_same_files(pictures):
         write_picture(pictures / folder / "a.png")
     paths = [source.path for source in found_in(pictures)]
     assert paths == [str(sample.picture) for sample in find_samples(pictures).samples]
-    assert [path for path in paths if "/out/" in path] == [
-        str(pictures / "out" / f"{name}.png") for name in ("a_other", "b_tsm", "c_tsm")
-    ]
-    assert len(paths) == 14
+    kept = ("a_other.png", "a_tsm.webp", "b_tsm.png", "c_tsm.png", "more/a_tsm.jpg", "more/a_tsm.png")
+    assert [path for path in paths if "/out/" in path] == [str(pictures / "out" / name) for name in kept]
+    assert len(paths) == 17
     assert len(found_in(pictures / "masks")) == 1
 
 

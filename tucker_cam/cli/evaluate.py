@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Column, Table
 
 from tucker_cam.console import PlainConsole
-from tucker_cam.errors import Failure
+from tucker_cam.errors import BadValueError, Failure
 from tucker_cam.evaluation.evaluate import check_output, evaluate
 from tucker_cam.evaluation.metrics import Measure
 from tucker_cam.evaluation.report import FORMATS
@@ -36,6 +36,8 @@ def evaluate_folder(
     check_output(whole, header=HEADER)
     if report is not None:
         check_output(report, data=data, formats=FORMATS)
+        if report.resolve() == out.resolve():
+            raise BadValueError(f"{out}: expected different files for the outputs, got this one twice")
     evaluation = evaluate(data, model, methods, out=out, **options)
     summaries = evaluation.summary()
     print_table(summaries, evaluation.measures)

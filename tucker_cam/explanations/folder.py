@@ -15,7 +15,7 @@ from tucker_cam.explanations.explainer import Explainer
 from tucker_cam.explanations.explanation import Explanation, Look
 from tucker_cam.explanations.gallery import write_gallery
 from tucker_cam.explanations.manifest import Manifest, identity, manifests_in, not_of_a_run, place_of_run
-from tucker_cam.explanations.outputs import FORMATS, PAGE, STORE, GalleryParts, Output, gallery_entries
+from tucker_cam.explanations.outputs import FORMATS, PAGE, STORE, GalleryParts, MethodFiles, Output, gallery_entries
 from tucker_cam.methods import check_name, check_own_names
 from tucker_cam.pictures.ahead import cores, in_batches
 from tucker_cam.pictures.files import is_url
@@ -111,6 +111,8 @@ class FolderWriter:
                 if (manifest.folder / name).exists():
                     raise not_of_a_run(manifest.folder / name)
         manifest.methods = [*dict.fromkeys([*manifest.methods, *self.explainer.methods])]
+        suffixes = [kind.suffix for name in self.formats if issubclass(kind := FORMATS[name], MethodFiles)]
+        manifest.suffixes = [*dict.fromkeys([*manifest.suffixes, *suffixes])]
         manifest.write()
 
     def _write_part(self, pictures: Sequence[Picture], manifest: Manifest, advance: Callable[[int], None]) -> int:
@@ -124,7 +126,7 @@ class FolderWriter:
             key = picture.key
             before = earlier.get(key, NOT_OURS)
             if before == NOT_OURS:
-                if taken := [path for output in outputs for path in output.paths(key) if path.exists()]:
+                if taken := [path for kind in kinds for path in kind.left(manifest, key) if path.exists()]:
                     manifest.stamps[key] = NOT_OURS
                     self._fail(picture, not_of_a_run(taken[0]))
                     continue

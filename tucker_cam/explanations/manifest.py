@@ -42,6 +42,7 @@ class Manifest:
         self.stamps: dict[str, Stamp] = {}
         self.views: dict[str, list[float] | None] = {}
         self.methods: list[str] = []
+        self.suffixes: list[str] = []
         self.is_new = not self.path.exists()
         if not self.is_new:
             content = read_manifest(self.path.read_bytes(), str(folder))
@@ -54,6 +55,7 @@ class Manifest:
 
     def _take(self, content: Mapping[str, Any]) -> None:
         self.methods = list(content["methods"])
+        self.suffixes = list(content.get("suffixes", [".png"]))
         for key, picture in content["pictures"].items():
             self.names[key] = safe_name(picture["name"])
             self.stamps[key] = Stamp(int(picture["modified"]), int(picture["size"]))
@@ -85,7 +87,8 @@ class Manifest:
         pictures = {key: {"name": name, **self.stamps[key]._asdict()} for key, name in self.names.items()}
         for key, view in self.views.items():
             pictures[key]["view"] = view
-        content = {**self.run, "versions": versions(), "methods": self.methods, "pictures": pictures}
+        kinds = {"methods": self.methods, "suffixes": self.suffixes}
+        content = {**self.run, "versions": versions(), **kinds, "pictures": pictures}
         with complete_or_absent(self.path) as unfinished:
             unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
 

@@ -126,7 +126,7 @@ def dry_run(model: nn.Module, example: Tensor) -> DryRun:
     follow it.
     """
     run = _run_once(model, example)
-    if run.target is None:
+    if run.target is None and example.shape[-2:] != (_SQUARE, _SQUARE):
         # A network for one input size fails on another.
         with suppress(Exception):
             square = _run_once(model, example.new_zeros(*example.shape[:-2], _SQUARE, _SQUARE))
@@ -163,7 +163,8 @@ def _look_at(model: nn.Module, pictures: Tensor) -> DryRun:
     ]
     while len(body) > 1 and (last := body[-1].layer) and not last.reshape_transform:
         before = [call for call in body if not (call.layer and f"{call.layer.name}.".startswith(f"{last.name}."))]
-        if last.shape[1] == 1 or (isinstance(last.module, _ADAPTIVE) and _takes_from(body[-1], body[-2])):
+        repeats = isinstance(last.module, _ADAPTIVE) and (body[-1].follows is None or _takes_from(body[-1], body[-2]))
+        if last.shape[1] == 1 or repeats:
             # One channel weighs other maps, as attention does; an adaptive pooling brings all maps to one size.
             body.pop()
         elif last.name in small and _narrows(body[-1]) and before and _is_beside(body[-1], before[-1], model, pictures):

@@ -91,8 +91,8 @@ class Network:
         std: of each channel; `preprocess` then divides by it.
         classifies: whether the model returns logits, batch x classes.
         frames: how many pictures a video network takes; None for other networks.
-        takes: a batch of one input, for a network that does not accept what `preprocess` makes but, for example, one
-            channel or half precision: its layers are found with this input. None for other networks.
+        takes: a batch of one input with which the layers are found, for a network that takes, for example, one channel,
+            small inputs or half precision. None if they are found with what `preprocess` makes of a picture.
     """
 
     model: nn.Module

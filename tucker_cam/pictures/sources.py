@@ -145,11 +145,11 @@ def is_annotation(file: Path, root: Path) -> bool:
 
 def without_results(files: Sequence[Path], root: Path) -> list[Path]:
     """Leave out what runs wrote into folders, `root` or below it, by their manifests; keep all other files in them."""
-    left = list(files)
-    for folder in {folder for file in files for folder in file.parents if folder.is_relative_to(root)}:
-        if (run := _run_in(folder)) is not None:
-            left = [file for file in left if not (file.is_relative_to(folder) and _is_result(file, folder, *run))]
-    return left
+    folders = {folder for file in files for folder in file.parents if folder.is_relative_to(root)}
+    runs = {folder: run for folder in folders if (run := _run_in(folder)) is not None}
+    return [
+        file for file in files if not any(_is_result(file, each, runs[each]) for each in file.parents if each in runs)
+    ]
 
 
 def check_limit(limit: int | None) -> None:
@@ -240,19 +240,27 @@ def _in_file(path: str, stem: str) -> list[Source]:
     return [Source(safe_name(name or f"{stem}-{row[0]}-{row[1]}"), path, row) for row, name in names.items()]
 
 
-def _run_in(folder: Path) -> tuple[set[str], set[str]] | None:
-    """Return the names of the pictures and methods of the run in a folder; None if there is none."""
+class _Run(NamedTuple):
+    """What is told of a run's files by its manifest: the names of pictures and methods in them, and the suffixes."""
+
+    pictures: frozenset[str]
+    methods: frozenset[str]
+    suffixes: frozenset[str]
+
+
+def _run_in(folder: Path) -> _Run | None:
     # Other programs have a manifest of this name too, with anything in it.
     with suppress(Exception):
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if "tucker-cam" in manifest["versions"]:
             pictures = manifest.get("pictures", {}).values()
-            names = {each["name"] for each in pictures if each["modified"] != NOT_OURS.modified}
-            return names, {name_in_files(method) for method in manifest.get("methods", [])}
+            names = frozenset(each["name"] for each in pictures if each["modified"] != NOT_OURS.modified)
+            methods = frozenset(map(name_in_files, manifest.get("methods", [])))
+            return _Run(names, methods, frozenset(manifest.get("suffixes", [".png"])))
     return None
 
 
-def _is_result(file: Path, folder: Path, names: Collection[str], methods: Collection[str]) -> bool:
+def _is_result(file: Path, folder: Path, run: _Run) -> bool:
     name, _, method = file.relative_to(folder).with_suffix("").as_posix().rpartition("_")
     is_table = file.suffix == _TABLE and file.name.startswith(TABLES)
-    return is_table or (name in names and method in methods)
+    return is_table or (name in run.pictures and method in run.methods and file.suffix in run.suffixes)
