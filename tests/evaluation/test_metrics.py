@@ -66,6 +66,9 @@ def test_an_empty_map_finds_nothing_and_a_uniform_one_the_objects_area():
     assert metrics.energy_in_top(empty) == 0
     for metric in [*LOCALISATION][:4]:
         torch.testing.assert_close(metric(torch.full_like(MAP, 0.5), MASK), torch.tensor([0.25]))
+    # The thresholds go from a tenth to nine tenths.
+    for inside, outside in (1.0, 0.85), (0.15, 0.05):
+        assert metrics.best_threshold_iou(torch.where(MASK, inside, outside), MASK) == 1
 
 
 def test_statistics_agree_with_a_case_computed_by_hand():
