@@ -185,14 +185,14 @@ def test_the_score_is_the_probability_beside_the_embeddings_similarity(layer):
     [
         (lambda: metrics.energy_in_mask(MAP.numpy(), MASK), TypeError, "batch x height x width, got ndarray"),
         (lambda: metrics.energy_in_mask(MAP[0], MASK), TypeError, "batch x height x width, got torch.float32, (4, 4)"),
-        (lambda: metrics.energy_in_mask(MAP, MASK.float()), TypeError, "for maps (1, 4, 4), got torch.float32"),
+        (lambda: metrics.energy_in_mask(MAP, MASK.float()), TypeError, "masks > 0"),
         (lambda: metrics.energy_in_mask(MAP, MASK.tolist()), TypeError, "of bool, for maps (1, 4, 4), got list"),
         (lambda: metrics.mean_saliency(MAP[:0]), TypeError, "got torch.float32, (0, 4, 4)"),
-        (lambda: metrics.road(MAP[:, None].numpy(), MAP, None), ValueError, "images, a torch.Tensor, for maps"),
+        (lambda: metrics.road(MAP[:, None].numpy(), MAP, torch.mean), TypeError, "a torch.Tensor, got ndarray"),
         (lambda: metrics.energy_in_mask(MAP, MASK[:, :2]), TypeError, "(1, 4, 4), got torch.bool, (1, 2, 4)"),
         (lambda: metrics.area_matched(MAP / 0), ValueError, "finite"),
         (lambda: metrics.area_matched(MAP * 255), ValueError, "in [0, 1], got values from 0 to 255"),
-        (lambda: metrics.road(torch.rand(1, 3, 5, 4), MAP, None), ValueError, "got torch.float32, (1, 3, 5, 4)"),
+        (lambda: metrics.road(torch.rand(1, 3, 5, 4), MAP, None), ValueError, "(1, 4, 4), got (1, 3, 5, 4)"),
     ],
 )
 def test_bad_input_is_one_clear_error(call, error, words):

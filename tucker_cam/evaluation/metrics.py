@@ -291,10 +291,14 @@ def _checked(maps: Tensor, masks: Tensor | None = None, *, images: Tensor | None
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         raise BadValueError(f"expected finite maps in [0, 1], got values from {low:.4g} to {high:.4g}")
     shape = tuple(maps.shape)
-    if masks is not None and not (isinstance(masks, Tensor) and masks.dtype == torch.bool and masks.shape == shape):
-        raise BadTypeError(f"expected masks, a torch.Tensor of bool, for maps {shape}, got {_described(masks)}")
-    if images is not None and not (isinstance(images, Tensor) and (len(images), *images.shape[2:]) == shape):
-        raise BadValueError(f"expected images, a torch.Tensor, for maps {shape}, got {_described(images)}")
+    fits = isinstance(masks, Tensor) and masks.shape == shape
+    if masks is not None and not (fits and masks.dtype == torch.bool):
+        mend = "use masks > 0" if fits else "one mask for each image, of its height and width"
+        raise BadTypeError(f"expected masks, a torch.Tensor of bool, for maps {shape}, got {_described(masks)}: {mend}")
+    if images is not None and not isinstance(images, Tensor):
+        raise BadTypeError(f"expected images as a torch.Tensor, got {_described(images)}")
+    if images is not None and (images.dim() != 4 or (len(images), *images.shape[-2:]) != shape):
+        raise BadValueError(f"expected images of the size of the maps {shape}, got {tuple(images.shape)}")
     return maps.detach().float()
 
 
