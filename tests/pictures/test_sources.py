@@ -64,8 +64,9 @@ def test_explain_and_evaluate_find_the_same_files(pictures):
     manifest = {"versions": {"tucker-cam": "1"}, "methods": ["tsm", "my_own.Method"], "pictures": run}
     (pictures / "out" / "manifest.json").write_text(json.dumps({**manifest, "suffixes": [".png", ".jpg"]}))
     write_table(pictures / "out" / "maps-0.parquet")
-    for name in ("a_tsm.webp", "more/a_tsm.jpg", "more/a_tsm.png"):
+    for name in ("a_tsm.webp", "more/a_tsm.jpg", "more/a_tsm.png", "older/a_tsm.png"):
         write_picture(pictures / "out" / name)
+    (pictures / "out" / "older" / "manifest.json").write_text(json.dumps(manifest))
     (pictures / "out" / "more" / "manifest.json").write_text(json.dumps({**manifest, "suffixes": []}))
     # Other programs' manifests.
     (pictures / "manifest.json").write_text("[]")

@@ -16,7 +16,7 @@ from tucker_cam.errors import BadValueError
 from tucker_cam.explanations.outputs import FORMATS, MethodFiles
 from tucker_cam.models import LoadedModel
 from tucker_cam.pictures.held import Picture
-from tucker_cam.pictures.sources import MANIFEST, Stamp, safe_name
+from tucker_cam.pictures.sources import MANIFEST, UNNAMED_SUFFIXES, Stamp, safe_name
 from tucker_cam.pictures.view import View
 from tucker_cam.writing import complete_or_absent
 
@@ -55,7 +55,7 @@ class Manifest:
 
     def _take(self, content: Mapping[str, Any]) -> None:
         self.methods = list(content["methods"])
-        self.suffixes = list(content.get("suffixes", [".png"]))
+        self.suffixes = list(content.get("suffixes", UNNAMED_SUFFIXES))
         for key, picture in content["pictures"].items():
             self.names[key] = safe_name(picture["name"])
             self.stamps[key] = Stamp(int(picture["modified"]), int(picture["size"]))

@@ -35,6 +35,8 @@ SINGLE_OBJECTS = "SegmentationObject"
 """VOC's folder for the masks of single objects, which are not needed."""
 MANIFEST = "manifest.json"
 """The file that marks a folder of results."""
+UNNAMED_SUFFIXES = (".png",)
+"""The suffixes of a run whose manifest names none, as an unreleased version wrote it."""
 TABLES = "maps-"
 """How the names of Ray's tables of maps begin."""
 _TABLE = ".parquet"
@@ -256,7 +258,7 @@ def _run_in(folder: Path) -> _Run | None:
             pictures = manifest.get("pictures", {}).values()
             names = frozenset(each["name"] for each in pictures if each["modified"] != NOT_OURS.modified)
             methods = frozenset(map(name_in_files, manifest.get("methods", [])))
-            return _Run(names, methods, frozenset(manifest.get("suffixes", [".png"])))
+            return _Run(names, methods, frozenset(manifest.get("suffixes", UNNAMED_SUFFIXES)))
     return None
 
 
